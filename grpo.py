@@ -1,0 +1,438 @@
+"""Unified GRPO on interleaved answers, Eq. (2)-(7): one trajectory, two kinds of tokens.
+
+  1 prompts      draw P of them                                                                      `draw_prompts`
+  2 rollout      sample G answers each, text and codes, keeping the log-probs                        `rollout`
+  3 rewards      r = r_t + r_v + r_f, and every step's own reward                   Eq. (5)          `rewards.judge`
+  4 advantages   against the group: whole answer, or step by step                   Eq. (4), Eq. (6) `advantages`
+  5 loss         clipped ratio, KL to the warm-up model                             Eq. (2), (3), (7) `grpo_loss`
+  6 update       one optimizer update over all answers, in micro-batches                             `update`
+  7 log          one line of metrics, now and then a sheet of answers
+
+    python grpo.py                                      # CPU, about __ minutes with the warm-up it needs
+    torchrun --nproc_per_node=2 grpo.py                 # the same on two processes, each with prompts of its own
+"""
+import json
+import math
+import os
+import random
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+import warmup
+from model import Sampling, Trajectory, UnifiedModel, load, load_training, save
+from rewards import RulesText, RulesVisual, Scores, judge
+from tokenizer import Answer, UserError, pad, parse_config, pick_device, run_main
+from warmup import (Codes, Run, Sample, check_settings, optimizer_tensors, read_prompts, record, restore_optimizer, toy_prompt)
+
+SPREAD = 1e-3         # a group whose rewards have a smaller standard deviation says nothing: exact zeros
+EPSILON = 1e-4        # added to the standard deviation in Eq. (4) and Eq. (6)
+
+
+@dataclass
+class Config:
+    model: str = "out/warmup"        # warm-up model: run directory, checkpoint folder or hub id; the KL's reference
+    out: str = "out/grpo"            # run directory
+    prompts: str = ""                # prompts from disk (JSONL of "prompt" and "images"); empty: the toy world's
+    edits: int = 2                   # edits a toy prompt asks for
+    updates: int = 40                # optimizer updates of the run; with --epochs-per-rollout E there are E per rollout
+    prompts_per_update: int = 16     # P: prompts a rollout
+    group_size: int = 4              # G in Eq. (2): answers a prompt
+    epochs_per_rollout: int = 1      # updates on the same answers; from the second on ratio and clip act
+    micro_batch: int = 64            # answers a forward pass; changes memory, never the gradient
+    lr: float = 2e-4                 # Adam's
+    ramp: int = 5                    # updates until lr is reached
+    clip: float = 0.2                # eps in Eq. (2)
+    kl: float = 0.05                 # beta in Eq. (2)
+    reward_parts: str = "t,v,f"      # which parts of Eq. (5) count: any of t (text), v (visual), f (format)
+    credit: str = "process"          # process: Eq. (6), every step by its own rewards; outcome: Eq. (4)
+    step_discount: float = 0.0       # gamma of Eq. (6): 1 is the sum as printed, 0 each step's own reward
+    pool: str = "kind"               # step rewards of Eq. (6) normalised per kind (text, image) or in one pool: kind, all
+    image_weight: float = 0.3        # what a code counts against a text token in the loss; 1 is Eq. (2) as printed
+    per_modality: bool = False       # text mean + image_weight * image mean instead of 1/|Y|
+    temperature: float = 1.0         # of the rollouts, text and codes alike
+    top_k: int = 0                   # 0 = off
+    top_p: float = 1.0               # 1 = off
+    guidance: float = 1.0            # 1: the model itself; else rollouts and scoring both run the guided distribution
+    budget: int = 128                # positions an answer may have
+    seed: int = 0                    # of prompts and sampling
+    device: str = "auto"             # cpu, cuda, mps; auto takes the best there is
+    save_every: int = 10             # updates between checkpoints
+    eval_prompts: int = 96           # held-out prompts of the evaluation before and after; 0 = none
+    resume: bool = True              # go on where a run of the same settings stopped; --no-resume starts over
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Advantages
+
+def normalise(rewards: Tensor) -> Tensor:
+    """(r - mean) / (std + 1e-4) over the last dimension, NaN = no reward: it takes no part and gets 0.
+
+    Choice: torch's unbiased std, and exact zeros where it is below SPREAD: rounding noise must not train.
+    """
+    known = ~rewards.isnan()
+    count = known.sum(-1, keepdim=True)
+    mean = rewards.nansum(-1, keepdim=True) / count.clamp(min=1)
+    centred = torch.where(known, rewards - mean, 0.0)
+    std = (centred.square().sum(-1, keepdim=True) / (count - 1).clamp(min=1)).sqrt()
+    return torch.where(std < SPREAD, 0.0, centred / (std + EPSILON))
+
+
+def outcome_advantages(rewards: Tensor) -> Tensor:
+    """Eq. (4): rewards [P, G] -> advantages [P, G], the same for every decision of an answer."""
+    return normalise(rewards)
+
+
+def process_advantages(step_rewards: list[list[float]], kinds: list[list[str]] | None = None,
+                       discount: float = 1.0) -> list[Tensor]:
+    """Eq. (6) for one group: the rewards of each answer's steps (K_i of them, NaN = none) -> advantage of every step.
+
+    All step rewards of the group are normalised together to r~, and the decisions of step j receive
+    sum_{k >= j} discount^(k - j) r~_k. discount 1 is the equation as printed; 0 is each step's own reward. With `kinds`
+    the pool is one per kind of step, so that a kind that scores lower on average is not worth less.
+
+        rewards of two answers [[1, 0], [1, 1]] -> r~ [[.5, -1.5], [.5, .5]] -> [[-1, -1.5], [1, .5]]
+    """
+    flat = torch.tensor([r for answer in step_rewards for r in answer], dtype=torch.float32)
+    names = [k for answer in kinds for k in answer] if kinds else ["step"] * len(flat)
+    fair = torch.zeros_like(flat)
+    for name in set(names):
+        pool = torch.tensor([n == name for n in names])
+        fair[pool] = normalise(flat[pool])
+    result = []
+    for own in fair.split([len(answer) for answer in step_rewards]):
+        to_go, total = torch.zeros_like(own), torch.tensor(0.0)
+        for j in range(len(own) - 1, -1, -1):
+            total = to_go[j] = own[j] + discount * total                                   # Eq. (6)
+        result.append(to_go)
+    return result
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loss
+
+def k3_kl(logp: Tensor, ref_logp: Tensor) -> Tensor:
+    """Eq. (7): pi_ref/pi - log(pi_ref/pi) - 1, a decision's unbiased, non-negative estimate of KL(pi || pi_ref)."""
+    log_ratio = ref_logp - logp
+    return log_ratio.exp() - log_ratio - 1
+
+
+def decision_weights(mask: Tensor, is_image: Tensor, image_weight: float = 1.0, per_modality: bool = False) -> Tensor:
+    """What every decision of an answer counts, [B, T, D]. 1/|Y_i| each is Eq. (2) as printed.
+
+    image_weight scales codes against text before the division; per_modality gives the text mean plus image_weight
+    times the image mean instead, so that 1,024 codes do not drown 20 words.
+    """
+    image = mask & is_image[..., None]
+    text = mask & ~image
+    if per_modality:
+        return text / text.sum((1, 2), keepdim=True).clamp(min=1) + \
+            image_weight * image / image.sum((1, 2), keepdim=True).clamp(min=1)
+    weights = text + image_weight * image
+    return weights / weights.sum((1, 2), keepdim=True)                                     # 1/|Y_i|
+
+
+def grpo_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor, advantages: Tensor, weights: Tensor, eps: float,
+              beta: float) -> tuple[Tensor, Tensor, Tensor]:
+    """Eq. (2), to be minimised: all arguments [B, T, D] -> loss of each answer [B], ratio and KL [B, T, D].
+
+    With one update per rollout the ratio is 1 everywhere and the clip never acts; from the second on both do. A code
+    that truncated sampling has cut since has logp -inf, ratio 0 and no gradient; its KL term is dropped.
+    """
+    ratio = (logp - old_logp).exp()                                                        # Eq. (3), text and codes
+    surrogate = torch.min(ratio * advantages, ratio.clamp(1 - eps, 1 + eps) * advantages)
+    both = logp.isfinite() & ref_logp.isfinite()
+    kl = k3_kl(torch.where(both, logp, 0.0), torch.where(both, ref_logp, 0.0))             # Eq. (7)
+    objective = torch.where(weights > 0, surrogate - beta * kl, 0.0)                       # Eq. (2)
+    return -(objective * weights).sum((1, 2)), ratio, kl
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Steps 1-4: prompts, rollout, rewards, advantages
+
+def draw_prompts(config: Config, update: int, rank: int, pool: list[Sample]) -> list[Sample]:
+    """The prompts of one rollout: a function of seed, update and rank alone, so that a resumed run draws the same."""
+    rng = random.Random(f"{config.seed}/{update}/{rank}")
+    if pool:
+        return [rng.choice(pool) for _ in range(config.prompts_per_update)]
+    return [toy_prompt(rng, config.edits, "train") for _ in range(config.prompts_per_update)]
+
+
+@dataclass
+class Rollout:
+    """P * G answers to one draw of prompts, group after group, padded to one batch."""
+    samples: list[Sample]            # the prompts, [P]
+    trajectories: list[Trajectory]   # [P * G]
+    answers: list[Answer]
+    scores: list[Scores]
+    tokens: Tensor                   # [B, T, D], prompts included
+    is_image: Tensor                 # [B, T]
+    mask: Tensor                     # [B, T, D], True on the policy's decisions
+    old_logp: Tensor                 # [B, T, D], kept while sampling
+    advantages: Tensor               # [B, T, D]
+    by_answer: list[Tensor]          # the advantages without prompts and padding, [T, 1] an answer
+    zero_spread: float               # share of groups that say nothing
+
+
+def rollout(policy: UnifiedModel, samples: list[Sample], config: Config, judges: tuple, codes: Codes,
+            generator: torch.Generator) -> Rollout:
+    """Sample G answers for each prompt, judge them, and compare each with its group."""
+    prompts = [policy.prompt(s.prompt, codes(s.prompt_pictures)) for s in samples]
+    trajectories = policy.generate(prompts, config.group_size, config.budget, sampling_of(config), generator)
+    answers = policy.answers(trajectories)
+    scores = judge([s.prompt for s in samples for _ in range(config.group_size)], answers, *judges)
+    per_answer, zero_spread = advantages(answers, scores, config)
+
+    def whole(field: str) -> Tensor:                        # the answers' arrays behind their prompts', as one batch
+        rows = [getattr(t, field) for t in trajectories]
+        before = [getattr(t.prompt, field) if hasattr(t.prompt, field) else r.new_zeros(len(t.prompt), *r.shape[1:])
+                  for t, r in zip(trajectories, rows)]
+        return pad([torch.cat(pair) for pair in zip(before, rows)]).to(policy.device)
+
+    lengths = [len(t.prompt) for t in trajectories]
+    padded = pad([F.pad(a, (0, 0, n, 0)) for n, a in zip(lengths, per_answer)]).to(policy.device)
+    return Rollout(samples, trajectories, answers, scores, whole("tokens"), whole("is_image"), whole("mask"),
+                   whole("logp"), padded, per_answer, zero_spread)
+
+
+def advantages(answers: list[Answer], scores: list[Scores], config: Config) -> tuple[list[Tensor], float]:
+    """Scores of P groups -> the advantage of every decision, [T, D] or [T, 1] an answer, and the share of groups whose
+    advantages are all zero.
+
+    credit "outcome": Eq. (4) of the hybrid reward, one number an answer. credit "process": Eq. (6) of the step rewards;
+    the format reward comes with the last token and belongs to the text decisions (no code can mend a tag).
+    """
+    G, parts = config.group_size, tuple(config.reward_parts.split(","))
+    result = []
+    for g in range(0, len(answers), G):
+        group, said = answers[g:g + G], scores[g:g + G]
+        if config.credit == "outcome":
+            values = outcome_advantages(torch.tensor([s.hybrid(parts) for s in said]))
+            result += [values[i].expand(len(a.steps), 1) for i, a in enumerate(group)]
+            continue
+        kinds = [["v" if s.text is None else "t" for s in a.segments] for a in group]
+        rewards = [[math.nan if r is None or k not in parts else r for r, k in zip(s.steps, names)]
+                   for s, names in zip(said, kinds)]
+        steps = process_advantages(rewards, kinds if config.pool == "kind" else None, config.step_discount)
+        form = outcome_advantages(torch.tensor([s.format for s in said])) * ("f" in parts)
+        for i, (answer, values) in enumerate(zip(group, steps)):
+            own = F.pad(values, (0, 1))[answer.steps]                  # what follows the last step belongs to none
+            result.append(torch.where(answer.is_image, own, own + form[i])[:, None])
+    silent = [all(not a.any() for a in result[g:g + G]) for g in range(0, len(result), G)]
+    return result, sum(silent) / len(silent)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Step 6: update
+
+class Scorer(torch.nn.Module):
+    """The scoring function as a module's forward, the form that DistributedDataParallel wraps."""
+
+    def __init__(self, model: UnifiedModel):
+        super().__init__()
+        self.model = model
+
+    def forward(self, *arguments) -> Tensor:
+        return self.model.log_probs(*arguments)
+
+
+def update(scorer: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: Rollout, ref_logp: Tensor,
+           config: Config) -> dict:
+    """One optimizer update on all answers of a rollout -> metrics, each a mean over what it averages.
+
+    The loss is the mean over all answers of the update, counted before micro-batches are cut: their size cannot change
+    the gradient. Raises UserError on a loss that is not finite, before any weight moves.
+    """
+    B, sampling = len(batch.tokens), sampling_of(config)
+    weights = decision_weights(batch.mask, batch.is_image, config.image_weight, config.per_modality)
+    image = batch.mask & batch.is_image[..., None]
+    text = batch.mask & ~image
+    total, sums = 0.0, {}
+    optimizer.zero_grad()
+    for start in range(0, B, config.micro_batch):
+        part = slice(start, start + config.micro_batch)
+        last = start + config.micro_batch >= B
+        with scorer.no_sync() if hasattr(scorer, "no_sync") and not last else nullcontext():
+            logp = scorer(batch.tokens[part], batch.is_image[part], batch.mask[part], sampling)
+            loss, ratio, kl = grpo_loss(logp, batch.old_logp[part], ref_logp[part],
+                                        batch.advantages[part].expand_as(logp), weights[part], config.clip, config.kl)
+            loss = loss.sum() / B                           # 1/G of Eq. (2), over all groups of the update
+            if not loss.isfinite():
+                raise UserError(f"the loss became {loss.item()}: stopped before the update; the last good checkpoint "
+                                f"is intact (lower --lr, or raise --kl)")
+            loss.backward()
+        total += loss.item()
+        with torch.no_grad():
+            clipped = ((ratio - 1).abs() > config.clip).float()
+            for name, of in (("text", text[part]), ("image", image[part])):
+                for key, value in ((f"kl/{name}", kl), (f"clip_frac/{name}", clipped)):
+                    sums[key] = sums.get(key, 0.0) + value[of].sum().item() / max(1, int((text if name == "text" else image).sum()))
+            sums["ratio_max"] = max(sums.get("ratio_max", 0.0), ratio[batch.mask[part]].max().item())
+    norm = torch.nn.utils.clip_grad_norm_(scorer.parameters(), 1.0)
+    optimizer.step()
+    return {"loss": total, "grad_norm": norm.item(), **sums}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The loop
+
+def sampling_of(config: Config) -> Sampling:
+    """The distribution that rollouts draw from and every log-probability is taken under."""
+    return Sampling(config.temperature, config.top_k, config.top_p, config.guidance)
+
+
+def check(config: Config) -> None:
+    """Settings that cannot work, found before anything is loaded."""
+    parts = config.reward_parts.split(",")
+    problems = [
+        (config.group_size < 2, f"--group-size {config.group_size}: a group of one has nothing to be compared with, "
+                                f"expected at least 2"),
+        (not set(parts) <= {"t", "v", "f"}, f"--reward-parts {config.reward_parts}: expected any of t, v, f, "
+                                            f"separated by commas"),
+        (config.credit not in ("process", "outcome"), f"--credit {config.credit}: expected process or outcome"),
+        (config.pool not in ("kind", "all"), f"--pool {config.pool}: expected kind or all"),
+        (not 0 <= config.step_discount <= 1, f"--step-discount {config.step_discount}: expected 0..1"),
+        (config.temperature <= 0, f"--temperature {config.temperature}: rollouts must be sampled, expected more than 0"),
+        (not 0 < config.top_p <= 1, f"--top-p {config.top_p}: expected more than 0 and at most 1"),
+        (min(config.updates, config.prompts_per_update, config.epochs_per_rollout, config.micro_batch,
+             config.save_every) < 1, "--updates, --prompts-per-update, --epochs-per-rollout, --micro-batch and "
+                                     "--save-every: expected at least 1"),
+        (config.updates % config.epochs_per_rollout != 0, f"--updates {config.updates} is no multiple of "
+                                                          f"--epochs-per-rollout {config.epochs_per_rollout}"),
+    ]
+    for wrong, sentence in problems:
+        if wrong:
+            raise UserError(sentence)
+
+
+def start_processes(config: Config) -> tuple[int, int, torch.device]:
+    """rank, world size and device; under torchrun torch's own process group (nccl on GPUs, gloo elsewhere)."""
+    device = pick_device(config.device)
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return 0, 1, device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return dist.get_rank(), dist.get_world_size(), device
+
+
+def averaged(metrics: dict, world: int) -> dict:
+    """Metrics over all processes: means, but the largest ratio."""
+    if world == 1:
+        return metrics
+    values = torch.tensor(list(metrics.values()), dtype=torch.float64)
+    gathered = [torch.zeros_like(values) for _ in range(world)]
+    dist.all_gather(gathered, values) if dist.get_backend() == "gloo" else None
+    merged = torch.stack(gathered)
+    return {k: (merged[:, i].max() if k == "ratio_max" else merged[:, i].mean()).item() for i, k in enumerate(metrics)}
+
+
+def rollout_metrics(batch: Rollout) -> dict:
+    """What one rollout looks like: reward parts, form and balance."""
+    def mean(values) -> float:
+        values = [v for v in values if v is not None]
+        return sum(values) / max(1, len(values))
+    image = batch.mask & batch.is_image[..., None]
+    return {"reward": mean(s.hybrid() for s in batch.scores), "reward/text": mean(s.text for s in batch.scores),
+            "reward/visual": mean(s.visual for s in batch.scores), "reward/format": mean(s.format for s in batch.scores),
+            "zero_spread": batch.zero_spread, "steps_per_answer": mean(len(a.segments) for a in batch.answers),
+            "truncated": mean(t.truncated for t in batch.trajectories),
+            "text_share": 1 - image.sum().item() / batch.mask.sum().item(),
+            "no_score": mean(float(r is None) for s in batch.scores for r in s.steps)}
+
+
+def train(config: Config, rank: int, world: int, device: torch.device) -> None:
+    """Steps 1 to 7, from the last checkpoint on."""
+    folder = Path(config.out)
+    state, tensors = load_training(folder / "policy") if config.resume else (None, {})
+    check_settings(folder, state, config)
+    reference = load(config.model, device).requires_grad_(False)               # frozen: the KL's other side
+    policy = load(folder / "policy" if state else config.model, device)
+    policy.train(), policy.vision.requires_grad_(False)
+    optimizer = torch.optim.Adam(policy.policy_parameters(), lr=config.lr, betas=(0.9, 0.95))
+    restore_optimizer(optimizer, tensors)
+    scorer = Scorer(policy)
+    if world > 1:
+        scorer = torch.nn.parallel.DistributedDataParallel(scorer)
+    pool = read_prompts(Path(config.prompts)) if config.prompts else []
+    judges, codes, sampling = (RulesText(), RulesVisual()), Codes(reference), sampling_of(config)
+    run = Run(config, state["lines"] if state else 0) if rank == 0 else None
+    first, dead = state["step"] if state else 0, 0
+    if rank == 0 and first == 0:
+        show(policy, run, config, judges, "000000_before", "Before GRPO: the warm-up model")
+    bar = tqdm(range(first, config.updates, config.epochs_per_rollout), desc="grpo", disable=rank > 0,
+               initial=first // config.epochs_per_rollout, total=config.updates // config.epochs_per_rollout)
+    for step in bar:
+        began = time.perf_counter()
+        generator = torch.Generator().manual_seed((config.seed * 1_000_003 + step) * 1_009 + rank)
+        policy.eval()
+        batch = rollout(policy, draw_prompts(config, step, rank, pool), config, judges, codes, generator)   # 1-4
+        with torch.no_grad():
+            ref_logp = torch.cat([reference.log_probs(*part, sampling) for part in
+                                  zip(*(x.split(config.micro_batch) for x in (batch.tokens, batch.is_image, batch.mask)))])
+        sampled = time.perf_counter() - began
+        for epoch in range(config.epochs_per_rollout):
+            for group in optimizer.param_groups:
+                group["lr"] = config.lr * min(1.0, (step + epoch + 1) / config.ramp)
+            metrics = update(scorer, optimizer, batch, ref_logp, config)                                     # 5, 6
+        metrics = averaged({**rollout_metrics(batch), **metrics, "seconds": time.perf_counter() - began,
+                            "seconds/rollout": sampled}, world)
+        done = step + config.epochs_per_rollout
+        dead = dead + 1 if metrics["zero_spread"] == 1 else 0
+        if rank:
+            continue
+        if dead == 3:
+            tqdm.write("warning: three rollouts in a row had no spread in any group: every advantage is zero and "
+                       "nothing is learned (other prompts, a higher --temperature or more --reward-parts may help)")
+        run.log(step=done, **metrics)                                                                        # 7
+        bar.set_postfix({k: f"{metrics[v]:.3f}" for k, v in
+                         {"reward": "reward", "text": "reward/text", "visual": "reward/visual",
+                          "format": "reward/format", "kl/image": "kl/image"}.items()})
+        if done // config.save_every > step // config.save_every or done == config.updates:
+            G = config.group_size
+            run.sample(f"{done:06d}", f"Rollout of update {done}", [
+                record(s, batch.answers[i * G:i * G + G], batch.scores[i * G:i * G + G],
+                       batch.by_answer[i * G:i * G + G]) for i, s in enumerate(batch.samples[:3])])
+            save(policy, folder / "policy", {"step": done, "lines": run.lines, "settings": asdict(config)},
+                 optimizer_tensors(optimizer))
+    if rank == 0 and first < config.updates:
+        show(policy, run, config, judges, "999999_after", "After GRPO: the same prompts")
+
+
+def show(policy: UnifiedModel, run: Run, config: Config, judges: tuple, name: str, title: str) -> None:
+    """Groups of answers to fixed held-out prompts with a fixed seed, the same before and after."""
+    rng = random.Random("show")
+    samples = [toy_prompt(rng, config.edits, "heldout") for _ in range(4)]
+    batch = rollout(policy, samples, replace(config, group_size=3), judges, Codes(policy),
+                    torch.Generator().manual_seed(0))
+    run.sample(name, title, [record(s, batch.answers[3 * i:3 * i + 3], batch.scores[3 * i:3 * i + 3],
+                                    batch.by_answer[3 * i:3 * i + 3]) for i, s in enumerate(samples)])
+
+
+def main() -> None:
+    config = parse_config(Config)
+    check(config)
+    rank, world, device = start_processes(config)
+    if rank == 0 and config.model == Config.model and not warmup.is_done(Path(config.model)):
+        print("no warm-up model in out/warmup yet: training it first (about __ minutes on a laptop CPU, once)")
+        warmup.warm_up(warmup.Config(device=config.device, edits=config.edits))
+    if world > 1:
+        dist.barrier()
+    train(config, rank, world, device)
+    if world > 1:
+        dist.destroy_process_group()
+    if rank == 0:
+        from evaluate import before_and_after
+        before_and_after(config)
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -1,0 +1,124 @@
+"""Advantages and loss: every equation has one case worked out by hand, and the traps have a test each."""
+import math
+
+import pytest
+import torch
+
+from grpo import (Config, check, decision_weights, grpo_loss, k3_kl, outcome_advantages, process_advantages)
+from tokenizer import UserError
+
+
+def test_eq4_by_hand():
+    """Rewards 1, 0, 0, 0: mean .25, unbiased std .5, so 1.5 and three times -.5 (less the 1e-4 in the divisor)."""
+    got = outcome_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
+    assert got[0].tolist() == pytest.approx([0.75 / 0.5001, *[-0.25 / 0.5001] * 3])
+
+
+def test_constant_group_gets_exact_zeros():
+    assert outcome_advantages(torch.full((2, 12), 0.7)).eq(0).all()
+    assert outcome_advantages(torch.full((1, 4), 0.01) + 1e-6 * torch.randn(1, 4)).eq(0).all()
+
+
+def test_eq6_by_hand_with_ragged_answers():
+    """Step rewards [1, 0], [1], [1, 1, 0]: six values, mean 2/3, std sqrt(.8/3) = .5164; r~ is +.6455 or -1.291."""
+    up, down = (1 / 3) / (math.sqrt(4 / 15) + 1e-4), -(2 / 3) / (math.sqrt(4 / 15) + 1e-4)
+    got = process_advantages([[1, 0], [1], [1, 1, 0]])
+    expected = [[up + down, down], [up], [2 * up + down, up + down, down]]
+    for a, b in zip(got, expected):
+        assert a.tolist() == pytest.approx(b, abs=1e-5)
+    half = process_advantages([[1, 0], [1], [1, 1, 0]], discount=0.5)
+    assert half[2].tolist() == pytest.approx([up + 0.5 * (up + 0.5 * down), up + 0.5 * down, down], abs=1e-5)
+    none = process_advantages([[1, 0], [1], [1, 1, 0]], discount=0.0)
+    assert none[2].tolist() == pytest.approx([up, up, down], abs=1e-5)
+
+
+def test_eq6_with_one_step_equals_eq4():
+    rewards = torch.rand(5)
+    got = process_advantages([[r.item()] for r in rewards])
+    assert torch.cat(got).tolist() == pytest.approx(outcome_advantages(rewards[None])[0].tolist(), rel=1e-5)
+
+
+def test_pool_per_kind_centres_every_kind_by_itself():
+    """Pictures that score lower than texts are not worth less for it."""
+    rewards, kinds = [[1.0, 0.1], [0.8, 0.3]], [["t", "v"], ["t", "v"]]
+    own = process_advantages(rewards, kinds, 0.0)
+    assert own[0][0] > 0 > own[0][1] and own[1][1] > 0 > own[1][0]
+    pooled = process_advantages(rewards, None, 0.0)
+    assert pooled[0][1] < 0 and pooled[1][1] < 0
+
+
+def test_a_step_without_a_score_takes_no_part():
+    got = process_advantages([[1.0, math.nan], [0.0]], discount=0.0)
+    alone = process_advantages([[1.0], [0.0]], discount=0.0)
+    assert got[0][1] == 0 and got[0][0] == alone[0][0] and got[1][0] == alone[1][0]
+
+
+def test_k3_is_zero_when_equal_never_negative_and_unbiased():
+    logits, ref_logits = torch.randn(2, 50, dtype=torch.float64)
+    p, q = logits.log_softmax(-1), ref_logits.log_softmax(-1)
+    assert k3_kl(p, p).abs().max() == 0
+    assert k3_kl(p, q).min() >= 0
+    exact = (p.exp() * (p - q)).sum()
+    assert (p.exp() * k3_kl(p, q)).sum().item() == pytest.approx(exact.item())
+
+
+def one(ratio: float, advantage: float, eps: float = 0.2, beta: float = 0.0, ref: float | None = None):
+    """Loss and gradient of a single decision with the given ratio."""
+    logp = torch.tensor(math.log(ratio), requires_grad=True)
+    shape = (1, 1, 1)
+    ref_logp = torch.full(shape, math.log(ratio) if ref is None else ref)
+    loss, *_ = grpo_loss(logp.expand(shape), torch.zeros(shape), ref_logp, torch.full(shape, advantage),
+                         torch.ones(shape), eps, beta)
+    loss.sum().backward()
+    return loss.item(), logp.grad.item()
+
+
+@pytest.mark.parametrize("ratio, advantage, value, moves", [
+    (1.1, 1.0, 1.1, True), (1.3, 1.0, 1.2, False),         # good and already 20% likelier: no further
+    (0.7, 1.0, 0.7, True),                                 # good but less likely: pulled back without limit
+    (0.9, -1.0, -0.9, True), (0.7, -1.0, -0.8, False),     # bad and already 20% rarer: no further
+    (1.3, -1.0, -1.3, True)])                              # bad but likelier: pushed back without limit
+def test_eq2_clip_at_both_sides(ratio, advantage, value, moves):
+    loss, gradient = one(ratio, advantage)
+    assert loss == pytest.approx(-value, rel=1e-5)
+    assert gradient == pytest.approx(-ratio * advantage if moves else 0.0, rel=1e-5)
+
+
+def test_kl_term_by_hand():
+    """logp 0, ref log 2: k3 = 2 - log 2 - 1."""
+    loss, gradient = one(1.0, 0.0, beta=0.5, ref=math.log(2))
+    assert loss == pytest.approx(0.5 * (1 - math.log(2)), rel=1e-5)
+    assert gradient == pytest.approx(0.5 * (1 - 2), rel=1e-5)
+
+
+def test_weights_are_one_over_the_answers_own_length():
+    mask = torch.zeros(2, 6, 2, dtype=torch.bool)
+    is_image = torch.zeros(2, 6, dtype=torch.bool)
+    mask[0, 2:4, 0] = True                                  # two tokens
+    mask[1, 2:5, 0], mask[1, 5], is_image[1, 5] = True, True, True          # three tokens and two codes
+    weights = decision_weights(mask, is_image)
+    assert torch.allclose(weights.sum((1, 2)), torch.ones(2))
+    assert weights[0, 2, 0] == 0.5 and weights[1, 5, 1] == pytest.approx(0.2)
+    assert weights[~mask].eq(0).all()
+    both = decision_weights(mask, is_image, 0.5, per_modality=True)
+    assert both[1, 2:5, 0].sum() == pytest.approx(1.0) and both[1, 5].sum() == pytest.approx(0.5)
+    light = decision_weights(mask, is_image, 0.5)
+    assert light[1, 5, 0] / light[1, 2, 0] == pytest.approx(0.5) and light[1].sum() == pytest.approx(1.0)
+
+
+def test_a_code_that_was_cut_since_has_ratio_zero_and_no_nan():
+    logits = torch.randn(1, 1, 8, requires_grad=True)
+    kept = logits.masked_fill(torch.arange(8) == 3, -torch.inf).log_softmax(-1)
+    logp = kept[..., [3]]
+    loss, ratio, kl = grpo_loss(logp, torch.zeros(1, 1, 1), torch.full((1, 1, 1), -1.0), torch.ones(1, 1, 1),
+                                torch.ones(1, 1, 1), 0.2, 0.1)
+    loss.sum().backward()
+    assert ratio.item() == 0 and loss.isfinite().all() and logits.grad.isfinite().all() and kl.isfinite().all()
+
+
+@pytest.mark.parametrize("wrong", [dict(group_size=1), dict(reward_parts="t,x"), dict(credit="step"),
+                                   dict(step_discount=2.0), dict(temperature=0.0), dict(updates=5, epochs_per_rollout=2)])
+def test_impossible_settings_are_refused_by_name(wrong):
+    with pytest.raises(UserError) as error:
+        check(Config(**wrong))
+    assert "--" + next(iter(wrong)).replace("_", "-") in str(error.value)

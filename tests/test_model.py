@@ -1,0 +1,178 @@
+"""The decoder's three verbs agree with each other and with slow, obvious versions of themselves."""
+import random
+
+import pytest
+import torch
+
+from model import Sampling, choose_from, guide, load, save
+from rewards import format_reward
+from tokenizer import IMAGE_START, Sequence, UserError, pad, parse_answer
+from warmup import Codes, toy_prompt
+
+SETTINGS = [Sampling(), Sampling(temperature=0.7), Sampling(top_k=5), Sampling(top_p=0.8), Sampling(guidance=3.0),
+            Sampling(0.9, 20, 0.95, 2.0)]
+
+
+def prompts(model, count=3):
+    rng, codes = random.Random(0), Codes(model)
+    samples = [toy_prompt(rng, 1 + i, "train") for i in range(count)]
+    return [model.prompt(s.prompt, codes(s.prompt_pictures)) for s in samples]
+
+
+def slow_logits(model, prompt, answer: Sequence, sampling):
+    """The oracle: a full forward over everything so far, for the one position that comes next."""
+    row = prompt + answer
+    return model(row.tokens[None], row.is_image[None])[0, -1]
+
+
+def slow_generate(model, prompt, budget, sampling, generator):
+    """One row, no cache, no batch: what `generate` must do, as plainly as it can be said."""
+    N, D = model.vision_config.positions, model.vision_config.depth
+    row, logps, left, since = prompt, [], 0, []
+    for t in range(budget):
+        state = model(row.tokens[None], row.is_image[None])[:, -1]
+        column, logp = torch.zeros(D, dtype=torch.long), torch.zeros(D)
+        if left:
+            blank = None
+            if sampling.guidance != 1:
+                empty = model.unconditional_prompt()
+                codes = torch.stack(since) if since else torch.zeros(0, D, dtype=torch.long)
+                other = empty + Sequence(codes, torch.ones(len(codes), dtype=torch.bool))
+                blank = model(other.tokens[None], other.is_image[None])[:, -1]
+            for d in range(D):
+                vectors = model.vision.vectors(column[None])
+                logits = model.depth(state, vectors)[:, d]
+                other = None if blank is None else model.depth(blank, vectors)[:, d]
+                chances = choose_from(guide(logits, other, sampling.guidance), sampling)
+                column[d] = torch.multinomial(chances.exp(), 1, generator=generator).item()
+                logp[d] = chances[0, column[d]]
+            since.append(column)
+        else:
+            chances = choose_from(model.decoder.lm_head(state), sampling)
+            column[0] = torch.multinomial(chances.exp(), 1, generator=generator).item()
+            logp[0] = chances[0, column[0]]
+        row = row + Sequence(column[None], torch.tensor([left > 0]))
+        logps.append(logp)
+        if not left and column[0] == model.text.id("</s>"):
+            break
+        if not left and column[0] == model.text.id(IMAGE_START):
+            if t + 1 + N > budget:
+                break
+            left, since = N, []
+        elif left:
+            left -= 1
+    return row.tokens[len(prompt):], row.is_image[len(prompt):], torch.stack(logps)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sampling", SETTINGS, ids=str)
+def test_cached_sampling_equals_the_slow_oracle(tiny, sampling):
+    for seed, prompt in enumerate(prompts(tiny)):
+        fast = tiny.generate([prompt], 1, 40, sampling, torch.Generator().manual_seed(seed))[0]
+        tokens, is_image, logp = slow_generate(tiny, prompt, 40, sampling, torch.Generator().manual_seed(seed))
+        assert torch.equal(fast.tokens, tokens) and torch.equal(fast.is_image, is_image)
+        assert torch.allclose(fast.logp, logp, atol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("sampling", SETTINGS, ids=str)
+def test_first_update_ratio_is_one_for_text_and_codes(tiny, sampling):
+    """The log-probs kept while sampling a ragged batch in mixed modes are those that scoring gives."""
+    given = prompts(tiny)
+    rows = tiny.generate(given, 6, 48, sampling, torch.Generator().manual_seed(1))
+    tokens = pad([torch.cat((r.prompt.tokens, r.tokens)) for r in rows])
+    is_image = pad([torch.cat((r.prompt.is_image, r.is_image)) for r in rows])
+    mask = pad([torch.cat((torch.zeros(len(r.prompt), r.mask.shape[1], dtype=torch.bool), r.mask)) for r in rows])
+    old = pad([torch.cat((torch.zeros(len(r.prompt), r.logp.shape[1]), r.logp)) for r in rows])
+    ratio = (tiny.log_probs(tokens, is_image, mask, sampling) - old).exp()
+    image = mask & is_image[..., None]
+    assert image.sum() > 100 and (mask & ~image).sum() > 100, "the batch must hold both kinds of decisions"
+    assert (ratio - 1).abs().max() < 1e-3
+
+
+def test_an_image_is_never_cut_and_the_budget_holds(tiny):
+    N = tiny.vision_config.positions
+    with torch.no_grad():
+        rows = tiny.generate(prompts(tiny), 16, 30, generator=torch.Generator().manual_seed(2))
+    assert any(r.truncated for r in rows) and any(r.is_image.any() for r in rows)
+    for r in rows:
+        assert len(r.tokens) <= 30
+        runs = "".join("p" if i else "t" for i in r.is_image).split("t")
+        assert all(len(run) in (0, N) for run in runs)
+        ended = not r.is_image[-1] and int(r.tokens[-1, 0]) == tiny.text.id("</s>")
+        assert ended != r.truncated
+        if r.truncated:
+            assert format_reward(parse_answer(r.tokens, r.is_image, tiny.text)) == 0
+
+
+def test_sampled_end_and_tags_are_decisions_and_the_prompt_is_not(tiny):
+    with torch.no_grad():
+        rows = tiny.generate(prompts(tiny), 8, 40, generator=torch.Generator().manual_seed(3))
+    for r in rows:
+        assert r.mask[:, 0].all(), "every position of the answer was chosen"
+        assert r.mask[r.is_image].all() and not r.mask[~r.is_image][:, 1:].any()
+
+
+def test_gradient_flows_from_decisions_only(tiny):
+    """Masked positions give no gradient; </s> does."""
+    prompt = prompts(tiny)[0]
+    end = Sequence(torch.tensor([[tiny.text.id("</s>"), 0, 0, 0]])[:, :tiny.vision_config.depth], torch.tensor([False]))
+    row = prompt + end
+    mask = torch.zeros(1, *row.tokens.shape, dtype=torch.bool)
+    assert not tiny.log_probs(row.tokens[None], row.is_image[None], mask).requires_grad
+    mask[0, -1, 0] = True
+    logp = tiny.log_probs(row.tokens[None], row.is_image[None], mask)
+    gradient, = torch.autograd.grad(logp.sum(), tiny.decoder.lm_head.weight)
+    assert gradient[tiny.text.id("</s>")].abs().sum() > 0
+    assert logp[0, :-1].eq(0).all()
+
+
+@torch.no_grad()
+def test_future_positions_do_not_change_earlier_states(tiny):
+    row = prompts(tiny)[1]
+    whole = tiny(row.tokens[None], row.is_image[None])
+    part = tiny(row.tokens[None, :20], row.is_image[None, :20])
+    assert torch.allclose(whole[:, :20], part, atol=1e-5)
+
+
+def test_choose_from_by_hand():
+    logits = torch.tensor([0.5, 0.25, 0.15, 0.1]).log()
+    assert choose_from(logits, Sampling(top_k=2)).exp().tolist() == pytest.approx([2 / 3, 1 / 3, 0, 0])
+    assert choose_from(logits, Sampling(top_p=0.6)).exp().tolist() == pytest.approx([2 / 3, 1 / 3, 0, 0])
+    assert choose_from(logits, Sampling(temperature=0)).exp().tolist() == [1, 0, 0, 0]
+    halved = choose_from(logits, Sampling(temperature=0.5)).exp()
+    assert halved.tolist() == pytest.approx([.25 / .345, .0625 / .345, .0225 / .345, .01 / .345])
+    assert guide(torch.tensor([1.0]), torch.tensor([0.5]), 3.0).item() == 2.0
+
+
+@torch.no_grad()
+def test_save_and_load_are_exact(tiny, tmp_path):
+    save(tiny, tmp_path / "policy", {"step": 3}, {"x": torch.ones(2)})
+    again = load(tmp_path)
+    for name, value in tiny.state_dict().items():
+        assert torch.equal(value, again.state_dict()[name]), name
+    row = prompts(tiny)[0]
+    assert torch.equal(tiny(row.tokens[None], row.is_image[None]), again(row.tokens[None], row.is_image[None]))
+    assert again.text.encode("<think>a red circle</think>") == tiny.text.encode("<think>a red circle</think>")
+
+
+def test_a_kill_during_a_save_leaves_the_old_checkpoint_usable(tiny, tmp_path, monkeypatch):
+    import model
+    save(tiny, tmp_path / "policy", {"step": 1})
+
+    def dies(*_, **__):
+        raise KeyboardInterrupt
+    monkeypatch.setattr(model, "save_file", dies)
+    with pytest.raises(KeyboardInterrupt):
+        save(tiny, tmp_path / "policy", {"step": 2})
+    assert model.load_training(tmp_path / "policy")[0] == {"step": 1}
+    load(tmp_path)
+    (tmp_path / "policy").rename(tmp_path / "policy.old")          # killed between the two renames
+    load(tmp_path)
+
+
+def test_too_long_a_prompt_is_refused(tiny):
+    with pytest.raises(UserError, match="context"):
+        tiny.generate(prompts(tiny), 1, 10_000)
+    with pytest.raises(UserError, match="<image>"):
+        tiny.prompt("no mark", [torch.zeros(9, 4, dtype=torch.long)])

@@ -1,0 +1,424 @@
+"""Warm-up: a model that can read pictures and draw them learns to do both in turn (paper, Sec. 3.1, Eq. 1).
+
+    1 image tokenizer   pictures -> residual codes -> pictures, then fixed             (VILA-U brings its own)
+    2 pretraining       edits in words, text-to-image, image-to-text; never interleaved (stands for VILA-U's own)
+    3 warm-up           noisy interleaved stories mixed with the two single tasks, so that nothing is forgotten
+
+The loss of stages 2 and 3 is Eq. (1): the negative log-likelihood of every answer token, text or image code alike.
+
+    python warmup.py            # CPU: about __ minutes -> out/warmup/ (policy/, samples/, metrics.jsonl, report.html)
+"""
+import base64
+import io
+import json
+import math
+import platform
+import random
+import sys
+import textwrap
+import time
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image, ImageDraw
+from torch import Tensor
+from tqdm import tqdm
+
+import shapes
+from model import DecoderConfig, DepthConfig, UnifiedModel, chat, load, load_training, save
+from rewards import RulesText, RulesVisual, Scores, judge
+from tokenizer import (IMAGE_END, IMAGE_START, SPECIAL_TOKENS, THINK_END, THINK_START, Answer, TextTokenizer, UserError,
+                       VisionConfig, pad, parse_config, pick_device, read_picture, run_main, train_bpe)
+
+
+@dataclass
+class Config:
+    out: str = "out/warmup"          # run directory
+    seed: int = 0                    # of weights and data
+    device: str = "auto"             # cpu, cuda, mps; auto takes the best there is
+    edits: int = 2                   # edits a story: the answer has as many steps
+    tokenizer_steps: int = 600       # stage 1: optimizer steps
+    pretrain_steps: int = 350        # stage 2
+    warmup_steps: int = 220          # stage 3
+    batch: int = 48                  # samples a step of stages 2 and 3
+    lr: float = 2e-3                 # peak learning rate of stages 2 and 3
+    mix: float = 0.75                # share of interleaved stories in stage 3, the rest is half t2i, half i2t
+    loss: str = "eq1"                # eq1: mean over all decisions; official: text mean + image mean, as VILA-U trains
+    save_every: int = 100            # steps between checkpoints
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Data: one sample type, three kinds of samples
+
+@dataclass
+class Sample:
+    """One supervised pair: a prompt with its pictures, an answer in written form with its pictures. `<image>` marks
+    say where pictures go."""
+    prompt: str
+    prompt_pictures: list
+    answer: str = ""
+    answer_pictures: list = field(default_factory=list)
+
+
+def written(steps: list[tuple[str, object]], fault: str | None = None, rng: random.Random | None = None
+            ) -> tuple[str, list]:
+    """Steps (text, picture) -> an answer in written form, <think>text</think><vis>IMAGE</vis> for each step, and its
+    pictures; `fault` breaks the format at one step the way noisy data does."""
+    parts = [[THINK_START, text, THINK_END, IMAGE_START, "<image>", IMAGE_END] for text, _ in steps]
+    pictures = [picture for _, picture in steps]
+    if fault:
+        i = rng.randrange(len(parts))
+        if fault == "no_image":
+            del parts[i][3:], pictures[i]
+        elif fault == "extra_text":
+            parts[i].append(steps[i][0])
+        else:
+            del parts[i][{"no_think_open": 0, "no_think_close": 2, "no_vis_close": 5}[fault]]
+    return "".join(piece for part in parts for piece in part) + "</s>", pictures
+
+
+def toy_prompt(rng: random.Random, edits: int, split: str) -> Sample:
+    """A prompt of the toy world, the answer left to the model."""
+    prompt = shapes.sample_prompt(rng, edits, split)
+    return Sample(prompt.text, [prompt.picture])
+
+
+def story_sample(rng: random.Random, edits: int) -> Sample:
+    """An interleaved story of the toy world, with the warm-up data's errors."""
+    prompt = toy_prompt(rng, edits, "train")
+    return Sample(prompt.prompt, prompt.prompt_pictures, *written(*shapes.noisy_story(rng, prompt.prompt), rng))
+
+
+def words_sample(rng: random.Random, edits: int) -> Sample:
+    """The same task in words alone: stands for what a language model knows before it meets a picture."""
+    prompt = toy_prompt(rng, rng.randint(1, edits + 1), "train").prompt
+    captions = [shapes.caption(state) for state in shapes.states_of_prompt(prompt)[1:]]
+    return Sample(prompt.replace(" <image>", ""), [], " " + ", ".join(captions) + "</s>")
+
+
+def t2i_sample(rng: random.Random, edits: int = 0) -> Sample:
+    """Text to image: a caption, its picture."""
+    scene = rng.choice(shapes.SCENES)
+    return Sample(shapes.caption(scene), [], f" {IMAGE_START}<image>{IMAGE_END}</s>", [shapes.render(scene)])
+
+
+def i2t_sample(rng: random.Random, edits: int = 0) -> Sample:
+    """Image to text: a picture and a question, the caption."""
+    scene = rng.choice(shapes.SCENES)
+    return Sample(f"<image> {I2T_QUESTION}", [shapes.render(scene)], f" {shapes.caption(scene)}</s>")
+
+
+I2T_QUESTION = "what is it?"
+PRETRAINING = {words_sample: 0.5, t2i_sample: 0.25, i2t_sample: 0.25}
+
+
+def hybrid_mix(interleaved: float) -> dict:
+    """The warm-up's mix of kinds: interleaved, understanding and text-to-image."""
+    return {story_sample: interleaved, t2i_sample: (1 - interleaved) / 2, i2t_sample: (1 - interleaved) / 2}
+
+
+def read_prompts(path: Path) -> list[Sample]:
+    """Prompts from disk: one {"prompt": text, "images": [path, ...]} a line, paths relative to the file. Raises
+    UserError, naming file and line, for whatever is broken."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"--prompts {path}: cannot be read ({error})")
+    samples = []
+    for number, line in enumerate(lines, 1):
+        where = f"{path}, line {number}"
+        if not line.strip():
+            continue
+        try:
+            entry = json.loads(line)
+            text, names = entry["prompt"], entry.get("images", [])
+        except (ValueError, KeyError, TypeError, AttributeError):
+            raise UserError(f'{where}: expected {{"prompt": text, "images": [paths]}}, found {line[:60]!r}')
+        if not isinstance(text, str) or not text.strip():
+            raise UserError(f"{where}: the prompt is empty")
+        if text.count("<image>") != len(names):
+            raise UserError(f"{where}: {text.count('<image>')} <image> marks but {len(names)} images")
+        samples.append(Sample(text, [read_picture(path.parent / name, where) for name in names]))
+    if not samples:
+        raise UserError(f"--prompts {path}: no prompt in it")
+    return samples
+
+
+class Codes:
+    """Pictures -> codes, each distinct picture encoded once (the image tokenizer is fixed by now)."""
+
+    def __init__(self, model: UnifiedModel):
+        self.model, self.known = model, {}
+
+    def __call__(self, pictures: list) -> list[Tensor]:
+        keys = [(p.shape, p.tobytes()) for p in pictures]
+        new = {key: picture for key, picture in zip(keys, pictures) if key not in self.known}
+        if new:
+            self.known.update(zip(new, self.model.codes(list(new.values()))))
+        return [self.known[key] for key in keys]
+
+
+def batch_of(samples: list[Sample], model: UnifiedModel, codes: Codes) -> tuple[Tensor, Tensor, Tensor]:
+    """Samples -> tokens [B, T, D], is_image [B, T], mask [B, T, D]: True on the answers' decisions."""
+    D, tokens, is_image, mask = model.vision_config.depth, [], [], []
+    for s in samples:
+        prompt = model.prompt(s.prompt, codes(s.prompt_pictures))
+        answer = model.sequence(s.answer, codes(s.answer_pictures))[1:]                    # without its <s>
+        row = prompt + answer
+        decisions = row.is_image[:, None] | (torch.arange(D) == 0)                         # D codes or one token
+        decisions[:len(prompt)] = False
+        tokens.append(row.tokens), is_image.append(row.is_image), mask.append(decisions)
+    return tuple(pad(rows).to(model.device) for rows in (tokens, is_image, mask))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Eq. (1)
+
+def warmup_loss(logp: Tensor, mask: Tensor, is_image: Tensor, kind: str = "eq1") -> tuple[Tensor, dict]:
+    """Eq. (1) from log-probs [B, T, D] and their mask -> loss and its parts (nats a decision, text and image apart).
+
+    Choice: the equation is a sum over tokens; we take its mean over the batch's decisions, so that the step size does
+    not depend on the batch. "official" is VILA-U's mean over text plus mean over codes.
+    """
+    image = mask & is_image[..., None]
+    text = mask & ~image
+    text_nll, image_nll = -(logp * text).sum(), -(logp * image).sum()                      # the two sums of Eq. (1)
+    parts = {"loss/text": text_nll / text.sum().clamp(min=1), "loss/image": image_nll / image.sum().clamp(min=1)}
+    loss = (text_nll + image_nll) / mask.sum() if kind == "eq1" else parts["loss/text"] + parts["loss/image"]
+    return loss, {"loss": loss.item(), **{k: v.item() for k, v in parts.items()}}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Run directories and training state
+
+class Run:
+    """A run directory: config.json (settings, versions), metrics.jsonl (a line a step), policy/, samples/."""
+
+    def __init__(self, config, lines: int = 0):
+        """`lines`: how many lines of an earlier metrics.jsonl are this run's own (what a checkpoint had written)."""
+        self.folder = Path(config.out)
+        (self.folder / "samples").mkdir(parents=True, exist_ok=True)
+        made = {"settings": asdict(config), "command": " ".join(sys.argv), "python": platform.python_version(),
+                "torch": torch.__version__, "threads": torch.get_num_threads()}
+        (self.folder / "config.json").write_text(json.dumps(made, indent=1))
+        self.metrics = self.folder / "metrics.jsonl"
+        kept = self.metrics.read_text().splitlines()[:lines] if self.metrics.exists() else []
+        self.metrics.write_text("".join(line + "\n" for line in kept))
+        self.lines = len(kept)
+
+    def log(self, **metrics) -> None:
+        """One flat object a step."""
+        with open(self.metrics, "a") as file:
+            file.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in metrics.items()}) + "\n")
+        self.lines += 1
+
+    def sample(self, name: str, title: str, groups: list[dict]) -> None:
+        """Answers for people: samples/NAME.json for the report and samples/NAME.png, a sheet to look at."""
+        file = self.folder / "samples" / f"{name}.json"
+        file.write_text(json.dumps({"title": title, "groups": groups}))
+        draw_sheet(groups, file.with_suffix(".png"))
+
+
+def png(picture) -> str:
+    """uint8 [H, W, 3] -> base64 PNG, for JSON and HTML."""
+    data = io.BytesIO()
+    Image.fromarray(picture).save(data, "PNG")
+    return base64.b64encode(data.getvalue()).decode()
+
+
+def record(sample: Sample, answers: list[Answer], scores: list[Scores], advantages: list[Tensor] | None = None) -> dict:
+    """One prompt and its answers as plain data: texts, pictures, each step's reward and (mean) advantage."""
+    told = []
+    for n, (answer, score) in enumerate(zip(answers, scores)):
+        steps = [{"text": s.text, "picture": None if s.picture is None else png(s.picture), "reward": r,
+                  "advantage": None if advantages is None else advantages[n][s.start:s.stop].mean().item()}
+                 for s, r in zip(answer.segments, score.steps)]
+        told.append({"steps": steps, "layout": answer.layout, "text": score.text, "visual": score.visual,
+                     "format": score.format})
+    return {"prompt": sample.prompt, "pictures": [png(p) for p in sample.prompt_pictures], "answers": told}
+
+
+def draw_sheet(groups: list[dict], path: Path, size: int = 72) -> None:
+    """One row an answer: its texts and pictures in turn, reward parts in front."""
+    rows = [(group, answer) for group in groups for answer in group["answers"]]
+    columns = max((len(a["steps"]) for _, a in rows), default=1)
+    page = Image.new("RGB", (200 + columns * (size + 60), max(1, len(rows)) * (size + 26)), "white")
+    pen = ImageDraw.Draw(page)
+
+    def paste(data: str, x: int, y: int) -> None:
+        page.paste(Image.open(io.BytesIO(base64.b64decode(data))).resize((size, size), Image.NEAREST), (x, y))
+    for row, (group, answer) in enumerate(rows):
+        top = row * (size + 26)
+        pen.text((4, top), group["prompt"][:180], fill="gray")
+        if group["pictures"]:
+            paste(group["pictures"][0], 4, top + 16)
+        parts = [f"{k} {answer[k]:.2f}" for k in ("text", "visual", "format") if answer[k] is not None]
+        pen.multiline_text((size + 12, top + 18), "\n".join(parts + [answer["layout"]]), fill="black")
+        for i, step in enumerate(answer["steps"]):
+            x = 200 + i * (size + 60)
+            if step["picture"]:
+                paste(step["picture"], x, top + 16)
+            else:
+                pen.multiline_text((x, top + 20), textwrap.fill(step["text"], 18), fill="black")
+    page.save(path)
+
+
+def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+    """An Adam's state as named tensors, for safetensors."""
+    return {f"optimizer.{i}.{key}": value for i, state in optimizer.state_dict()["state"].items()
+            for key, value in state.items()}
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    state = optimizer.state_dict()
+    for name, value in tensors.items():
+        if name.startswith("optimizer."):
+            _, i, key = name.split(".")
+            state["state"].setdefault(int(i), {})[key] = value
+    optimizer.load_state_dict(state)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The miniature and its three stages
+
+def miniature(seed: int, folder: Path) -> UnifiedModel:
+    """VILA-U's architecture at one millionth of the cost: 24x24 pictures of 3x3 positions, a decoder of width 128."""
+    torch.manual_seed(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    words = [shapes.caption(s) for s in shapes.SCENES] + [shapes.edit_words(e) for e in shapes.EDITS] + \
+        [chat(I2T_QUESTION, ""), "x, x. <BEGIN>"]
+    train_bpe(words, 512, folder / "tokenizer.model")
+    text = TextTokenizer(folder / "tokenizer.model")
+    text.add(SPECIAL_TOKENS)
+    model = UnifiedModel(
+        DecoderConfig(hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4,
+                      vocab_size=text.vocab_size, context=256),
+        DepthConfig(width=96, layers=2, heads=4),
+        VisionConfig(**MINIATURE_VISION))
+    for module in (model.decoder, model.projector, model.depth):
+        for name, p in module.named_parameters():
+            if p.dim() > 1:
+                torch.nn.init.normal_(p, std=0.02 if "embed" in name or "position" in name else p.shape[-1] ** -0.5)
+    model.text, model.system_prompt = text, ""
+    return model
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Linear ramp over the first twentieth, then a cosine down to a tenth."""
+    ramp = max(1, steps // 20)
+    return peak * min((step + 1) / ramp, 0.55 + 0.45 * math.cos(math.pi * step / steps))
+
+
+MINIATURE_VISION = dict(image_size=24, patch_size=8, width=64, mlp_width=128, layers=2, codebook_size=64, depth=4,
+                        shared_codebook=False, ch=32, ch_mult=(1, 1, 1, 1), num_res_blocks=0, attn_resolutions=(),
+                        z_channels=64, resolution=24)
+
+
+def train_decoder(model: UnifiedModel, run: Run, config: Config, stage: str, steps: int, kinds: dict, start: int,
+                  tensors: dict[str, Tensor]) -> None:
+    """Stages 2 and 3: Eq. (1) on batches of `kinds` ({sample function: share}). Step s sees data that depend on seed,
+    stage and s alone, so a resumed run is the uninterrupted one."""
+    optimizer = torch.optim.AdamW(model.policy_parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    restore_optimizer(optimizer, tensors)
+    codes, counts = Codes(model), dict.fromkeys((k.__name__ for k in kinds), 0)
+    bar = tqdm(range(start, steps), desc=stage, initial=start, total=steps)
+    for step in bar:
+        began = time.perf_counter()
+        rng = random.Random(f"{config.seed}/{stage}/{step}")
+        drawn = rng.choices(list(kinds), list(kinds.values()), k=config.batch)
+        for kind in drawn:
+            counts[kind.__name__] += 1
+        tokens, is_image, mask = batch_of([kind(rng, config.edits) for kind in drawn], model, codes)
+        loss, parts = warmup_loss(model.log_probs(tokens, is_image, mask), mask, is_image, config.loss)
+        if not loss.isfinite():
+            raise UserError(f"{stage}: the loss became {loss.item()} at step {step}: lower --lr; the last good "
+                            f"checkpoint is intact")
+        for group in optimizer.param_groups:
+            group["lr"] = learning_rate(step, steps, config.lr)
+        optimizer.zero_grad()
+        loss.backward()
+        norm = torch.nn.utils.clip_grad_norm_(model.policy_parameters(), 1.0)
+        optimizer.step()
+        run.log(stage=stage, step=step, **parts, grad_norm=norm.item(), seconds=time.perf_counter() - began)
+        bar.set_postfix({k: f"{v:.3f}" for k, v in parts.items()})
+        if (step + 1) % config.save_every == 0 and step + 1 < steps:
+            checkpoint(model, run, config, stage, step + 1, optimizer_tensors(optimizer))
+    tqdm.write(f"{stage}: samples of this session by kind: {counts}")
+
+
+def checkpoint(model: UnifiedModel, run: Run, config: Config, stage: str, step: int, tensors: dict) -> None:
+    state = {"stage": stage, "step": step, "lines": run.lines, "settings": asdict(config)}
+    save(model, run.folder / "policy", state, tensors)
+
+
+STAGES = ("tokenizer", "pretrain", "warmup", "done")
+
+
+def warm_up(config: Config) -> None:
+    """Run the stages that are still to be done, from the last checkpoint of the same settings."""
+    folder, device = Path(config.out), pick_device(config.device)
+    state, tensors = load_training(folder / "policy")
+    check_settings(folder, state, config)
+    if state:
+        model = load(folder / "policy", device)
+    else:
+        model = miniature(config.seed, folder / "text").to(device)
+        state = {"stage": "tokenizer", "step": 0, "lines": 0}
+    run = Run(config, state["lines"])
+    start = STAGES.index(state["stage"])
+    for stage in STAGES[start:-1]:
+        here = state["step"] if stage == state["stage"] else 0
+        held = tensors if here else {}
+        if stage == "tokenizer":
+            train_image_tokenizer(model, run, config, here, held)
+        elif stage == "pretrain":
+            train_decoder(model, run, config, stage, config.pretrain_steps, PRETRAINING, here, held)
+        else:
+            show(model, run, "before", "before the warm-up: it cannot interleave")
+            train_decoder(model, run, config, stage, config.warmup_steps, hybrid_mix(config.mix), here, held)
+            show(model, run, "after", "after the warm-up")
+        checkpoint(model, run, config, STAGES[STAGES.index(stage) + 1], 0, {})
+
+
+def show(model: UnifiedModel, run: Run, name: str, title: str) -> None:
+    """A sheet of answers to fixed prompts."""
+    rng = random.Random(0)
+    samples = [toy_prompt(rng, 2, "heldout") for _ in range(6)]
+    codes = Codes(model)
+    trajectories = model.generate([model.prompt(s.prompt, codes(s.prompt_pictures)) for s in samples], 1, 128,
+                                  generator=torch.Generator().manual_seed(0))
+    answers = model.answers(trajectories)
+    scores = judge([s.prompt for s in samples], answers, RulesText(), RulesVisual())
+    run.sample(name, title, [record(s, [a], [c]) for s, a, c in zip(samples, answers, scores)])
+
+
+def check_settings(folder: Path, state: dict | None, config) -> None:
+    """A checkpoint made with other settings is not gone on with: raises UserError naming the first that differs."""
+    free = ("device", "save_every", "updates", "resume", "eval_prompts", "out", "micro_batch")
+    for key, value in (state or {}).get("settings", {}).items():
+        if key not in free and getattr(config, key, value) != value:
+            raise UserError(f"{folder}: was made with --{key.replace('_', '-')} {value}, not {getattr(config, key)}: "
+                            f"choose another --out, or delete the folder")
+
+
+def is_done(folder: Path) -> bool:
+    """Is there a finished warm-up model?"""
+    state, _ = load_training(folder / "policy")
+    return state is not None and state["stage"] == "done"
+
+
+def read_metrics(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+
+
+def main() -> None:
+    config = parse_config(Config)
+    warm_up(config)
+    from evaluate import write_report
+    print(f"warm-up done: {write_report(Path(config.out))}")
+
+
+if __name__ == "__main__":
+    run_main(main)
