@@ -11,13 +11,12 @@
     python grpo.py                                      # CPU, about __ minutes with the warm-up it needs
     torchrun --nproc_per_node=2 grpo.py                 # the same on two processes, each with prompts of its own
 """
-import json
 import math
 import os
 import random
 import time
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import torch
@@ -30,7 +29,8 @@ import warmup
 from model import Sampling, Trajectory, UnifiedModel, load, load_training, save
 from rewards import RulesText, RulesVisual, Scores, judge
 from tokenizer import Answer, UserError, pad, parse_config, pick_device, run_main
-from warmup import (Codes, Run, Sample, check_settings, optimizer_tensors, read_prompts, record, restore_optimizer, toy_prompt)
+from warmup import (Codes, Run, Sample, check_settings, optimizer_tensors, read_prompts, record, restore_optimizer,
+                    toy_prompt)
 
 SPREAD = 1e-3         # a group whose rewards have a smaller standard deviation says nothing: exact zeros
 EPSILON = 1e-4        # added to the standard deviation in Eq. (4) and Eq. (6)

@@ -14,14 +14,9 @@ top-p and guidance live in `guide` and `choose_from`, which both call.
                                                         # one interleaved answer from out/warmup: text, PNGs, a page
 """
 import html
-import base64
-import io
 import json
-import math
-import os
 import re
-import sys
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np

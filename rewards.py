@@ -112,3 +112,22 @@ def mean_of(rewards: list[float | None], wanted: int | None) -> float | None:
     if rewards and not scored:
         return None
     return sum(scored) / max(len(scored), (wanted or 0) - (len(rewards) - len(scored)), 1)
+
+
+def main() -> None:
+    prompt = "paint it blue, move it to center. <BEGIN> a red circle at top left <image>"
+    right = shapes.states_of_prompt(prompt)[1:]
+    texts = [shapes.caption(scene) for scene in right]
+    for name, told, drawn, layout in [("right", texts, right, "TwtVpv" * 2 + "E"),
+                                      ("pictures swapped", texts, right[::-1], "TwtVpv" * 2 + "E"),
+                                      ("texts swapped", texts[::-1], right, "TwtVpv" * 2 + "E"),
+                                      ("a tag missing", texts, right, "TwtVpvwtVpvE")]:
+        segments = [s for text, scene in zip(told, drawn)
+                    for s in (Segment(0, 0, text=text), Segment(0, 0, picture=shapes.render(scene)))]
+        scores = judge([prompt], [Answer(layout, segments, None, None)], RulesText(), RulesVisual())[0]
+        print(f"{name:18} r_t {scores.text:.2f}  r_v {scores.visual:.2f}  r_f {scores.format:.0f}  "
+              f"r {scores.hybrid():.2f}")
+
+
+if __name__ == "__main__":
+    run_main(main)

@@ -361,45 +361,6 @@ class TextTokenizer:
         return self._text(pieces)
 
 
-def train_bpe(texts: list[str], vocab_size: int, path: Path) -> None:
-    """Learn BPE pieces from a few texts and write a SentencePiece model file of at most `vocab_size` pieces.
-
-    Words start at a space and merges stay inside words, so a small world's every word becomes one piece. Layout as
-    LLaMA's: <unk> <s> </s>, 256 bytes, merged pieces best first, single characters.
-    """
-    words: dict[str, int] = {}
-    for text in texts:
-        for word in re.findall(f"{SPACE}[^{SPACE}]*", SPACE + text.replace(" ", SPACE)):
-            words[word] = words.get(word, 0) + 1
-    split = {word: list(word) for word in words}
-    letters = sorted({letter for word in words for letter in word})
-    merged: list[str] = []
-    while len(merged) + len(letters) + 259 < vocab_size:
-        pairs: dict[tuple[str, str], int] = {}
-        for word, symbols in split.items():
-            for pair in zip(symbols, symbols[1:]):
-                pairs[pair] = pairs.get(pair, 0) + words[word]
-        if not pairs:
-            break
-        best = min(pairs, key=lambda pair: (-pairs[pair], pair))              # the most frequent, ties by spelling
-        merged += ["".join(best)] if "".join(best) not in merged else []
-        for symbols in split.values():
-            i = 0
-            while i + 1 < len(symbols):
-                if (symbols[i], symbols[i + 1]) == best:
-                    symbols[i:i + 2] = ["".join(best)]
-                i += 1
-    pieces = [("<unk>", 0.0, UNKNOWN), ("<s>", 0.0, CONTROL), ("</s>", 0.0, CONTROL)]
-    pieces += [(f"<0x{b:02X}>", 0.0, BYTE) for b in range(256)]
-    pieces += [(piece, -float(i), NORMAL) for i, piece in enumerate(merged + letters)]
-    model = b"".join(write_field(1, write_field(1, piece.encode()) + write_field(2, score) + write_field(3, kind))
-                     for piece, score, kind in pieces)
-    trainer = write_field(3, 2) + write_field(4, len(pieces)) + write_field(35, 1)        # BPE, size, byte fallback
-    normalizer = write_field(1, b"identity") + write_field(3, 1) + write_field(4, 0) + write_field(5, 1)
-    path.write_bytes(model + write_field(2, trainer) + write_field(3, normalizer))
-
-
-
 # ---------------------------------------------------------------------------------------------------------------------
 # Pictures: VILA-U's image tokenizer (arXiv 2409.04429)
 #

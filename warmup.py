@@ -14,6 +14,7 @@ import json
 import math
 import platform
 import random
+import re
 import sys
 import textwrap
 import time
@@ -29,8 +30,9 @@ from tqdm import tqdm
 import shapes
 from model import DecoderConfig, DepthConfig, UnifiedModel, chat, load, load_training, save
 from rewards import RulesText, RulesVisual, Scores, judge
-from tokenizer import (IMAGE_END, IMAGE_START, SPECIAL_TOKENS, THINK_END, THINK_START, Answer, TextTokenizer, UserError,
-                       VisionConfig, pad, parse_config, pick_device, read_picture, run_main, train_bpe)
+from tokenizer import (BYTE, CONTROL, IMAGE_END, IMAGE_START, NORMAL, SPACE, SPECIAL_TOKENS, THINK_END, THINK_START,
+                       UNKNOWN, Answer, ImageTokenizer, TextTokenizer, UserError, VisionConfig, pad, parse_config,
+                       pick_device, read_picture, run_main, write_field)
 
 
 @dataclass
@@ -39,9 +41,9 @@ class Config:
     seed: int = 0                    # of weights and data
     device: str = "auto"             # cpu, cuda, mps; auto takes the best there is
     edits: int = 2                   # edits a story: the answer has as many steps
-    tokenizer_steps: int = 600       # stage 1: optimizer steps
-    pretrain_steps: int = 350        # stage 2
-    warmup_steps: int = 220          # stage 3
+    tokenizer_steps: int = 500       # stage 1: optimizer steps
+    pretrain_steps: int = 300        # stage 2
+    warmup_steps: int = 200          # stage 3
     batch: int = 48                  # samples a step of stages 2 and 3
     lr: float = 2e-3                 # peak learning rate of stages 2 and 3
     mix: float = 0.75                # share of interleaved stories in stage 3, the rest is half t2i, half i2t
@@ -283,8 +285,50 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
 # ---------------------------------------------------------------------------------------------------------------------
 # The miniature and its three stages
 
+def train_bpe(texts: list[str], vocab_size: int, path: Path) -> None:
+    """Learn BPE pieces from a few texts and write a SentencePiece model file of at most `vocab_size` pieces.
+
+    Words start at a space and merges stay inside words, so a small world's every word becomes one piece. Layout as
+    LLaMA's: <unk> <s> </s>, 256 bytes, merged pieces best first, single characters.
+    """
+    words: dict[str, int] = {}
+    for text in texts:
+        for word in re.findall(f"{SPACE}[^{SPACE}]*", SPACE + text.replace(" ", SPACE)):
+            words[word] = words.get(word, 0) + 1
+    split = {word: list(word) for word in words}
+    letters = sorted({letter for word in words for letter in word})
+    merged: list[str] = []
+    while len(merged) + len(letters) + 259 < vocab_size:
+        pairs: dict[tuple[str, str], int] = {}
+        for word, symbols in split.items():
+            for pair in zip(symbols, symbols[1:]):
+                pairs[pair] = pairs.get(pair, 0) + words[word]
+        if not pairs:
+            break
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))              # the most frequent, ties by spelling
+        merged += ["".join(best)] if "".join(best) not in merged else []
+        for symbols in split.values():
+            i = 0
+            while i + 1 < len(symbols):
+                if (symbols[i], symbols[i + 1]) == best:
+                    symbols[i:i + 2] = ["".join(best)]
+                i += 1
+    pieces = [("<unk>", 0.0, UNKNOWN), ("<s>", 0.0, CONTROL), ("</s>", 0.0, CONTROL)]
+    pieces += [(f"<0x{b:02X}>", 0.0, BYTE) for b in range(256)]
+    pieces += [(piece, -float(i), NORMAL) for i, piece in enumerate(merged + letters)]
+    model = b"".join(write_field(1, write_field(1, piece.encode()) + write_field(2, score) + write_field(3, kind))
+                     for piece, score, kind in pieces)
+    trainer = write_field(3, 2) + write_field(4, len(pieces)) + write_field(35, 1)        # BPE, size, byte fallback
+    normalizer = write_field(1, b"identity") + write_field(3, 1) + write_field(4, 0) + write_field(5, 1)
+    path.write_bytes(model + write_field(2, trainer) + write_field(3, normalizer))
+
+
 def miniature(seed: int, folder: Path) -> UnifiedModel:
-    """VILA-U's architecture at one millionth of the cost: 24x24 pictures of 3x3 positions, a decoder of width 128."""
+    """VILA-U's architecture in small: 24x24 pictures of 3x3 positions aligned with the board, a decoder of width 128.
+
+    Choice: a codebook of 16 for each of the paper's 4 depths instead of one that they share. Both reconstruct every
+    scene; this one gives each content of a cell exactly one tuple of codes.
+    """
     torch.manual_seed(seed)
     folder.mkdir(parents=True, exist_ok=True)
     words = [shapes.caption(s) for s in shapes.SCENES] + [shapes.edit_words(e) for e in shapes.EDITS] + \
@@ -296,7 +340,12 @@ def miniature(seed: int, folder: Path) -> UnifiedModel:
         DecoderConfig(hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4,
                       vocab_size=text.vocab_size, context=256),
         DepthConfig(width=96, layers=2, heads=4),
-        VisionConfig(**MINIATURE_VISION))
+        VisionConfig(image_size=24, patch_size=8, width=64, mlp_width=128, layers=1, codebook_size=16, depth=4,
+                     shared_codebook=False, ch=32, ch_mult=(1, 1, 1, 1), num_res_blocks=0, attn_resolutions=(),
+                     z_channels=32, resolution=24))
+    torch.nn.init.normal_(model.vision.tower.position, std=0.02)
+    for block in model.vision.tower.blocks:             # attention starts without influence: see locality_loss
+        torch.nn.init.zeros_(block.attn.o_proj.weight), torch.nn.init.zeros_(block.attn.o_proj.bias)
     for module in (model.decoder, model.projector, model.depth):
         for name, p in module.named_parameters():
             if p.dim() > 1:
@@ -305,15 +354,161 @@ def miniature(seed: int, folder: Path) -> UnifiedModel:
     return model
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Stage 1: the image tokenizer
+
+TOKENIZER_LR = 2e-3
+PLAIN, JOINT = 0.2, 0.8        # shares of the steps: features unquantised before the first, decoder alone after the second
+COMMITMENT = 0.25              # as VILA-U (latent_loss_weight)
+LOCALITY = 100.0               # weight of `locality_loss`
+DECAY = 0.95                   # of the codebooks' running means; VILA-U's 0.99 is too slow for 300 steps
+
+# The 17 things that a cell can hold, the empty one first. [17, 8, 8, 3] in -1..1
+CONTENTS = torch.from_numpy(np.stack([shapes.render(None)[:shapes.CELL_SIZE, :shapes.CELL_SIZE]] + [
+    shapes.draw_cell(shape, colour) for shape in shapes.SHAPES for colour in shapes.COLOURS])).float() / 127.5 - 1
+
+
+def sample_boards(generator: torch.Generator, count: int = 16, fill: float = 0.35) -> Tensor:
+    """-> pixels [count, 3, 24, 24]. Choice: any number of shapes on a board, where the world knows one: every picture then
+    teaches several cells, no cell tells about another, and drawing mistakes of the policy can be shown as they are."""
+    content = torch.randint(1, len(CONTENTS), (count, 3, 3), generator=generator)
+    content = torch.where(torch.rand(count, 3, 3, generator=generator) < fill, content, 0)
+    return CONTENTS[content].permute(0, 5, 1, 3, 2, 4).reshape(count, 3, shapes.PICTURE_SIZE, shapes.PICTURE_SIZE)
+
+
+def locality_loss(tokenizer: ImageTokenizer, pixels: Tensor, features: Tensor, generator: torch.Generator) -> Tensor:
+    """A cell's feature has to say what is in that cell, whatever the other cells hold and wherever it lies.
+
+    Half of the cells are replaced by those of another board, all are shifted together, and the kept ones' features must
+    not change. Without it the attention of the tower smears a shape over the codes of all nine cells, which a language
+    model then has to predict: the empty cell alone takes dozens of code tuples.
+    """
+    grid, patch = tokenizer.config.grid, tokenizer.config.patch_size
+    keep = torch.rand(len(pixels), grid, grid, generator=generator) < 0.5                             # (B, 3, 3)
+    down, right = torch.randint(grid, (2,), generator=generator).tolist()
+    keep_pixels = keep[:, None].repeat_interleave(patch, 2).repeat_interleave(patch, 3)               # (B, 1, H, W)
+    mixed = torch.where(keep_pixels, pixels, pixels.roll(1, 0)).roll((patch * down, patch * right), (2, 3))
+    moved = tokenizer.tower(mixed).unflatten(1, (grid, grid)).roll((-down, -right), (1, 2))        # (B, 3, 3, C)
+    return (((features - moved.flatten(1, 2)) ** 2).mean(-1) * keep.flatten(1)).mean()
+
+
+def kmeans(points: Tensor, count: int, generator: torch.Generator, rounds: int = 10) -> tuple[Tensor, Tensor]:
+    """points [M, C] -> centres [count, C] and, per point, the index of its centre [M]"""
+    centres = points[torch.randperm(len(points), generator=generator)[:count]]
+    for _ in range(rounds):
+        nearest = torch.cdist(points, centres).argmin(1)
+        size = torch.bincount(nearest, minlength=count)[:, None]
+        total = torch.zeros_like(centres).index_add_(0, nearest, points)
+        centres = torch.where(size > 0, total / size.clamp(min=1), centres)
+    return centres, torch.cdist(points, centres).argmin(1)
+
+
+class EMACodebooks(torch.nn.Module):
+    """Codebooks as running means of the residuals that chose them, and restarts for codes that nothing chooses."""
+
+    def __init__(self, config: VisionConfig):
+        super().__init__()
+        books = 1 if config.shared_codebook else config.depth
+        self.register_buffer("sizes", torch.ones(books, config.codebook_size))
+        self.register_buffer("sums", torch.zeros(books, config.codebook_size, config.width))
+
+    @torch.no_grad()
+    def start(self, quantizer, features: Tensor, generator: torch.Generator) -> None:
+        """features [M, C]; a shared codebook is divided among the depths."""
+        share = self.sizes.shape[1] * len(self.sizes) // quantizer.depth
+        vectors, residual = [], features
+        for _ in range(quantizer.depth):
+            centres, nearest = kmeans(residual, share, generator)
+            vectors.append(centres)
+            residual = residual - centres[nearest]
+        self.sums.copy_(torch.cat(vectors).view_as(self.sums))
+        self.sizes.fill_(1)
+        self.write(quantizer)
+
+    @torch.no_grad()
+    def update(self, quantizer, residuals: Tensor, codes: Tensor, restart: bool,
+               generator: torch.Generator) -> None:
+        """residuals [B, N, D, C]: what was left of the features when codes [B, N, D] were chosen."""
+        books, count = self.sizes.shape
+        chosen = codes.movedim(-1, 0).reshape(books, -1)                    # (books, M): all depths if shared, or one
+        points = residuals.movedim(-2, 0).reshape(books, -1, residuals.shape[-1])
+        for book in range(books):
+            size = torch.bincount(chosen[book], minlength=count)
+            total = torch.zeros_like(self.sums[book]).index_add_(0, chosen[book], points[book])
+            self.sizes[book].lerp_(size.float(), 1 - DECAY)
+            self.sums[book].lerp_(total, 1 - DECAY)
+            if restart:
+                dead = self.sizes[book] < 0.05                              # chosen less than once in twenty steps
+                fresh = points[book][torch.randint(points.shape[1], (count,), generator=generator)]
+                self.sums[book] = torch.where(dead[:, None], fresh, self.sums[book])
+                self.sizes[book] = torch.where(dead, 1.0, self.sizes[book])
+        self.write(quantizer)
+
+    def write(self, quantizer) -> None:
+        # The clamp lets a code fade to zero once its size is nothing, instead of dividing two vanishing numbers.
+        for table, size, total in zip(quantizer.codebooks, self.sizes, self.sums):
+            table.weight[:-1] = total / size.clamp(min=1e-6)[:, None]
+
+
+def train_image_tokenizer(model: UnifiedModel, run: Run, config: Config, start: int, tensors: dict[str, Tensor]) -> None:
+    """Tower, codebooks and picture decoder together; then the decoder alone, with the codes fixed.
+
+    A fifth of the steps runs without quantisation (quantising noise from step 0 costs a long plateau), then the
+    codebooks start as k-means centres. A step's randomness follows from seed and step alone.
+    """
+    tokenizer, steps = model.vision.requires_grad_(True), config.tokenizer_steps
+    tokenizer.quantizer.requires_grad_(False)                               # moved by running means, not by gradients
+    ema = EMACodebooks(tokenizer.config).to(model.device)
+    optimizer = torch.optim.Adam([p for p in tokenizer.parameters() if p.requires_grad], lr=TOKENIZER_LR,
+                                 betas=(0.9, 0.95))
+    restore_optimizer(optimizer, tensors)
+    ema.load_state_dict({name: tensors.get(name, value) for name, value in ema.state_dict().items()})
+    plain, joint = int(PLAIN * steps), int(JOINT * steps)
+    bar = tqdm(range(start, steps), desc="tokenizer", initial=start, total=steps)
+    for step in bar:
+        began = time.perf_counter()
+        generator = torch.Generator().manual_seed(config.seed * 1_000_003 + step)
+        pixels = sample_boards(generator).to(model.device)
+        features, extra = tokenizer.tower(pixels), 0.0                                                # (B, N, C)
+        if step < joint:
+            extra = LOCALITY * locality_loss(tokenizer, pixels, features, generator)
+        if step == plain:
+            with torch.no_grad():
+                many = tokenizer.tower(sample_boards(generator, 128).to(model.device)).flatten(0, 1)
+            ema.start(tokenizer.quantizer, many, generator)
+        if step >= plain:
+            codes = tokenizer.quantizer.encode(features)                                              # (B, N, D)
+            sums = tokenizer.vectors(codes).cumsum(-2)                                                # (B, N, D, C)
+            if step < joint:
+                left = torch.cat((features.detach()[..., None, :], features.detach()[..., None, :] - sums), dim=-2)
+                restart = step < plain + 0.6 * (joint - plain) and step % 10 == 0         # later on, codes stay put
+                ema.update(tokenizer.quantizer, left[..., :-1, :], codes, restart, generator)
+                extra = extra + COMMITMENT * ((features[..., None, :] - sums) ** 2).mean()      # every depth
+                features = features + (sums[..., -1, :] - features).detach()                    # straight-through
+            else:
+                features = sums[..., -1, :]
+        difference = tokenizer.decoder(features) - pixels
+        loss = (difference ** 2).mean() + 0.5 * difference.abs().mean()
+        since, until = (0.6 * joint, joint) if step < joint else (joint, steps)     # flat, then down to a tenth: twice
+        for group in optimizer.param_groups:
+            group["lr"] = TOKENIZER_LR * min(1, (step + 1) / 20) * (1 - 0.9 * max(0, (step - since) / (until - since)))
+        optimizer.zero_grad()                                # sets None: Adam leaves the tower alone once it is fixed
+        (loss + extra).backward()
+        optimizer.step()
+        run.log(stage="tokenizer", step=step, loss=loss.item(), seconds=time.perf_counter() - began)
+        bar.set_postfix(loss=f"{loss.item():.4f}")
+        if (step + 1) % config.save_every == 0 and step + 1 < steps:
+            checkpoint(model, run, config, "tokenizer", step + 1, optimizer_tensors(optimizer) | ema.state_dict())
+    tokenizer.requires_grad_(False)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Stages 2 and 3: the decoder
+
 def learning_rate(step: int, steps: int, peak: float) -> float:
     """Linear ramp over the first twentieth, then a cosine down to a tenth."""
     ramp = max(1, steps // 20)
     return peak * min((step + 1) / ramp, 0.55 + 0.45 * math.cos(math.pi * step / steps))
-
-
-MINIATURE_VISION = dict(image_size=24, patch_size=8, width=64, mlp_width=128, layers=2, codebook_size=64, depth=4,
-                        shared_codebook=False, ch=32, ch_mult=(1, 1, 1, 1), num_res_blocks=0, attn_resolutions=(),
-                        z_channels=64, resolution=24)
 
 
 def train_decoder(model: UnifiedModel, run: Run, config: Config, stage: str, steps: int, kinds: dict, start: int,

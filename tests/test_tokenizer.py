@@ -14,7 +14,7 @@ import pytest
 
 import shapes
 from conftest import FIXTURES
-from tokenizer import (TextTokenizer, UserError, parse_config, settle_folder, train_bpe, write_field, write_folder)
+from tokenizer import TextTokenizer, UserError, write_field
 
 CASES = FIXTURES / "tokenizers"
 CACHE = Path(os.environ.get("TOKENIZER_CACHE", Path.home() / ".cache" / "unified-grpo-tests"))
