@@ -78,13 +78,13 @@ def interval(values: np.ndarray, seed: int, resamples: int = 2000) -> list[float
     return [round(float(x), 4) for x in (values.mean(), low, high)]
 
 
-def answer_all(model: UnifiedModel, samples: list[Sample], config: Config, sampling: Sampling, title: str,
-               draw: bool = False) -> list[Answer]:
+def answer_all(model: UnifiedModel, samples: list[Sample], config: Config, sampling: Sampling, title: str
+               ) -> list[Answer]:
     """One answer for each prompt, in batches, seeds fixed."""
     generator, codes, answers = torch.Generator().manual_seed(config.seed), Codes(model), []
     for start in tqdm(range(0, len(samples), config.batch), desc=title, leave=False):
         part = samples[start:start + config.batch]
-        prompts = [model.prompt(s.prompt, codes(s.prompt_pictures), draw) for s in part]
+        prompts = [model.prompt(s.prompt, codes(s.prompt_pictures), s.draw) for s in part]
         answers += model.answers(model.generate(prompts, 1, config.budget, sampling, generator))
     return answers
 
@@ -99,7 +99,7 @@ def evaluate(model: UnifiedModel, config: Config) -> dict:
         rates = [rate_answer(s.prompt, a) for s, a in zip(samples, answers)]
         result[arm] = {name: interval(np.array([r[name] for r in rates]), config.seed) for name in RATES}
     greedy = Sampling(0.0)
-    drawn = answer_all(model, [Sample(shapes.caption(s), []) for s in shapes.SCENES], config, greedy, "t2i", draw=True)
+    drawn = answer_all(model, [Sample(shapes.caption(s), [], draw=True) for s in shapes.SCENES], config, greedy, "t2i")
     read = answer_all(model, [Sample(f"<image> {I2T_QUESTION}", [shapes.render(s)]) for s in shapes.SCENES], config, greedy, "i2t")
     first = [next((s.picture for s in a.segments if s.picture is not None), None) for a in drawn]
     right = [p is not None and shapes.matches(p, scene) for p, scene in zip(first, shapes.SCENES)]

@@ -254,6 +254,7 @@ def update(scorer: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: Rol
     weights = decision_weights(batch.mask, batch.is_image, config.image_weight, config.per_modality)
     image = batch.mask & batch.is_image[..., None]
     text = batch.mask & ~image
+    counts = {"text": max(1, int(text.sum())), "image": max(1, int(image.sum()))}
     total, sums = 0.0, {}
     optimizer.zero_grad()
     for start in range(0, B, config.micro_batch):
@@ -273,7 +274,7 @@ def update(scorer: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: Rol
             clipped = ((ratio - 1).abs() > config.clip).float()
             for name, of in (("text", text[part]), ("image", image[part])):
                 for key, value in ((f"kl/{name}", kl), (f"clip_frac/{name}", clipped)):
-                    sums[key] = sums.get(key, 0.0) + value[of].sum().item() / max(1, int((text if name == "text" else image).sum()))
+                    sums[key] = sums.get(key, 0.0) + value[of].sum().item() / counts[name]
             sums["ratio_max"] = max(sums.get("ratio_max", 0.0), ratio[batch.mask[part]].max().item())
     norm = torch.nn.utils.clip_grad_norm_(scorer.parameters(), 1.0)
     optimizer.step()
@@ -324,14 +325,14 @@ def start_processes(config: Config) -> tuple[int, int, torch.device]:
     return dist.get_rank(), dist.get_world_size(), device
 
 
-def averaged(metrics: dict, world: int) -> dict:
+def averaged(metrics: dict, world: int, device: torch.device) -> dict:
     """Metrics over all processes: means, but the largest ratio."""
     if world == 1:
         return metrics
-    values = torch.tensor(list(metrics.values()), dtype=torch.float64)
-    gathered = [torch.zeros_like(values) for _ in range(world)]
-    dist.all_gather(gathered, values) if dist.get_backend() == "gloo" else None
-    merged = torch.stack(gathered)
+    values = torch.tensor(list(metrics.values()), device=device)
+    everyone = [torch.zeros_like(values) for _ in range(world)]
+    dist.all_gather(everyone, values)
+    merged = torch.stack(everyone)                                                         # (world, metrics)
     return {k: (merged[:, i].max() if k == "ratio_max" else merged[:, i].mean()).item() for i, k in enumerate(metrics)}
 
 
@@ -361,11 +362,14 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> None:
     restore_optimizer(optimizer, tensors)
     scorer = Scorer(policy)
     if world > 1:
-        scorer = torch.nn.parallel.DistributedDataParallel(scorer)
+        # a rollout without a single picture leaves the image head out
+        scorer = torch.nn.parallel.DistributedDataParallel(scorer, find_unused_parameters=True)
     pool = read_prompts(Path(config.prompts)) if config.prompts else []
     judges, codes, sampling = (RulesText(), RulesVisual()), Codes(reference), sampling_of(config)
     run = Run(config, state["lines"] if state else 0) if rank == 0 else None
     first, dead = state["step"] if state else 0, 0
+    if rank == 0 and first >= config.updates:
+        print(f"{folder} is finished: {first} updates (more with --updates, afresh with --no-resume)")
     if rank == 0 and first == 0:
         show(policy, run, config, judges, "000000_before", "Before GRPO: the warm-up model")
     bar = tqdm(range(first, config.updates, config.epochs_per_rollout), desc="grpo", disable=rank > 0,
@@ -376,15 +380,15 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> None:
         policy.eval()
         batch = rollout(policy, draw_prompts(config, step, rank, pool), config, judges, codes, generator)   # 1-4
         with torch.no_grad():
-            ref_logp = torch.cat([reference.log_probs(*part, sampling) for part in
-                                  zip(*(x.split(config.micro_batch) for x in (batch.tokens, batch.is_image, batch.mask)))])
+            parts = zip(*(x.split(config.micro_batch) for x in (batch.tokens, batch.is_image, batch.mask)))
+            ref_logp = torch.cat([reference.log_probs(*part, sampling) for part in parts])
         sampled = time.perf_counter() - began
         for epoch in range(config.epochs_per_rollout):
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * min(1.0, (step + epoch + 1) / config.ramp)
             metrics = update(scorer, optimizer, batch, ref_logp, config)                                     # 5, 6
         metrics = averaged({**rollout_metrics(batch), **metrics, "seconds": time.perf_counter() - began,
-                            "seconds/rollout": sampled}, world)
+                            "seconds/rollout": sampled}, world, device)
         done = step + config.epochs_per_rollout
         dead = dead + 1 if metrics["zero_spread"] == 1 else 0
         if rank:

@@ -45,7 +45,8 @@ class Config:
     pretrain_steps: int = 300        # stage 2
     warmup_steps: int = 200          # stage 3
     batch: int = 48                  # samples a step of stages 2 and 3
-    lr: float = 2e-3                 # peak learning rate of stages 2 and 3
+    lr: float = 2e-3                 # peak learning rate of stage 2
+    warmup_lr: float = 1e-3          # peak learning rate of stage 3
     mix: float = 0.75                # share of interleaved stories in stage 3, the rest is half t2i, half i2t
     loss: str = "eq1"                # eq1: mean over all decisions; official: text mean + image mean, as VILA-U trains
     save_every: int = 100            # steps between checkpoints
@@ -62,6 +63,7 @@ class Sample:
     prompt_pictures: list
     answer: str = ""
     answer_pictures: list = field(default_factory=list)
+    draw: bool = False               # text-to-image: the prompt ends in <im_start>
 
 
 def written(steps: list[tuple[str, object]], fault: str | None = None, rng: random.Random | None = None
@@ -97,19 +99,19 @@ def words_sample(rng: random.Random, edits: int) -> Sample:
     """The same task in words alone: stands for what a language model knows before it meets a picture."""
     prompt = toy_prompt(rng, rng.randint(1, edits + 1), "train").prompt
     captions = [shapes.caption(state) for state in shapes.states_of_prompt(prompt)[1:]]
-    return Sample(prompt.replace(" <image>", ""), [], " " + ", ".join(captions) + "</s>")
+    return Sample(prompt.replace(" <image>", ""), [], ", ".join(captions) + "</s>")
 
 
 def t2i_sample(rng: random.Random, edits: int = 0) -> Sample:
     """Text to image: a caption, its picture."""
     scene = rng.choice(shapes.SCENES)
-    return Sample(shapes.caption(scene), [], f" {IMAGE_START}<image>{IMAGE_END}</s>", [shapes.render(scene)])
+    return Sample(shapes.caption(scene), [], f"<image>{IMAGE_END}</s>", [shapes.render(scene)], draw=True)
 
 
 def i2t_sample(rng: random.Random, edits: int = 0) -> Sample:
     """Image to text: a picture and a question, the caption."""
     scene = rng.choice(shapes.SCENES)
-    return Sample(f"<image> {I2T_QUESTION}", [shapes.render(scene)], f" {shapes.caption(scene)}</s>")
+    return Sample(f"<image> {I2T_QUESTION}", [shapes.render(scene)], f"{shapes.caption(scene)}</s>")
 
 
 I2T_QUESTION = "what is it?"
@@ -166,7 +168,7 @@ def batch_of(samples: list[Sample], model: UnifiedModel, codes: Codes) -> tuple[
     """Samples -> tokens [B, T, D], is_image [B, T], mask [B, T, D]: True on the answers' decisions."""
     D, tokens, is_image, mask = model.vision_config.depth, [], [], []
     for s in samples:
-        prompt = model.prompt(s.prompt, codes(s.prompt_pictures))
+        prompt = model.prompt(s.prompt, codes(s.prompt_pictures), s.draw)
         answer = model.sequence(s.answer, codes(s.answer_pictures))[1:]                    # without its <s>
         row = prompt + answer
         decisions = row.is_image[:, None] | (torch.arange(D) == 0)                         # D codes or one token
@@ -511,11 +513,11 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * min((step + 1) / ramp, 0.55 + 0.45 * math.cos(math.pi * step / steps))
 
 
-def train_decoder(model: UnifiedModel, run: Run, config: Config, stage: str, steps: int, kinds: dict, start: int,
-                  tensors: dict[str, Tensor]) -> None:
+def train_decoder(model: UnifiedModel, run: Run, config: Config, stage: str, steps: int, lr: float, kinds: dict,
+                  start: int, tensors: dict[str, Tensor]) -> None:
     """Stages 2 and 3: Eq. (1) on batches of `kinds` ({sample function: share}). Step s sees data that depend on seed,
     stage and s alone, so a resumed run is the uninterrupted one."""
-    optimizer = torch.optim.AdamW(model.policy_parameters(), lr=config.lr, betas=(0.9, 0.95), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(model.policy_parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
     restore_optimizer(optimizer, tensors)
     codes, counts = Codes(model), dict.fromkeys((k.__name__ for k in kinds), 0)
     bar = tqdm(range(start, steps), desc=stage, initial=start, total=steps)
@@ -531,7 +533,7 @@ def train_decoder(model: UnifiedModel, run: Run, config: Config, stage: str, ste
             raise UserError(f"{stage}: the loss became {loss.item()} at step {step}: lower --lr; the last good "
                             f"checkpoint is intact")
         for group in optimizer.param_groups:
-            group["lr"] = learning_rate(step, steps, config.lr)
+            group["lr"] = learning_rate(step, steps, lr)
         optimizer.zero_grad()
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.policy_parameters(), 1.0)
@@ -569,10 +571,11 @@ def warm_up(config: Config) -> None:
         if stage == "tokenizer":
             train_image_tokenizer(model, run, config, here, held)
         elif stage == "pretrain":
-            train_decoder(model, run, config, stage, config.pretrain_steps, PRETRAINING, here, held)
+            train_decoder(model, run, config, stage, config.pretrain_steps, config.lr, PRETRAINING, here, held)
         else:
             show(model, run, "before", "before the warm-up: it cannot interleave")
-            train_decoder(model, run, config, stage, config.warmup_steps, hybrid_mix(config.mix), here, held)
+            train_decoder(model, run, config, stage, config.warmup_steps, config.warmup_lr, hybrid_mix(config.mix), here,
+                          held)
             show(model, run, "after", "after the warm-up")
         checkpoint(model, run, config, STAGES[STAGES.index(stage) + 1], 0, {})
 
