@@ -42,11 +42,11 @@ class Config:
     split: str = "heldout"           # heldout: edit chains never trained on; pairs: colour-shape pairs never in a story
     seed: int = 7                    # of prompts and sampling
     json: str = ""                   # write the rates to this file
-    edits: int = 2                   # edits a prompt asks for
+    edits: int = 3                   # edits a prompt asks for
     temperature: float = 1.0         # of the sampled arm: the training temperature
     low: float = 0.4                 # temperature of the low-temperature arm
     guidance: float = 1.0            # for image codes, in every arm
-    budget: int = 128                # positions an answer may have
+    budget: int = 160                # positions an answer may have
     batch: int = 192                 # prompts at a time
     device: str = "auto"             # cpu, cuda, mps
     ladder: bool = False             # train from --model with more and more rewards, rate each rung

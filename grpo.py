@@ -41,7 +41,7 @@ class Config:
     model: str = "out/warmup"        # warm-up model: run directory, checkpoint folder or hub id; the KL's reference
     out: str = "out/grpo"            # run directory
     prompts: str = ""                # prompts from disk (JSONL of "prompt" and "images"); empty: the toy world's
-    edits: int = 2                   # edits a toy prompt asks for
+    edits: int = 3                   # edits a toy prompt asks for
     updates: int = 40                # optimizer updates of the run; with --epochs-per-rollout E there are E per rollout
     prompts_per_update: int = 16     # P: prompts a rollout
     group_size: int = 4              # G in Eq. (2): answers a prompt
@@ -50,18 +50,18 @@ class Config:
     lr: float = 2e-4                 # Adam's
     ramp: int = 5                    # updates until lr is reached
     clip: float = 0.2                # eps in Eq. (2)
-    kl: float = 0.05                 # beta in Eq. (2)
+    kl: float = 0.1                  # beta in Eq. (2)
     reward_parts: str = "t,v,f"      # which parts of Eq. (5) count: any of t (text), v (visual), f (format)
     credit: str = "process"          # process: Eq. (6), every step by its own rewards; outcome: Eq. (4)
-    step_discount: float = 0.0       # gamma of Eq. (6): 1 is the sum as printed, 0 each step's own reward
+    step_discount: float = 0.5       # gamma of Eq. (6): 1 is the sum as printed, 0 each step's own reward
     pool: str = "kind"               # step rewards of Eq. (6) normalised per kind (text, image) or in one pool: kind, all
-    image_weight: float = 0.3        # what a code counts against a text token in the loss; 1 is Eq. (2) as printed
+    image_weight: float = 1.0        # what a code counts against a text token in the loss; 1 is Eq. (2) as printed
     per_modality: bool = False       # text mean + image_weight * image mean instead of 1/|Y|
     temperature: float = 1.0         # of the rollouts, text and codes alike
     top_k: int = 0                   # 0 = off
     top_p: float = 1.0               # 1 = off
     guidance: float = 1.0            # 1: the model itself; else rollouts and scoring both run the guided distribution
-    budget: int = 128                # positions an answer may have
+    budget: int = 160                # positions an answer may have
     seed: int = 0                    # of prompts and sampling
     device: str = "auto"             # cpu, cuda, mps; auto takes the best there is
     save_every: int = 10             # updates between checkpoints

@@ -40,14 +40,14 @@ class Config:
     out: str = "out/warmup"          # run directory
     seed: int = 0                    # of weights and data
     device: str = "auto"             # cpu, cuda, mps; auto takes the best there is
-    edits: int = 2                   # edits a story: the answer has as many steps
+    edits: int = 3                   # edits a story: the answer has as many steps
     tokenizer_steps: int = 500       # stage 1: optimizer steps
-    pretrain_steps: int = 300        # stage 2
-    warmup_steps: int = 200          # stage 3
+    pretrain_steps: int = 400        # stage 2
+    warmup_steps: int = 260          # stage 3
     batch: int = 48                  # samples a step of stages 2 and 3
     lr: float = 2e-3                 # peak learning rate of stage 2
     warmup_lr: float = 1e-3          # peak learning rate of stage 3
-    mix: float = 0.75                # share of interleaved stories in stage 3, the rest is half t2i, half i2t
+    mix: float = 0.6                 # share of interleaved stories in stage 3, the rest is half t2i, half i2t
     loss: str = "eq1"                # eq1: mean over all decisions; official: text mean + image mean, as VILA-U trains
     save_every: int = 100            # steps between checkpoints
 
