@@ -15,6 +15,7 @@ import pytest
 import shapes
 from conftest import FIXTURES
 from tokenizer import TextTokenizer, UserError, write_field
+from warmup import train_bpe
 
 CASES = FIXTURES / "tokenizers"
 CACHE = Path(os.environ.get("TOKENIZER_CACHE", Path.home() / ".cache" / "unified-grpo-tests"))
@@ -154,3 +155,43 @@ def test_image_prompts(models, name):
     t = tokenizer(models, name, "im")
     for c in lines(CASES / f"{name}_image_prompt.jsonl"):
         assert t.encode_with_images(c["text"]) == c["ids"], c
+
+
+def test_a_trained_model_file_is_real_sentencepiece(tmp_path):
+    """The world's own tokenizer, read by the reference library: same ids, same text; frequent words are one piece."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    texts = [shapes.caption(s) for s in shapes.SCENES]
+    train_bpe(texts, 400, tmp_path / "tokenizer.model")
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(tmp_path / "tokenizer.model"))
+    ours = TextTokenizer(tmp_path / "tokenizer.model")
+    for text in texts + ["", " two  spaces ", "naïve ✓\n", "unknown words", "a"]:
+        assert ours.encode_plain(text) == reference.encode(text)
+        assert ours.decode_plain(reference.encode(text)) == reference.decode(reference.encode(text))
+    assert len(ours.encode_plain("a red circle at top left")) == 6
+
+
+@pytest.mark.parametrize("unit", ["spaces make words. ", "nospaces"])
+def test_encoding_time_grows_with_the_text_not_with_its_square(models, unit):
+    t = TextTokenizer(models("tiny_llama"))
+    times = []
+    for repeat in (2000, 16000):
+        t.cache.clear()
+        began = time.perf_counter()
+        t.encode(unit * repeat)
+        times.append(time.perf_counter() - began)
+    assert times[1] < 24 * times[0], "8 times the text may not cost 64 times the time"
+
+
+@pytest.mark.parametrize("content", [b"", b"not a model at all", write_field(1, write_field(1, b"a"))])
+def test_a_file_that_is_no_bpe_model_is_named(tmp_path, content):
+    (tmp_path / "tokenizer.model").write_bytes(content)
+    with pytest.raises(UserError, match="tokenizer.model"):
+        TextTokenizer(tmp_path / "tokenizer.model")
+
+
+def test_a_missing_or_cut_tokenizer_is_named(models, tmp_path):
+    with pytest.raises(UserError, match="missing"):
+        TextTokenizer(tmp_path / "tokenizer.model")
+    (tmp_path / "tokenizer.model").write_bytes(models("tiny_llama").read_bytes()[:1000])
+    with pytest.raises(UserError, match="tokenizer.model"):
+        TextTokenizer(tmp_path / "tokenizer.model")

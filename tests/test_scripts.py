@@ -1,0 +1,291 @@
+"""The scripts as a user runs them: end to end in small, killed and resumed, on two processes, and with bad input."""
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import evaluate
+import grpo
+import shapes
+import warmup
+from conftest import ROOT
+from model import load, load_training
+from tokenizer import UserError
+
+SMALL = dict(tokenizer_steps=10, pretrain_steps=6, warmup_steps=6, batch=4, save_every=4)
+RUN = dict(updates=4, prompts_per_update=2, group_size=2, budget=48, save_every=2, eval_prompts=0, device="cpu")
+
+
+def run(*arguments, check: int = 0, **environment) -> str:
+    """A script in a process of its own, in the repository's root."""
+    done = subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+    assert done.returncode == check, done.stderr[-2000:]
+    return done.stdout + done.stderr
+
+
+def flags(settings: dict) -> list[str]:
+    return [part for k, v in settings.items() for part in ("--" + k.replace("_", "-"), str(v))]
+
+
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory):
+    """A warm-up run of a few steps: it knows nothing, but every part of it is real."""
+    folder = tmp_path_factory.mktemp("runs") / "warmup"
+    run("warmup.py", "--out", folder, *flags(SMALL))
+    return folder
+
+
+def weights(folder: Path) -> dict:
+    return {**load(folder).state_dict(), **load_training(folder / "policy")[1]}
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def metrics(folder: Path) -> list[dict]:
+    lines = warmup.read_metrics(folder / "metrics.jsonl")
+    return [{k: v for k, v in line.items() if "seconds" not in k} for line in lines]
+
+
+def killed_after(lines: int, start, monkeypatch) -> None:
+    """Run until the given number of metric lines is written, then die where it stands."""
+    with monkeypatch.context() as patch:
+        log, count = warmup.Run.log, 0
+
+        def dying(self, **values):
+            nonlocal count
+            count += 1
+            if count > lines:
+                raise KeyboardInterrupt
+            log(self, **values)
+        patch.setattr(warmup.Run, "log", dying)
+        with pytest.raises(KeyboardInterrupt):
+            start()
+
+
+@pytest.mark.parametrize("lines", [5, 13, 21])               # in each of the three stages
+def test_a_killed_warmup_goes_on_bit_equal(warm, tmp_path, monkeypatch, lines):
+    monkeypatch.chdir(tmp_path)
+    torch.set_num_threads(1)
+    config = warmup.Config(out=str(tmp_path / "warmup"), device="cpu", **SMALL)
+    killed_after(lines, lambda: warmup.warm_up(config), monkeypatch)
+    warmup.warm_up(config)
+    assert same(weights(tmp_path / "warmup"), weights(warm))
+    assert metrics(tmp_path / "warmup") == metrics(warm)
+
+
+@pytest.mark.parametrize("settings", [dict(), dict(epochs_per_rollout=2, credit="outcome", guidance=2.0)])
+def test_a_killed_grpo_goes_on_bit_equal(warm, tmp_path, monkeypatch, settings):
+    torch.set_num_threads(1)
+    whole, cut = (grpo.Config(model=str(warm), out=str(tmp_path / name), **RUN, **settings) for name in ("whole", "cut"))
+    cpu = torch.device("cpu")
+    grpo.train(whole, 0, 1, cpu)
+    killed_after(3 // settings.get("epochs_per_rollout", 1), lambda: grpo.train(cut, 0, 1, cpu), monkeypatch)
+    grpo.train(cut, 0, 1, cpu)
+    assert same(weights(tmp_path / "whole"), weights(tmp_path / "cut"))
+    assert metrics(tmp_path / "whole") == metrics(tmp_path / "cut")
+    assert not same(weights(tmp_path / "whole"), weights(warm))
+
+
+def one_rollout(warm, settings: dict):
+    config = grpo.Config(model=str(warm), **{**RUN, "prompts_per_update": 4, "group_size": 4, "kl": 0.1, **settings})
+    policy, reference = load(warm), load(warm)
+    batch = grpo.rollout(policy, grpo.draw_prompts(config, 0, 0, []), config,
+                         (lambda p, texts: [0.3 * len(t) % 1 for t in texts], lambda t, pictures: [p.mean() / 255 for p in pictures]),
+                         warmup.Codes(policy), torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        ref_logp = reference.log_probs(batch.tokens, batch.is_image, batch.mask, grpo.sampling_of(config))
+    return config, policy, batch, ref_logp
+
+
+def test_micro_batch_size_does_not_change_the_gradient(warm):
+    from dataclasses import replace
+    config, policy, batch, ref_logp = one_rollout(warm, {})
+    batch.advantages = torch.randn_like(batch.advantages) * (batch.mask.any(-1, keepdim=True))
+    gradients = []
+    for size in (1, 3, 16):
+        optimizer = torch.optim.SGD(policy.policy_parameters(), lr=0.0)
+        grpo.update(grpo.Scorer(policy), optimizer, batch, ref_logp, replace(config, micro_batch=size))
+        gradients.append(torch.cat([p.grad.flatten() for p in policy.policy_parameters() if p.grad is not None]))
+    assert gradients[0].norm() > 0
+    for other in gradients[1:]:
+        assert torch.allclose(gradients[0], other, atol=1e-5 * gradients[0].abs().max())
+
+
+def test_the_first_updates_ratio_is_one_and_later_ones_move(warm):
+    config, policy, batch, ref_logp = one_rollout(warm, {"epochs_per_rollout": 2, "updates": 2})
+    batch.advantages = torch.randn_like(batch.advantages)
+    optimizer = torch.optim.Adam(policy.policy_parameters(), lr=3e-3)
+    first = grpo.update(grpo.Scorer(policy), optimizer, batch, ref_logp, config)
+    second = grpo.update(grpo.Scorer(policy), optimizer, batch, ref_logp, config)
+    assert first["ratio_max"] == pytest.approx(1, abs=1e-4) and first["kl/text"] == pytest.approx(0, abs=1e-6)
+    assert second["ratio_max"] > 1.01 and second["kl/text"] > 0 and second["kl/image"] > 0
+    assert second["clip_frac/text"] > 0 or second["clip_frac/image"] > 0
+
+
+def test_image_codes_alone_can_be_taught_redness(warm):
+    """If this does not rise, the image branch is broken: reward = redness of one drawn picture, text takes no part."""
+    from tokenizer import pad
+    policy = load(warm)
+    config = grpo.Config(kl=0.0)
+    optimizer, scorer = torch.optim.Adam(policy.policy_parameters(), lr=1e-3), grpo.Scorer(policy)
+    prompt, redness = policy.prompt("a red circle at top", draw=True), []
+    for step in range(15):
+        with torch.no_grad():
+            rows = policy.generate([prompt], 32, policy.vision_config.positions + 1,
+                                   generator=torch.Generator().manual_seed(step))
+            pictures = policy.pictures(torch.stack([r.tokens[r.is_image] for r in rows])).astype(float)
+        reward = torch.tensor((pictures[..., 0] - pictures[..., 1:].mean(-1)).mean((1, 2)) / 255, dtype=torch.float32)
+        redness.append(reward.mean().item())
+        whole = {f: pad([torch.cat((getattr(prompt, f) if f in ("tokens", "is_image") else
+                                    torch.zeros(len(prompt), *getattr(r, f).shape[1:], dtype=getattr(r, f).dtype),
+                                    getattr(r, f))) for r in rows]) for f in ("tokens", "is_image", "mask", "logp")}
+        mask = whole["mask"] & whole["is_image"][..., None]
+        logp = scorer(whole["tokens"], whole["is_image"], mask)
+        loss, *_ = grpo.grpo_loss(logp, whole["logp"], logp.detach(),
+                                  grpo.outcome_advantages(reward[None])[0][:, None, None].expand_as(logp),
+                                  grpo.decision_weights(mask, whole["is_image"]), config.clip, config.kl)
+        optimizer.zero_grad()
+        loss.mean().backward()
+        optimizer.step()
+    assert sum(redness[-3:]) / 3 > sum(redness[:3]) / 3 + 0.02, redness
+
+
+def test_grpo_from_prompts_on_disk_and_evaluation_leave_something_to_look_at(warm, tmp_path):
+    run("shapes.py", "--dump", tmp_path / "data", "--count", 3, "--edits", 2)
+    out = run("grpo.py", "--model", warm, "--out", tmp_path / "grpo", "--prompts", tmp_path / "data" / "prompts.jsonl",
+              *flags({**RUN, "eval_prompts": 2}))
+    assert "before greedy" in out and "after greedy" in out
+    page = (tmp_path / "grpo" / "report.html").read_text()
+    assert page.count("<svg") > 10 and page.count("data:image/png;base64,") > 8 and "http" not in page
+    names = {p.name for p in (tmp_path / "grpo").iterdir()}
+    assert {"config.json", "metrics.jsonl", "report.html", "policy", "samples", "evaluation.json"} <= names
+    assert list((tmp_path / "grpo" / "samples").glob("*.png"))
+    run("evaluate.py", "--model", tmp_path / "grpo", "--prompts", 3, "--seed", 7, "--json", tmp_path / "e.json")
+    rates = json.loads((tmp_path / "e.json").read_text())
+    assert rates["prompts"] == 3 and rates["seed"] == 7 and set(rates["kept"]) == {"t2i", "i2t"}
+    for arm in ("sampled", "low", "greedy"):
+        for name in ("format", "text", "visual", "visual_true", "story"):
+            rate, low, high = rates[arm][name]
+            assert 0 <= low <= rate <= high <= 1
+    assert "finished" in run("grpo.py", "--model", warm, "--out", tmp_path / "grpo", "--prompts",
+                             tmp_path / "data" / "prompts.jsonl", *flags({**RUN, "eval_prompts": 0}))
+
+
+def test_two_processes_train_and_leave_one_checkpoint(warm, tmp_path):
+    run("-m", "torch.distributed.run", "--nproc_per_node=2", "grpo.py", "--model", warm, "--out", tmp_path / "ddp",
+        *flags(RUN))
+    assert load_training(tmp_path / "ddp" / "policy")[0]["step"] == RUN["updates"]
+    assert len(metrics(tmp_path / "ddp")) == RUN["updates"]
+
+
+def test_one_answer_from_the_command_line(warm, tmp_path):
+    from PIL import Image
+    Image.fromarray(shapes.render(shapes.SCENES[0])).save(tmp_path / "start.png")
+    run("model.py", "--model", warm, "--prompt", "paint it blue. <BEGIN> a red circle at top left <image>", "--image",
+        tmp_path / "start.png", "--out", tmp_path / "answer", "--budget", 60)
+    assert "start" not in os.listdir(tmp_path / "answer") and (tmp_path / "answer" / "answer.html").exists()
+    assert (tmp_path / "answer" / "prompt_0.png").exists()
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["grpo.py", "--group-sise", "4"], "--group-size"),
+    (["grpo.py", "--group-size", "1"], "--group-size 1"),
+    (["grpo.py", "--model", "no/such/folder"], "no/such/folder"),
+    (["evaluate.py", "--model", "README.md"], "README.md"),
+    (["warmup.py", "--batch", "many"], "--batch"),
+    (["grpo.py", "--device", "gpu"], "--device gpu"),
+    (["model.py", "--image", "README.md"], "--image"),
+])
+def test_a_mistake_is_one_sentence_and_exit_code_2(arguments, said):
+    out = run(*arguments, check=2, HF_HUB_OFFLINE="1")
+    assert said in out and "Traceback" not in out and len(out.strip().splitlines()) == 1, out
+
+
+@pytest.mark.parametrize("lines, said", [
+    ('{"prompt": "x"\n', "line 1"), ('{"images": []}\n', "line 1"), ("", "no prompt"), ("\n\n", "no prompt"),
+    ('{"prompt": "a"}\n{"prompt": "b <image>"}\n', "line 2"), ('{"prompt": ""}', "empty"),
+    ('{"prompt": "<image>", "images": ["missing.png"]}', "missing.png"),
+    ('{"prompt": "<image>", "images": ["prompts.jsonl"]}', "not a picture"), ('[1]', "line 1")])
+def test_broken_prompt_files_are_named_with_their_line(tmp_path, lines, said):
+    (tmp_path / "prompts.jsonl").write_text(lines)
+    with pytest.raises(UserError, match=re.escape(said)):
+        warmup.read_prompts(tmp_path / "prompts.jsonl")
+
+
+def test_other_settings_do_not_go_on_with_a_checkpoint(warm):
+    with pytest.raises(UserError, match="--lr"):
+        warmup.warm_up(warmup.Config(out=str(warm), lr=1.0, **SMALL))
+
+
+def test_damaged_checkpoints_are_refused(warm, tmp_path):
+    import shutil
+    shutil.copytree(warm / "policy", tmp_path / "policy")
+    file = tmp_path / "policy" / "llm" / "model.safetensors"
+    whole = file.read_bytes()
+    file.write_bytes(whole[:len(whole) // 2])
+    with pytest.raises(UserError, match="model.safetensors"):
+        load(tmp_path)
+    file.unlink()
+    with pytest.raises(UserError, match="missing"):
+        load(tmp_path)
+    file.write_bytes(whole)
+    config = json.loads((tmp_path / "policy" / "llm" / "config.json").read_text())
+    (tmp_path / "policy" / "llm" / "config.json").write_text(json.dumps({**config, "hidden_size": 64}))
+    with pytest.raises(UserError, match="shape"):
+        load(tmp_path)
+
+
+def test_a_dead_group_trains_nothing_and_says_so(warm, tmp_path, capsys):
+    """With a constant reward every advantage is exactly zero: without a KL the policy does not move at all."""
+    config = grpo.Config(model=str(warm), out=str(tmp_path / "dead"), reward_parts="f", kl=0.0, **RUN)
+    grpo.train(config, 0, 1, torch.device("cpu"))
+    assert same(load(tmp_path / "dead").state_dict(), load(warm).state_dict())
+    assert all(line["zero_spread"] == 1 for line in metrics(tmp_path / "dead"))
+    assert "no spread" in capsys.readouterr().out
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update(warm, tmp_path, monkeypatch):
+    config = grpo.Config(model=str(warm), out=str(tmp_path / "nan"), **RUN)
+    real = grpo.grpo_loss
+
+    def broken(*arguments):
+        loss, ratio, kl = real(*arguments)
+        calls.append(1)
+        return (loss * float("nan") if len(calls) == 3 else loss), ratio, kl
+    calls = []
+    monkeypatch.setattr(grpo, "grpo_loss", broken)
+    with pytest.raises(UserError, match="nan"):
+        grpo.train(config, 0, 1, torch.device("cpu"))
+    assert load_training(tmp_path / "nan" / "policy")[0]["step"] == 2
+    assert all(p.isfinite().all() for p in load(tmp_path / "nan").parameters())
+
+
+def test_the_readmes_equation_map_is_true():
+    """Every row of the map names a function that exists in its file and cites the equation there."""
+    rows = re.findall(r"^\| \((\d)\)[^|]*\| `(\w+\.py)` \| `([\w.]+)`", (ROOT / "README.md").read_text(), re.MULTILINE)
+    assert {n for n, _, _ in rows} == set("1234567")
+    for number, file, name in rows:
+        source = (ROOT / file).read_text()
+        body = re.search(rf"^( *)(?:def|class) {name.split('.')[-1]}\b.*?(?=^\1(?:def|class|@|# -)|\Z)", source,
+                         re.MULTILINE | re.DOTALL)
+        assert body, f"{file} has no {name}"
+        assert f"Eq. ({number})" in body[0], f"{file}: {name} does not cite Eq. ({number})"
+
+
+def test_every_setting_is_read_somewhere():
+    """Every flag changes something: its field is read in the script that declares it or where its config goes."""
+    for script, readers in {"grpo.py": ["grpo.py", "evaluate.py"], "warmup.py": ["warmup.py"],
+                            "evaluate.py": ["evaluate.py"], "model.py": ["model.py"]}.items():
+        source = (ROOT / script).read_text()
+        block = re.search(r"^class Config:\n(.*?)\n\n\n", source, re.MULTILINE | re.DOTALL)[1]
+        text = "".join((ROOT / r).read_text() for r in readers)
+        for name in re.findall(r"^    (\w+):", block, re.MULTILINE):
+            assert re.search(rf"(config|run)\.{name}\b", text), f"{script}: --{name} is never read"
