@@ -43,11 +43,11 @@ class Config:
     edits: int = 3                   # edits a story: the answer has as many steps
     tokenizer_steps: int = 500       # stage 1: optimizer steps
     pretrain_steps: int = 400        # stage 2
-    warmup_steps: int = 260          # stage 3
+    warmup_steps: int = 360          # stage 3
     batch: int = 48                  # samples a step of stages 2 and 3
     lr: float = 2e-3                 # peak learning rate of stage 2
     warmup_lr: float = 1e-3          # peak learning rate of stage 3
-    mix: float = 0.6                 # share of interleaved stories in stage 3, the rest is half t2i, half i2t
+    mix: float = 0.5                 # share of interleaved stories in stage 3, the rest is half t2i, half i2t
     loss: str = "eq1"                # eq1: mean over all decisions; official: text mean + image mean, as VILA-U trains
     save_every: int = 100            # steps between checkpoints
 
