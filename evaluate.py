@@ -100,7 +100,8 @@ def evaluate(model: UnifiedModel, config: Config) -> dict:
         result[arm] = {name: interval(np.array([r[name] for r in rates]), config.seed) for name in RATES}
     greedy = Sampling(0.0)
     drawn = answer_all(model, [Sample(shapes.caption(s), [], draw=True) for s in shapes.SCENES], config, greedy, "t2i")
-    read = answer_all(model, [Sample(f"<image> {I2T_QUESTION}", [shapes.render(s)]) for s in shapes.SCENES], config, greedy, "i2t")
+    asked = [Sample(f"<image> {I2T_QUESTION}", [shapes.render(s)]) for s in shapes.SCENES]
+    read = answer_all(model, asked, config, greedy, "i2t")
     first = [next((s.picture for s in a.segments if s.picture is not None), None) for a in drawn]
     right = [p is not None and shapes.matches(p, scene) for p, scene in zip(first, shapes.SCENES)]
     named = [shapes.parse_caption(" ".join(s.text or "" for s in a.segments)) == scene
@@ -137,7 +138,8 @@ def curve(name: str, points: list[tuple[float, float]], width: int = 250, height
     """One metric as inline SVG with its first, lowest, highest and last value."""
     ys = [y for _, y in points]
     low, high, last = min(ys), max(ys), max(1, len(points) - 1)
-    line = " ".join(f"{4 + i * (width - 8) / last:.1f},{height - 4 - (y - low) / ((high - low) or 1) * (height - 8):.1f}"
+    span = (high - low) or 1
+    line = " ".join(f"{4 + i * (width - 8) / last:.1f},{height - 4 - (y - low) / span * (height - 8):.1f}"
                     for i, y in enumerate(ys))
     return (f'<figure><svg width="{width}" height="{height}" style="background:#fafafa;border:1px solid #ddd">'
             f'<polyline points="{line}" fill="none" stroke="#2563a8" stroke-width="1.5"/></svg><figcaption>'
@@ -220,15 +222,14 @@ def ladder(config: Config) -> None:
                                    eval_prompts=0, **settings), 0, 1, device)
             rows.setdefault(rung, []).append(evaluate(load(out, device), replace(config, model=out)))
             write_report(Path(out))
-    print(f"sampled at temperature {config.temperature} | greedy, each a mean over seeds {config.seeds} (range); "
-          f"{config.prompts} held-out prompts, seed {config.seed}")
-    print(f"{'':18}" + "".join(f"{name:>28}" for name in RATES) + f"{'paper: MMIE, IBench':>24}")
+    print(f"mean (range) over GRPO seeds {config.seeds}; {config.prompts} held-out prompts, seed {config.seed}; sampled "
+          f"at temperature {config.temperature}. The last column is the paper's own, from another model and task.")
+    print(f"{'':24}" + "".join(f"{name:>19}" for name in RATES) + f"{'paper: MMIE, I.Bench':>24}")
     for rung, results in rows.items():
-        cells = []
-        for rate in RATES:
-            pair = [[r[arm][rate][0] for r in results] for arm in ("sampled", "greedy")]
-            cells.append(" | ".join(f"{np.mean(v):.2f} ({min(v):.2f}-{max(v):.2f})" for v in pair))
-        print(f"{rung:18}" + "".join(f"{c:>36}" for c in cells) + "{:>14} {:>9}".format(*PAPER[rung]))
+        for arm in ("sampled", "greedy"):
+            values = [[r[arm][rate][0] for r in results] for rate in RATES]
+            cells = "".join(f"{np.mean(v):>6.3f} ({min(v):.2f}-{max(v):.2f})" for v in values)
+            print(f"{rung + ' ' + arm:24}{cells}" + ("{:>15} {:>8}".format(*PAPER[rung]) if arm == "sampled" else ""))
     if config.json:
         Path(config.json).write_text(json.dumps(rows, indent=1))
 

@@ -8,7 +8,7 @@
   6 update       one optimizer update over all answers, in micro-batches                             `update`
   7 log          one line of metrics, now and then a sheet of answers
 
-    python grpo.py                                      # CPU, about __ minutes with the warm-up it needs
+    python grpo.py                                      # two CPU cores: 1 minute, and 3 before for the warm-up model
     torchrun --nproc_per_node=2 grpo.py                 # the same on two processes, each with prompts of its own
 """
 import math
@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import warmup
 from model import Sampling, Trajectory, UnifiedModel, load, load_training, save
-from rewards import RulesText, RulesVisual, Scores, judge
+from rewards import RulesText, RulesVisual, Scores, hybrid_rewards, judge
 from tokenizer import Answer, UserError, pad, parse_config, pick_device, run_main
 from warmup import (Codes, Run, Sample, check_settings, optimizer_tensors, read_prompts, record, restore_optimizer,
                     toy_prompt)
@@ -54,7 +54,7 @@ class Config:
     reward_parts: str = "t,v,f"      # which parts of Eq. (5) count: any of t (text), v (visual), f (format)
     credit: str = "process"          # process: Eq. (6), every step by its own rewards; outcome: Eq. (4)
     step_discount: float = 0.5       # gamma of Eq. (6): 1 is the sum as printed, 0 each step's own reward
-    pool: str = "kind"               # step rewards of Eq. (6) normalised per kind (text, image) or in one pool: kind, all
+    pool: str = "kind"               # step rewards of Eq. (6) normalised per kind (text, image), or all together: all
     image_weight: float = 1.0        # what a code counts against a text token in the loss; 1 is Eq. (2) as printed
     per_modality: bool = False       # text mean + image_weight * image mean instead of 1/|Y|
     temperature: float = 1.0         # of the rollouts, text and codes alike
@@ -214,7 +214,7 @@ def advantages(answers: list[Answer], scores: list[Scores], config: Config) -> t
     for g in range(0, len(answers), G):
         group, said = answers[g:g + G], scores[g:g + G]
         if config.credit == "outcome":
-            values = outcome_advantages(torch.tensor([s.hybrid(parts) for s in said]))
+            values = outcome_advantages(torch.tensor(hybrid_rewards(said, parts)))
             result += [values[i].expand(len(a.steps), 1) for i, a in enumerate(group)]
             continue
         kinds = [["v" if s.text is None else "t" for s in a.segments] for a in group]
@@ -300,7 +300,7 @@ def check(config: Config) -> None:
         (config.credit not in ("process", "outcome"), f"--credit {config.credit}: expected process or outcome"),
         (config.pool not in ("kind", "all"), f"--pool {config.pool}: expected kind or all"),
         (not 0 <= config.step_discount <= 1, f"--step-discount {config.step_discount}: expected 0..1"),
-        (config.temperature <= 0, f"--temperature {config.temperature}: rollouts must be sampled, expected more than 0"),
+        (config.temperature <= 0, f"--temperature {config.temperature}: rollouts are sampled, expected more than 0"),
         (not 0 < config.top_p <= 1, f"--top-p {config.top_p}: expected more than 0 and at most 1"),
         (min(config.updates, config.prompts_per_update, config.epochs_per_rollout, config.micro_batch,
              config.save_every) < 1, "--updates, --prompts-per-update, --epochs-per-rollout, --micro-batch and "
@@ -342,8 +342,9 @@ def rollout_metrics(batch: Rollout) -> dict:
         values = [v for v in values if v is not None]
         return sum(values) / max(1, len(values))
     image = batch.mask & batch.is_image[..., None]
-    return {"reward": mean(s.hybrid() for s in batch.scores), "reward/text": mean(s.text for s in batch.scores),
-            "reward/visual": mean(s.visual for s in batch.scores), "reward/format": mean(s.format for s in batch.scores),
+    return {"reward": mean(hybrid_rewards(batch.scores)), "reward/text": mean(s.text for s in batch.scores),
+            "reward/visual": mean(s.visual for s in batch.scores),
+            "reward/format": mean(s.format for s in batch.scores),
             "zero_spread": batch.zero_spread, "steps_per_answer": mean(len(a.segments) for a in batch.answers),
             "truncated": mean(t.truncated for t in batch.trajectories),
             "text_share": 1 - image.sum().item() / batch.mask.sum().item(),
@@ -426,8 +427,8 @@ def main() -> None:
     check(config)
     rank, world, device = start_processes(config)
     if rank == 0 and config.model == Config.model and not warmup.is_done(Path(config.model)):
-        print("no warm-up model in out/warmup yet: training it first (about __ minutes on a laptop CPU, once)")
-        warmup.warm_up(warmup.Config(device=config.device, edits=config.edits))
+        print(f"no warm-up model in {config.model} yet: training it first, once (about 3 minutes on two CPU cores)")
+        warmup.warm_up(warmup.Config(device=config.device))
     if world > 1:
         dist.barrier()
     train(config, rank, world, device)

@@ -199,7 +199,7 @@ class Sampling:
 
 
 def guide(cond: Tensor, uncond: Tensor | None, scale: float) -> Tensor:
-    """Classifier-free guidance on logits, at every depth: u + s (c - u), in float32 (VILA-U; the paper's scale is 3)."""
+    """Classifier-free guidance on logits, at every depth: u + s (c - u), in float32 (VILA-U, Sec. 3; the paper: 3)."""
     cond = cond.float()
     return cond if uncond is None else uncond.float() + scale * (cond - uncond.float())
 
@@ -335,7 +335,8 @@ class UnifiedModel(nn.Module):
         it is in text mode again and has to choose <im_end> itself. A row ends at </s> or after `budget` positions; an
         image that does not fit any more is not started and the row ends as truncated. Nothing is forced but the prompt
         (which may end in <im_start>: then the answer starts with an image).
-        Raises UserError where a prompt and its budget exceed the decoder's context.
+        Raises UserError where a prompt and its budget exceed the decoder's context, or the budget holds no image that
+        a prompt opens.
         """
         N, D, device = self.vision_config.positions, self.vision_config.depth, self.device
         longest = max(len(p) for p in prompts)
@@ -357,6 +358,8 @@ class UnifiedModel(nn.Module):
             blank = blank_start
         alive = torch.ones(rows, dtype=torch.bool, device=device)
         drawing = torch.tensor([int(p.tokens[-1, 0]) == self.text.id(IMAGE_START) for p in prompts], device=device)
+        if drawing.any() and budget < N:
+            raise UserError(f"an image takes {N} positions, but the budget is {budget}: raise --budget")
         left = N * drawing.repeat_interleave(group).long()                                 # image positions to come
         truncated = torch.zeros(rows, dtype=torch.bool, device=device)
         columns = []
@@ -370,7 +373,8 @@ class UnifiedModel(nn.Module):
             if image.any():
                 tokens[image], logp[image] = self.draw_codes(
                     state[image], blank[image] if sampling.guidance != 1 else None, sampling, generator)
-            columns.append((tokens, image, text[:, None] & (torch.arange(D, device=device) == 0) | image[:, None], logp))
+            decided = text[:, None] & (torch.arange(D, device=device) == 0) | image[:, None]
+            columns.append((tokens, image, decided, logp))
             opens = text & (tokens[:, 0] == self.text.id(IMAGE_START))
             ends = text & (tokens[:, 0] == self.text.id("</s>"))
             cut = alive & ~ends & ((t + 1 == budget) | (opens & (t + 1 + N > budget)))
@@ -509,8 +513,8 @@ NAMES = {       # folder -> {name there: name here}; {} is a layer number
 }
 
 
-# Stored but not needed: SigLIP's text tower, pooling head and last norm, the codebooks' training statistics; and what is
-# beyond the model built: the tower's last layer, further copies of a shared codebook.
+# Stored but not needed: SigLIP's text tower, pooling head and last norm, the codebooks' training statistics; and what
+# goes beyond the model that is built: the tower's last layer, further copies of a shared codebook.
 NOT_NEEDED = re.compile(r"rqvaesiglip\.(siglip_model\.(text_model|vision_model\.(head|post_layernorm)|logit_)|logit_|"
                         r"quantizer\.codebooks\.\d+\.(embed_ema|cluster_size_ema)$)")
 SURPLUS = re.compile(r"vision\.(tower\.blocks|quantizer\.codebooks)\.")
@@ -581,17 +585,22 @@ def load(source: str | Path, device: str | torch.device = "cpu") -> UnifiedModel
     for file in files["vision_tower"]:
         with open_tensors(file) as tensors:
             shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}
-    vision = VisionConfig.from_published(tower, shapes)
-    decoder = DecoderConfig(
-        **{f: llm[f] for f in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                               "vocab_size")},
-        **{f: llm[f] for f in ("num_key_value_heads", "rms_norm_eps", "rope_theta", "attention_bias") if llm.get(f)},
-        rope_factor=(llm.get("rope_scaling") or {}).get("factor", 1.0),
-        context=llm.get("tokenizer_model_max_length") or llm.get("model_max_length") or llm["max_position_embeddings"])
-    head = tower["rqtransformer"]
+    try:
+        vision = VisionConfig.from_published(tower, shapes)
+        decoder = DecoderConfig(
+            **{f: llm[f] for f in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                                   "vocab_size")},
+            **{f: llm[f] for f in ("num_key_value_heads", "rms_norm_eps", "rope_theta", "attention_bias")
+               if llm.get(f)},
+            rope_factor=(llm.get("rope_scaling") or {}).get("factor", 1.0),
+            context=llm.get("tokenizer_model_max_length") or llm.get("model_max_length")
+            or llm["max_position_embeddings"])
+        head = tower["rqtransformer"]
+        depth = DepthConfig(head["embed_dim"], head["head"]["n_layer"], head["head"]["block"]["n_head"])
+    except (KeyError, TypeError) as error:
+        raise UserError(f"{folder}: its config.json files or vision tensors lack {error}")
     with torch.device("meta"):
-        model = UnifiedModel(decoder, DepthConfig(head["embed_dim"], head["head"]["n_layer"],
-                                                  head["head"]["block"]["n_head"]), vision)
+        model = UnifiedModel(decoder, depth, vision)
     wanted = set(model.state_dict())
     missing = set(wanted)
     for part in files:
@@ -644,7 +653,8 @@ def add_tokens(model: UnifiedModel, tokens: list[str]) -> None:
     model.decoder.config.vocab_size += len(new)
 
 
-def save(model: UnifiedModel, folder: Path, state: dict | None = None, tensors: dict[str, Tensor] | None = None) -> None:
+def save(model: UnifiedModel, folder: Path, state: dict | None = None,
+         tensors: dict[str, Tensor] | None = None) -> None:
     """Write a checkpoint in the published layout, whole or not at all. `state` (JSON) and `tensors` are what training
     needs to go on (optimizer, random numbers): training.json and training.safetensors."""
     d, k, v = model.decoder.config, model.depth_config, model.vision_config
@@ -721,8 +731,9 @@ def answer_page(prompt: str, pictures: list[np.ndarray], answer: Answer, folder:
 def main() -> None:
     config = parse_config(Config)
     pictures = [read_picture(Path(name), "--image") for name in config.image.split(",") if name]
-    if config.prompt.count("<image>") != len(pictures):
-        raise UserError(f"--image: {len(pictures)} files for {config.prompt.count('<image>')} <image> marks in --prompt")
+    marks = config.prompt.count("<image>")
+    if marks != len(pictures):
+        raise UserError(f"--image: {len(pictures)} files, but {marks} <image> marks in --prompt")
     model = load(config.model, pick_device(config.device)).eval()
     prompt = model.prompt(config.prompt, list(model.codes(pictures)) if pictures else [], config.draw)
     sampling = Sampling(config.temperature, config.top_k, config.top_p, config.guidance)

@@ -69,10 +69,22 @@ class Scores:
     format: float
     steps: list[float | None]
 
-    def hybrid(self, parts: tuple[str, ...] = PARTS) -> float:
-        """Eq. (5) over the chosen parts. A part without opinion counts as nothing here; see `fill`."""
-        return sum(value or 0.0 for letter, value in zip(PARTS, (self.text, self.visual, self.format))
-                   if letter in parts)
+    def parts(self, chosen: tuple[str, ...] = PARTS) -> list[float | None]:
+        """The chosen parts, in the order of Eq. (5)."""
+        return [v for letter, v in zip(PARTS, (self.text, self.visual, self.format)) if letter in chosen]
+
+
+def hybrid_rewards(group: list[Scores], chosen: tuple[str, ...] = PARTS) -> list[float]:
+    """Eq. (5): r = r_t + r_v + r_f of every answer of a group, over the chosen parts.
+
+    Choice: a part on which the judge had no opinion takes the group's mean of that part, never 0: no information.
+    """
+    totals = [0.0] * len(group)
+    for column in zip(*(scores.parts(chosen) for scores in group)):
+        known = [v for v in column if v is not None]
+        mean = sum(known) / len(known) if known else 0.0
+        totals = [total + (mean if v is None else v) for total, v in zip(totals, column)]
+    return totals
 
 
 def wanted_steps(prompt: str) -> int | None:
@@ -126,7 +138,7 @@ def main() -> None:
                     for s in (Segment(0, 0, text=text), Segment(0, 0, picture=shapes.render(scene)))]
         scores = judge([prompt], [Answer(layout, segments, None, None)], RulesText(), RulesVisual())[0]
         print(f"{name:18} r_t {scores.text:.2f}  r_v {scores.visual:.2f}  r_f {scores.format:.0f}  "
-              f"r {scores.hybrid():.2f}")
+              f"r {hybrid_rewards([scores])[0]:.2f}")
 
 
 if __name__ == "__main__":

@@ -133,15 +133,16 @@ def enlarge(picture: np.ndarray, factor: int) -> np.ndarray:
 
 
 RENDERS = np.stack([render(scene) for scene in SCENES]).reshape(len(SCENES), -1) / 255
-# Mean squared distance on the 0..1 scale. Ours: half the 0.0040 between the two closest scenes; the empty board is 0.0095
-# away from its nearest scene, so an empty, doubled or smeared picture never counts as one.
+# Mean squared distance on the 0..1 scale. Ours: half the 0.0040 between the two closest scenes; the empty board is
+# 0.0095 away from its nearest scene, so an empty, doubled or smeared picture never counts as one.
 MATCH_DISTANCE = 0.002
 
 
 def see(pictures: np.ndarray) -> list[Scene | None]:
     """uint8 [B, 24, 24, 3] -> the scene each picture shows and nothing else; None where it is none of them."""
     flat = pictures.reshape(len(pictures), -1).astype(np.float32) / 255                                 # (B, 1728)
-    distance = ((flat ** 2).sum(1)[:, None] - 2 * flat @ RENDERS.T + (RENDERS ** 2).sum(1)) / flat.shape[1]   # (B, 144)
+    squares = (flat ** 2).sum(1)[:, None] - 2 * flat @ RENDERS.T + (RENDERS ** 2).sum(1)
+    distance = squares / flat.shape[1]                                                                  # (B, 144)
     return [SCENES[i] if row[i] < MATCH_DISTANCE else None for row, i in zip(distance, distance.argmin(axis=1))]
 
 

@@ -1,7 +1,7 @@
 """Text and pictures into ids and codes and back; knows no decoder (paper, Sec. 3; VILA-U's tokenizers).
 
     text      -> ids          SentencePiece BPE as LLaMA uses it, read from tokenizer.model
-    pictures  -> codes        SigLIP tower, residual quantizer: N positions of D codes; a convolutional decoder goes back
+    pictures  -> codes        SigLIP tower and residual quantizer: N positions of D codes; convolutions go back
     both      -> `Sequence`   one (T, D) array, and `Answer` for what comes back
 
 The transformer pieces at the top serve every model here. B pictures, N positions, D depth, K codes, C width.
@@ -40,8 +40,7 @@ IMAGE_PLACEHOLDER = -200                # stands for an `<image>` mark among tok
 # ---------------------------------------------------------------------------------------------------------------------
 # Transformer pieces
 
-ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-               "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}
+ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
 
 
 class Attention(nn.Module):
@@ -80,7 +79,7 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 
 
 class Block(nn.Module):
-    """Pre-norm transformer block with biases: SigLIP (tanh GELU, eps 1e-6), depth transformer (exact GELU, eps 1e-5)."""
+    """Pre-norm transformer block with biases: SigLIP's (tanh GELU, eps 1e-6), the depth transformer's (exact, 1e-5)."""
 
     def __init__(self, width: int, heads: int, mlp_width: int, activation: str, eps: float):
         super().__init__()
@@ -93,7 +92,6 @@ class Block(nn.Module):
         """x [B, T, C] -> [B, T, C]; keyword arguments go to Attention."""
         x = x + self.attn(self.norm1(x), **attention)
         return x + self.fc2(self.activation(self.fc1(self.norm2(x))))
-
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -164,7 +162,8 @@ class TextTokenizer:
         if normalizer.get(2):
             raise UserError(f"{model_file}: has a character map, expected the identity normaliser")
         self.dummy_prefix, self.squeeze = bool(normalizer.get(3, 1)), bool(normalizer.get(4, 1))
-        self.rank = {p: (-scores[i], i) for i, p in enumerate(self.pieces) if self.types[i] in (NORMAL, USER_DEFINED, UNUSED)}
+        self.rank = {p: (-scores[i], i) for i, p in enumerate(self.pieces)
+                     if self.types[i] in (NORMAL, USER_DEFINED, UNUSED)}
         self.bytes = {int(p[3:5], 16): i for i, p in enumerate(self.pieces) if self.types[i] == BYTE}
         self.unknown = self.types.index(UNKNOWN)
         users = sorted((p for i, p in enumerate(self.pieces) if self.types[i] == USER_DEFINED), key=len, reverse=True)
@@ -326,7 +325,7 @@ class TextTokenizer:
         return out + self._text(run)
 
     def _text(self, pieces: list[tuple[int, str]]) -> str:
-        """(id, its text) pairs -> text: byte pieces joined to UTF-8, each byte that belongs to no character a U+FFFD."""
+        """(id, its text) pairs -> text: byte pieces joined to UTF-8, a byte that belongs to no character is U+FFFD."""
         out, run = [], bytearray()
         for i, piece in pieces + [(None, "")]:
             if i is not None and self.types[i] == BYTE:
@@ -399,7 +398,7 @@ class VisionConfig:
 
     @classmethod
     def from_published(cls, config: dict, shapes: dict[str, tuple]) -> "VisionConfig":
-        """config: vision_tower/config.json; shapes: of the tensors beside it, which alone tell the size of the tower."""
+        """config: vision_tower/config.json; shapes: of the tensors beside it, which alone tell the tower's sizes."""
         quantizer, tower = config["rqvaesiglip"], "rqvaesiglip.siglip_model.vision_model."
         decoder = quantizer["ddconfig"]
         width, _, patch_size, _ = shapes[tower + "embeddings.patch_embedding.weight"]
@@ -408,7 +407,7 @@ class VisionConfig:
                          if name.startswith(tower + "encoder.layers."))
         rows, code_width = shapes["rqvaesiglip.quantizer.codebooks.0.weight"]
         if (rows, code_width) != (quantizer["n_embed"] + 1, width):
-            raise ValueError(f"codebook of shape {(rows, code_width)}, but config.json says n_embed = "
+            raise UserError(f"vision_tower: codebook of shape {(rows, code_width)}, but config.json says n_embed = "
                              f"{quantizer['n_embed']} and the tower is {width} wide: expected "
                              f"{(quantizer['n_embed'] + 1, width)}")
         latent = quantizer.get("decoder_latent_shape")
@@ -432,11 +431,12 @@ class VisionConfig:
                              "resolution": self.resolution, "in_channels": 3, "out_ch": 3, "double_z": False,
                              "dropout": 0.0}}
 
+
 # -- pictures
 
 def preprocess(image: Image.Image | np.ndarray, size: int, crop: bool = False) -> Tensor:
-    """-> float [3, size, size] in -1..1. VILA-U squashes what it reads to the square; pictures it is to learn to draw are
-    cropped to a square first: the middle of a wide one, the top of a tall one."""
+    """-> float [3, size, size] in -1..1. VILA-U squashes what it reads to the square; pictures it is to learn to draw
+    are cropped to a square first: the middle of a wide one, the top of a tall one."""
     image = (Image.fromarray(image) if isinstance(image, np.ndarray) else image).convert("RGB")
     if crop:
         side = min(image.size)
@@ -478,7 +478,7 @@ class ResidualQuantizer(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
         self.depth = config.depth
-        # The published tables end in one padding row, which is not a code. It is kept so that saving is loading reversed.
+        # The published tables end in one padding row, which is not a code; kept, so that saving is loading reversed.
         self.codebooks = nn.ModuleList(nn.Embedding(config.codebook_size + 1, config.width)
                                        for _ in range(1 if config.shared_codebook else config.depth))
 
@@ -577,7 +577,7 @@ class PictureDecoder(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         """features [B, N, C] -> pixels [B, 3, H, W], about -1..1, not clamped"""
-        x = features.transpose(1, 2).unflatten(2, (self.grid, self.grid))                             # (B, C, grid, grid)
+        x = features.transpose(1, 2).unflatten(2, (self.grid, self.grid))                        # (B, C, grid, grid)
         if self.latent_shape is not None:
             x = F.interpolate(x, size=self.latent_shape, mode="bilinear")
         x = self.conv_in(self.post_quant_conv(x))
@@ -596,15 +596,12 @@ class ImageTokenizer(nn.Module):
     def __init__(self, config: VisionConfig):
         super().__init__()
         self.config = config
-        self.tower, self.quantizer, self.decoder = SiglipTower(config), ResidualQuantizer(config), PictureDecoder(config)
-
-    def features(self, pixels: Tensor) -> Tensor:
-        """pixels [B, 3, H, W] in -1..1 -> features [B, N, C], not yet quantised"""
-        return self.tower(pixels)
+        self.tower, self.quantizer = SiglipTower(config), ResidualQuantizer(config)
+        self.decoder = PictureDecoder(config)
 
     def encode(self, pixels: Tensor) -> Tensor:
         """pixels [B, 3, H, W] in -1..1 -> codes [B, N, D]"""
-        return self.quantizer.encode(self.features(pixels))
+        return self.quantizer.encode(self.tower(pixels))
 
     def vectors(self, codes: Tensor) -> Tensor:
         """codes [..., D] -> code vectors [..., D, C]"""
@@ -808,3 +805,35 @@ def read_picture(path: Path, where: str) -> np.ndarray:
         return np.asarray(Image.open(path).convert("RGB"))
     except (OSError, SyntaxError, Image.DecompressionBombError) as error:
         raise UserError(f"{where}: {path} is not a picture that can be read ({error})")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Run alone: what each depth adds
+
+@dataclass
+class Config:
+    model: str = "out/warmup"    # run directory or checkpoint folder
+    image: str = ""              # picture files, separated by commas; empty: six scenes of the toy world
+    out: str = "reconstruction.png"   # a row a picture: the original, then redrawn from its first 1, 2, .. D codes
+
+
+@torch.no_grad()
+def main() -> None:
+    import shapes
+    from model import load                                       # only here: nothing above knows a decoder
+    config = parse_config(Config)
+    vision = load(config.model).vision
+    pictures = [read_picture(Path(name), "--image") for name in config.image.split(",") if name] or \
+        [shapes.render(scene) for scene in shapes.SCENES[::25]]
+    pixels = torch.stack([preprocess(p, vision.config.image_size) for p in pictures])
+    vectors = vision.vectors(vision.encode(pixels)).cumsum(-2)                                  # (B, N, D, C)
+    rows = torch.stack([pixels] + [vision.decoder(vectors[..., d, :]) for d in range(vision.config.depth)], dim=1)
+    sheet = to_pictures(rows).swapaxes(1, 2).reshape(len(pictures) * pixels.shape[2], -1, 3)    # rows of pictures
+    Image.fromarray(sheet.repeat(4, 0).repeat(4, 1)).save(config.out)
+    for d in range(vision.config.depth):
+        print(f"{d + 1} codes a position: mean squared error {(rows[:, d + 1] - pixels).square().mean():.5f}")
+    print(config.out)
+
+
+if __name__ == "__main__":
+    run_main(main)

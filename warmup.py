@@ -6,7 +6,7 @@
 
 The loss of stages 2 and 3 is Eq. (1): the negative log-likelihood of every answer token, text or image code alike.
 
-    python warmup.py            # CPU: about __ minutes -> out/warmup/ (policy/, samples/, metrics.jsonl, report.html)
+    python warmup.py            # two CPU cores: 3 minutes -> out/warmup/ (policy/, samples/, metrics.jsonl, report.html)
 """
 import base64
 import io
@@ -360,7 +360,7 @@ def miniature(seed: int, folder: Path) -> UnifiedModel:
 # Stage 1: the image tokenizer
 
 TOKENIZER_LR = 2e-3
-PLAIN, JOINT = 0.2, 0.8        # shares of the steps: features unquantised before the first, decoder alone after the second
+PLAIN, JOINT = 0.2, 0.8        # shares of the steps: unquantised before the first, decoder alone after the second
 COMMITMENT = 0.25              # as VILA-U (latent_loss_weight)
 LOCALITY = 100.0               # weight of `locality_loss`
 DECAY = 0.95                   # of the codebooks' running means; VILA-U's 0.99 is too slow for 300 steps
@@ -371,8 +371,11 @@ CONTENTS = torch.from_numpy(np.stack([shapes.render(None)[:shapes.CELL_SIZE, :sh
 
 
 def sample_boards(generator: torch.Generator, count: int = 16, fill: float = 0.35) -> Tensor:
-    """-> pixels [count, 3, 24, 24]. Choice: any number of shapes on a board, where the world knows one: every picture then
-    teaches several cells, no cell tells about another, and drawing mistakes of the policy can be shown as they are."""
+    """-> pixels [count, 3, 24, 24].
+
+    Choice: any number of shapes on a board, where the world knows one: every picture then teaches several cells, no
+    cell tells about another, and drawing mistakes of the policy can be shown as they are.
+    """
     content = torch.randint(1, len(CONTENTS), (count, 3, 3), generator=generator)
     content = torch.where(torch.rand(count, 3, 3, generator=generator) < fill, content, 0)
     return CONTENTS[content].permute(0, 5, 1, 3, 2, 4).reshape(count, 3, shapes.PICTURE_SIZE, shapes.PICTURE_SIZE)
@@ -386,7 +389,7 @@ def locality_loss(tokenizer: ImageTokenizer, pixels: Tensor, features: Tensor, g
     model then has to predict: the empty cell alone takes dozens of code tuples.
     """
     grid, patch = tokenizer.config.grid, tokenizer.config.patch_size
-    keep = torch.rand(len(pixels), grid, grid, generator=generator) < 0.5                             # (B, 3, 3)
+    keep = (torch.rand(len(pixels), grid, grid, generator=generator) < 0.5).to(pixels.device)         # (B, 3, 3)
     down, right = torch.randint(grid, (2,), generator=generator).tolist()
     keep_pixels = keep[:, None].repeat_interleave(patch, 2).repeat_interleave(patch, 3)               # (B, 1, H, W)
     mixed = torch.where(keep_pixels, pixels, pixels.roll(1, 0)).roll((patch * down, patch * right), (2, 3))
@@ -452,7 +455,8 @@ class EMACodebooks(torch.nn.Module):
             table.weight[:-1] = total / size.clamp(min=1e-6)[:, None]
 
 
-def train_image_tokenizer(model: UnifiedModel, run: Run, config: Config, start: int, tensors: dict[str, Tensor]) -> None:
+def train_image_tokenizer(model: UnifiedModel, run: Run, config: Config, start: int,
+                          tensors: dict[str, Tensor]) -> None:
     """Tower, codebooks and picture decoder together; then the decoder alone, with the codes fixed.
 
     A fifth of the steps runs without quantisation (quantising noise from step 0 costs a long plateau), then the
@@ -574,8 +578,8 @@ def warm_up(config: Config) -> None:
             train_decoder(model, run, config, stage, config.pretrain_steps, config.lr, PRETRAINING, here, held)
         else:
             show(model, run, "before", "before the warm-up: it cannot interleave")
-            train_decoder(model, run, config, stage, config.warmup_steps, config.warmup_lr, hybrid_mix(config.mix), here,
-                          held)
+            train_decoder(model, run, config, stage, config.warmup_steps, config.warmup_lr, hybrid_mix(config.mix),
+                          here, held)
             show(model, run, "after", "after the warm-up")
         checkpoint(model, run, config, STAGES[STAGES.index(stage) + 1], 0, {})
 
@@ -611,8 +615,20 @@ def read_metrics(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def check(config: Config) -> None:
+    """Settings that cannot work, found before anything is loaded."""
+    for name in ("edits", "tokenizer_steps", "pretrain_steps", "warmup_steps", "batch", "save_every"):
+        if getattr(config, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: expected at least 1")
+    if not 0 <= config.mix <= 1:
+        raise UserError(f"--mix {config.mix}: expected 0..1")
+    if config.loss not in ("eq1", "official"):
+        raise UserError(f"--loss {config.loss}: expected eq1 or official")
+
+
 def main() -> None:
     config = parse_config(Config)
+    check(config)
     warm_up(config)
     from evaluate import write_report
     print(f"warm-up done: {write_report(Path(config.out))}")

@@ -117,7 +117,8 @@ def test_a_code_that_was_cut_since_has_ratio_zero_and_no_nan():
 
 
 @pytest.mark.parametrize("wrong", [dict(group_size=1), dict(reward_parts="t,x"), dict(credit="step"),
-                                   dict(step_discount=2.0), dict(temperature=0.0), dict(updates=5, epochs_per_rollout=2)])
+                                   dict(step_discount=2.0), dict(temperature=0.0),
+                                   dict(updates=5, epochs_per_rollout=2)])
 def test_impossible_settings_are_refused_by_name(wrong):
     with pytest.raises(UserError) as error:
         check(Config(**wrong))

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 import shapes
-from rewards import RulesText, RulesVisual, format_reward, judge
+from rewards import RulesText, RulesVisual, Scores, format_reward, hybrid_rewards, judge
 from tokenizer import Answer, Segment
 
 PROMPT = "paint it blue, move it to center. <BEGIN> a red circle at top left <image>"
@@ -28,7 +28,7 @@ def score(a: Answer):
 def test_a_right_answer_gets_everything():
     s = score(answer())
     assert (s.text, s.visual, s.format) == (1, 1, 1) and s.steps == [1, 1, 1, 1]
-    assert s.hybrid() == 3 and s.hybrid(("f",)) == 1 and s.hybrid(("t", "v")) == 2
+    assert hybrid_rewards([s]) == [3] and hybrid_rewards([s], ("f",)) == [1] and hybrid_rewards([s], ("t", "v")) == [2]
 
 
 def test_swapping_images_changes_only_the_visual_reward():
@@ -77,3 +77,9 @@ def test_an_opinionless_judge_is_no_reward_and_not_zero():
     assert s.steps[0] is None and s.text == 1.0
     silent = judge([PROMPT], [answer()], lambda prompt, texts: [None, None], RulesVisual())[0]
     assert silent.text is None
+
+
+def test_a_part_without_opinion_takes_the_groups_mean():
+    """Texts .2, .6 and unknown: the unknown one counts .4."""
+    group = [Scores(t, 0.5, 1.0, []) for t in (0.2, 0.6, None)]
+    assert hybrid_rewards(group) == pytest.approx([1.7, 2.1, 1.9])

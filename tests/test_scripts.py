@@ -83,7 +83,8 @@ def test_a_killed_warmup_goes_on_bit_equal(warm, tmp_path, monkeypatch, lines):
 @pytest.mark.parametrize("settings", [dict(), dict(epochs_per_rollout=2, credit="outcome", guidance=2.0)])
 def test_a_killed_grpo_goes_on_bit_equal(warm, tmp_path, monkeypatch, settings):
     torch.set_num_threads(1)
-    whole, cut = (grpo.Config(model=str(warm), out=str(tmp_path / name), **RUN, **settings) for name in ("whole", "cut"))
+    whole, cut = (grpo.Config(model=str(warm), out=str(tmp_path / name), **RUN, **settings)
+                  for name in ("whole", "cut"))
     cpu = torch.device("cpu")
     grpo.train(whole, 0, 1, cpu)
     killed_after(3 // settings.get("epochs_per_rollout", 1), lambda: grpo.train(cut, 0, 1, cpu), monkeypatch)
@@ -96,9 +97,9 @@ def test_a_killed_grpo_goes_on_bit_equal(warm, tmp_path, monkeypatch, settings):
 def one_rollout(warm, settings: dict):
     config = grpo.Config(model=str(warm), **{**RUN, "prompts_per_update": 4, "group_size": 4, "kl": 0.1, **settings})
     policy, reference = load(warm), load(warm)
-    batch = grpo.rollout(policy, grpo.draw_prompts(config, 0, 0, []), config,
-                         (lambda p, texts: [0.3 * len(t) % 1 for t in texts], lambda t, pictures: [p.mean() / 255 for p in pictures]),
-                         warmup.Codes(policy), torch.Generator().manual_seed(0))
+    judges = lambda p, texts: [0.3 * len(t) % 1 for t in texts], lambda t, pictures: [p.mean() / 255 for p in pictures]
+    batch = grpo.rollout(policy, grpo.draw_prompts(config, 0, 0, []), config, judges, warmup.Codes(policy),
+                         torch.Generator().manual_seed(0))
     with torch.no_grad():
         ref_logp = reference.log_probs(batch.tokens, batch.is_image, batch.mask, grpo.sampling_of(config))
     return config, policy, batch, ref_logp

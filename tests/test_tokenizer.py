@@ -73,7 +73,8 @@ def llama_model(folder: Path) -> Path:
     rows = zip(*(entries[f"tokenizer.ggml.{name}"] for name in ("tokens", "scores", "token_type")))
     pieces = b"".join(write_field(1, write_field(1, token) + write_field(2, score) + write_field(3, kind))
                       for token, score, kind in rows)
-    settings = write_field(2, write_field(3, 2) + write_field(35, 1)) + write_field(3, write_field(3, 1) + write_field(4, 0))
+    settings = write_field(2, write_field(3, 2) + write_field(35, 1)) + \
+        write_field(3, write_field(3, 1) + write_field(4, 0))
     (folder / "tokenizer.model").write_bytes(pieces + settings)
     return folder / "tokenizer.model"
 
