@@ -222,8 +222,8 @@ def ladder(config: Config) -> None:
                                    eval_prompts=0, **settings), 0, 1, device)
             rows.setdefault(rung, []).append(evaluate(load(out, device), replace(config, model=out)))
             write_report(Path(out))
-    print(f"mean (range) over GRPO seeds {config.seeds}; {config.prompts} held-out prompts, seed {config.seed}; sampled "
-          f"at temperature {config.temperature}. The last column is the paper's own, from another model and task.")
+    print(f"mean (range) over GRPO seeds {config.seeds}; {config.prompts} held-out prompts, seed {config.seed}; sampled"
+          f" at temperature {config.temperature}. The last column is the paper's own, from another model and task.")
     print(f"{'':24}" + "".join(f"{name:>19}" for name in RATES) + f"{'paper: MMIE, I.Bench':>24}")
     for rung, results in rows.items():
         for arm in ("sampled", "greedy"):

@@ -6,7 +6,7 @@
 
 The loss of stages 2 and 3 is Eq. (1): the negative log-likelihood of every answer token, text or image code alike.
 
-    python warmup.py            # two CPU cores: 3 minutes -> out/warmup/ (policy/, samples/, metrics.jsonl, report.html)
+    python warmup.py          # two CPU cores: 3 minutes -> out/warmup/ (policy/, samples/, metrics.jsonl, report.html)
 """
 import base64
 import io
