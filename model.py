@@ -24,7 +24,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -569,7 +569,7 @@ def tensor_files(folder: Path) -> list[Path]:
 def open_tensors(path: Path):
     try:
         return safe_open(path, framework="pt")
-    except Exception as error:                             # safetensors raises its own class for a broken header
+    except SafetensorError as error:
         raise UserError(f"{path}: not a whole safetensors file ({error})")
 
 
@@ -680,11 +680,18 @@ def save(model: UnifiedModel, folder: Path, state: dict | None = None,
         for part, table in NAMES.items():
             back = {ours: theirs for theirs, ours in table.items()}
             named = {rename(ours, back): w.contiguous() for ours, w in weights.items() if rename(ours, back)}
-            save_file(named, new / part / "model.safetensors", metadata={"format": "pt"})
+            write_tensors(named, new / part / "model.safetensors")
         model.text.save(new / "llm")
         if state is not None:
             (new / "training.json").write_text(json.dumps(state))
-            save_file(tensors or {}, new / "training.safetensors")
+            write_tensors(tensors or {}, new / "training.safetensors")
+
+
+def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:                       # a full disk, say: the caller's folder is not replaced
+        raise UserError(f"{path}: cannot be written ({error}); what was saved before is intact")
 
 
 def load_training(folder: Path) -> tuple[dict | None, dict[str, Tensor]]:
@@ -707,7 +714,7 @@ class Config:
     out: str = "out/answer"      # where answer.html and the PNGs go
     draw: bool = False           # text-to-image: the answer is one picture of the prompt
     seed: int = 0                # of the sampling
-    budget: int = 512            # positions an answer may have
+    budget: int = 512            # positions an answer may have, if the decoder's context has room for them
     temperature: float = 1.0     # 0 = greedy
     top_k: int = 0               # 0 = off
     top_p: float = 1.0           # 1 = off
@@ -737,7 +744,8 @@ def main() -> None:
     model = load(config.model, pick_device(config.device)).eval()
     prompt = model.prompt(config.prompt, list(model.codes(pictures)) if pictures else [], config.draw)
     sampling = Sampling(config.temperature, config.top_k, config.top_p, config.guidance)
-    rows = model.generate([prompt], 1, config.budget, sampling, torch.Generator().manual_seed(config.seed))
+    budget = min(config.budget, model.decoder.config.context - len(prompt))
+    rows = model.generate([prompt], 1, budget, sampling, torch.Generator().manual_seed(config.seed))
     answer = model.answers(rows)[0]
     for segment in answer.segments:
         print(segment.text if segment.picture is None else f"[picture {segment.picture.shape[1]}x"
