@@ -13,14 +13,15 @@ FIXTURES = Path(os.environ.get("FIXTURES", ROOT / "tests" / "fixtures"))
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """An untrained miniature whose heads are sharp enough that sampling hits every branch: images, tags, ends."""
+    """An untrained miniature whose text head favours tags, so that sampling hits every branch: images, tags, ends."""
     from tokenizer import IMAGE_END, IMAGE_START, THINK_END, THINK_START
     from warmup import miniature
     model = miniature(0, tmp_path_factory.mktemp("text")).eval()
     with torch.no_grad():
         for codebook in model.vision.quantizer.codebooks:
             codebook.weight.normal_()
-        favoured = [model.text.id(t) for t in (THINK_START, THINK_END, IMAGE_START, IMAGE_END, "</s>")]
-        bias = model.decoder.embed.weight.mean(0)
-        model.decoder.lm_head.weight[favoured] += 0.15 * torch.randn(len(favoured), len(bias))
+        row = model.prompt("a red circle at top left")
+        mean = model(row.tokens[None], row.is_image[None]).mean((0, 1))
+        for token, logit in ((THINK_START, 4.2), (THINK_END, 4.5), (IMAGE_START, 6), (IMAGE_END, 4.8), ("</s>", 3.9)):
+            model.decoder.lm_head.weight[model.text.id(token)] = logit * mean / mean.square().sum()
     return model
