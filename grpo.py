@@ -27,7 +27,7 @@ from tqdm import tqdm
 
 import warmup
 from model import Sampling, Trajectory, UnifiedModel, load, load_training, save
-from rewards import RulesText, RulesVisual, Scores, hybrid_rewards, judge
+from rewards import RulesText, RulesVisual, Scores, hybrid_rewards, judge, wanted_steps
 from tokenizer import Answer, UserError, pad, parse_config, pick_device, run_main
 from warmup import (Codes, Run, Sample, check_settings, optimizer_tensors, read_prompts, record, restore_optimizer,
                     toy_prompt)
@@ -358,7 +358,6 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> None:
     check_settings(folder, state, config)
     reference = load(config.model, device).requires_grad_(False)               # frozen: the KL's other side
     policy = load(folder / "policy" if state else config.model, device)
-    policy.train(), policy.vision.requires_grad_(False)
     optimizer = torch.optim.Adam(policy.policy_parameters(), lr=config.lr, betas=(0.9, 0.95))
     restore_optimizer(optimizer, tensors)
     scorer = Scorer(policy)
@@ -366,6 +365,10 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> None:
         # a rollout without a single picture leaves the image head out
         scorer = torch.nn.parallel.DistributedDataParallel(scorer, find_unused_parameters=True)
     pool = read_prompts(Path(config.prompts)) if config.prompts else []
+    for sample in pool:
+        if wanted_steps(sample.prompt) is None:
+            raise UserError(f"--prompts {config.prompts}: the rule judges know only the toy world's edits, not "
+                            f"{sample.prompt[:60]!r}; python shapes.py --dump DIR writes an example")
     judges, codes, sampling = (RulesText(), RulesVisual()), Codes(reference), sampling_of(config)
     run = Run(config, state["lines"] if state else 0) if rank == 0 else None
     first, dead = state["step"] if state else 0, 0
@@ -378,7 +381,6 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> None:
     for step in bar:
         began = time.perf_counter()
         generator = torch.Generator().manual_seed((config.seed * 1_000_003 + step) * 1_009 + rank)
-        policy.eval()
         batch = rollout(policy, draw_prompts(config, step, rank, pool), config, judges, codes, generator)   # 1-4
         with torch.no_grad():
             parts = zip(*(x.split(config.micro_batch) for x in (batch.tokens, batch.is_image, batch.mask)))

@@ -546,7 +546,7 @@ def train_decoder(model: UnifiedModel, run: Run, config: Config, stage: str, ste
         bar.set_postfix({k: f"{v:.3f}" for k, v in parts.items()})
         if (step + 1) % config.save_every == 0 and step + 1 < steps:
             checkpoint(model, run, config, stage, step + 1, optimizer_tensors(optimizer))
-    tqdm.write(f"{stage}: samples of this session by kind: {counts}")
+    tqdm.write(f"{stage}: samples by kind since the start or the last checkpoint: {counts}")
 
 
 def checkpoint(model: UnifiedModel, run: Run, config: Config, stage: str, step: int, tensors: dict) -> None:

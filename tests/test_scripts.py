@@ -180,6 +180,13 @@ def test_grpo_from_prompts_on_disk_and_evaluation_leave_something_to_look_at(war
                              tmp_path / "data" / "prompts.jsonl", *flags({**RUN, "eval_prompts": 0}))
 
 
+def test_prompts_that_the_rules_cannot_judge_are_refused(warm, tmp_path):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "How do I boil an egg?"}\n')
+    config = grpo.Config(model=str(warm), out=str(tmp_path / "g"), prompts=str(tmp_path / "prompts.jsonl"), **RUN)
+    with pytest.raises(UserError, match="boil an egg"):
+        grpo.train(config, 0, 1, torch.device("cpu"))
+
+
 def test_two_processes_train_and_leave_one_checkpoint(warm, tmp_path):
     run("-m", "torch.distributed.run", "--nproc_per_node=2", "grpo.py", "--model", warm, "--out", tmp_path / "ddp",
         *flags(RUN))
