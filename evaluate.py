@@ -201,7 +201,7 @@ def before_and_after(run: grpo.Config) -> None:
     print(f"answers, curves and rates: {write_report(folder, results)}")
 
 
-LADDER = {      # rung -> GRPO settings; the paper's numbers beside it are design.md's, from its ablation on VILA-U 7B
+LADDER = {      # rung -> GRPO settings, the rows of the paper's ablation
     "r_f": dict(reward_parts="f", credit="outcome"),
     "r_f + r_t": dict(reward_parts="t,f", credit="outcome"),
     "r_f + r_t + r_v": dict(reward_parts="t,v,f", credit="outcome"),
@@ -235,6 +235,7 @@ def ladder(config: Config) -> None:
 
 
 def main() -> None:
+    """Rate one model, or climb the ladder."""
     config = parse_config(Config)
     if config.split not in ("heldout", "pairs", "train"):
         raise UserError(f"--split {config.split}: expected heldout, pairs or train")

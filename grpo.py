@@ -29,8 +29,8 @@ import warmup
 from model import Sampling, Trajectory, UnifiedModel, load, load_training, save
 from rewards import RulesText, RulesVisual, Scores, hybrid_rewards, judge, wanted_steps
 from tokenizer import Answer, UserError, pad, parse_config, pick_device, run_main
-from warmup import (Codes, Run, Sample, check_settings, optimizer_tensors, read_prompts, record, restore_optimizer,
-                    toy_prompt)
+from warmup import (Codes, Run, Sample, by_modality, check_settings, optimizer_tensors, read_prompts, record,
+                    restore_optimizer, toy_prompt)
 
 SPREAD = 1e-3         # a group whose rewards have a smaller standard deviation says nothing: exact zeros
 EPSILON = 1e-4        # added to the standard deviation in Eq. (4) and Eq. (6)
@@ -130,8 +130,7 @@ def decision_weights(mask: Tensor, is_image: Tensor, image_weight: float = 1.0, 
     image_weight scales codes against text before the division; per_modality gives the text mean plus image_weight
     times the image mean instead, so that 1,024 codes do not drown 20 words.
     """
-    image = mask & is_image[..., None]
-    text = mask & ~image
+    text, image = by_modality(mask, is_image)
     if per_modality:
         return text / text.sum((1, 2), keepdim=True).clamp(min=1) + \
             image_weight * image / image.sum((1, 2), keepdim=True).clamp(min=1)
@@ -252,8 +251,7 @@ def update(scorer: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: Rol
     """
     B, sampling = len(batch.tokens), sampling_of(config)
     weights = decision_weights(batch.mask, batch.is_image, config.image_weight, config.per_modality)
-    image = batch.mask & batch.is_image[..., None]
-    text = batch.mask & ~image
+    text, image = by_modality(batch.mask, batch.is_image)
     counts = {"text": max(1, int(text.sum())), "image": max(1, int(image.sum()))}
     total, sums = 0.0, {}
     optimizer.zero_grad()
@@ -341,13 +339,13 @@ def rollout_metrics(batch: Rollout) -> dict:
     def mean(values) -> float:
         values = [v for v in values if v is not None]
         return sum(values) / max(1, len(values))
-    image = batch.mask & batch.is_image[..., None]
+    text, _ = by_modality(batch.mask, batch.is_image)
     return {"reward": mean(hybrid_rewards(batch.scores)), "reward/text": mean(s.text for s in batch.scores),
             "reward/visual": mean(s.visual for s in batch.scores),
             "reward/format": mean(s.format for s in batch.scores),
             "zero_spread": batch.zero_spread, "steps_per_answer": mean(len(a.segments) for a in batch.answers),
             "truncated": mean(t.truncated for t in batch.trajectories),
-            "text_share": 1 - image.sum().item() / batch.mask.sum().item(),
+            "text_share": text.sum().item() / batch.mask.sum().item(),
             "no_score": mean(float(r is None) for s in batch.scores for r in s.steps)}
 
 
@@ -425,6 +423,7 @@ def show(policy: UnifiedModel, run: Run, config: Config, judges: tuple, name: st
 
 
 def main() -> None:
+    """Warm-up model if there is none, training, evaluation before and after."""
     config = parse_config(Config)
     check(config)
     rank, world, device = start_processes(config)

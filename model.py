@@ -656,7 +656,7 @@ def add_tokens(model: UnifiedModel, tokens: list[str]) -> None:
 def save(model: UnifiedModel, folder: Path, state: dict | None = None,
          tensors: dict[str, Tensor] | None = None) -> None:
     """Write a checkpoint in the published layout, whole or not at all. `state` (JSON) and `tensors` are what training
-    needs to go on (optimizer, random numbers): training.json and training.safetensors."""
+    needs to go on (where it was, optimizer): training.json and training.safetensors."""
     d, k, v = model.decoder.config, model.depth_config, model.vision_config
     llm = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu",
            **{f: x for f, x in asdict(d).items() if f not in ("rope_factor", "context")},
@@ -736,6 +736,7 @@ def answer_page(prompt: str, pictures: list[np.ndarray], answer: Answer, folder:
 
 
 def main() -> None:
+    """One answer to one prompt, printed and written to --out."""
     config = parse_config(Config)
     pictures = [read_picture(Path(name), "--image") for name in config.image.split(",") if name]
     marks = config.prompt.count("<image>")

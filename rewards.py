@@ -127,6 +127,7 @@ def mean_of(rewards: list[float | None], wanted: int | None) -> float | None:
 
 
 def main() -> None:
+    """Score one right and three wrong answers."""
     prompt = "paint it blue, move it to center. <BEGIN> a red circle at top left <image>"
     right = shapes.states_of_prompt(prompt)[1:]
     texts = [shapes.caption(scene) for scene in right]

@@ -254,6 +254,7 @@ def dump(folder: Path, rng: random.Random, count: int, edits: int, split: str) -
 
 
 def main() -> None:
+    """Draw a sheet, or dump prompts."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("samples.png"), help="where the sheet goes")
     parser.add_argument("--dump", type=Path, help="write prompts to this folder instead of a sheet")

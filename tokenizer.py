@@ -694,7 +694,7 @@ class Answer:
 
 
 def parse_answer(tokens: Tensor, is_image: Tensor, text: TextTokenizer) -> Answer:
-    """tokens [T, D], is_image [T] of an answer -> its segments, pictures as codes (see `show_pictures`).
+    """tokens [T, D], is_image [T] of an answer -> its segments, pictures as codes (`UnifiedModel.answers` draws them).
 
     <vis> right before a picture and </vis> right after it belong to the picture's step, every other run of text is a
     text step, even where tags are missing or doubled: a broken answer has steps too. A last lone </s> is in no step.
@@ -819,6 +819,7 @@ class Config:
 
 @torch.no_grad()
 def main() -> None:
+    """Redraw pictures from their first 1, 2, .. D codes a position."""
     import shapes
     from model import load                                       # only here: nothing above knows a decoder
     config = parse_config(Config)

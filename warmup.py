@@ -180,14 +180,19 @@ def batch_of(samples: list[Sample], model: UnifiedModel, codes: Codes) -> tuple[
 # ---------------------------------------------------------------------------------------------------------------------
 # Eq. (1)
 
+def by_modality(mask: Tensor, is_image: Tensor) -> tuple[Tensor, Tensor]:
+    """Decisions mask [B, T, D] and is_image [B, T] -> text decisions and image decisions, [B, T, D] each."""
+    image = mask & is_image[..., None]
+    return mask & ~image, image
+
+
 def warmup_loss(logp: Tensor, mask: Tensor, is_image: Tensor, kind: str = "eq1") -> tuple[Tensor, dict]:
     """Eq. (1) from log-probs [B, T, D] and their mask -> loss and its parts (nats a decision, text and image apart).
 
     Choice: the equation is a sum over tokens; we take its mean over the batch's decisions, so that the step size does
     not depend on the batch. "official" is VILA-U's mean over text plus mean over codes.
     """
-    image = mask & is_image[..., None]
-    text = mask & ~image
+    text, image = by_modality(mask, is_image)
     text_nll, image_nll = -(logp * text).sum(), -(logp * image).sum()                      # the two sums of Eq. (1)
     parts = {"loss/text": text_nll / text.sum().clamp(min=1), "loss/image": image_nll / image.sum().clamp(min=1)}
     loss = (text_nll + image_nll) / mask.sum() if kind == "eq1" else parts["loss/text"] + parts["loss/image"]
