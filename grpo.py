@@ -14,6 +14,8 @@
 import math
 import os
 import random
+import resource
+import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -26,11 +28,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 import warmup
-from model import Sampling, Trajectory, UnifiedModel, load, load_training, save
+from model import (Sampling, Trajectory, UnifiedModel, load, load_training, restore, save, train_only, trained,
+                   trained_as)
 from rewards import RulesText, RulesVisual, Scores, hybrid_rewards, judge, wanted_steps
 from tokenizer import Answer, UserError, pad, parse_config, pick_device, run_main
-from warmup import (Codes, Run, Sample, by_modality, check_settings, optimizer_tensors, read_prompts, record,
-                    restore_optimizer, toy_prompt)
+from warmup import (Codes, Run, Sample, by_modality, check_adapters, check_settings, optimizer_tensors, read_prompts,
+                    record, restore_optimizer, toy_prompt)
 
 SPREAD = 1e-3         # a group whose rewards have a smaller standard deviation says nothing: exact zeros
 EPSILON = 1e-4        # added to the standard deviation in Eq. (4) and Eq. (6)
@@ -67,6 +70,23 @@ class Config:
     save_every: int = 10             # updates between checkpoints
     eval_prompts: int = 96           # held-out prompts of the evaluation before and after; 0 = none
     resume: bool = True              # go on where a run of the same settings stopped; --no-resume starts over
+    lora_rank: int = 0               # train adapters of this rank on the decoder's linear layers; 0: the whole policy
+    lora_alpha: float = 16.0         # adapters are scaled by alpha / rank
+    quantize: str = "none"           # nf4: the frozen base in 4 bits (QLoRA)
+    checkpointing: bool = False      # recompute layers in the backward pass: less memory, about a third more time
+    eval_guidance: float = 0.0       # guidance of the evaluation before and after; 0: that of the rollouts
+    preset: str = ""                 # paper: the paper's settings on VILA-U 7B, see PAPER; flags given beside it win
+
+
+# --preset paper: what the paper states is marked so, the rest is ours and fits one GPU (the paper's QLoRA variant).
+PAPER = dict(
+    model="out/warmup-7b",                                        # what warmup.py --preset paper --out wrote
+    group_size=4, updates=3000, eval_guidance=3.0,                # paper; 256 x 256 pictures come with the model
+    step_discount=1.0, pool="all", credit="process",              # paper, Eq. (6) as printed
+    lora_rank=64, lora_alpha=16.0, quantize="nf4", checkpointing=True,                         # ours
+    prompts_per_update=8, micro_batch=2, lr=2e-5, ramp=20, kl=0.04, budget=1024,               # ours
+    save_every=50, eval_prompts=32,                                                            # ours
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -309,6 +329,7 @@ def check(config: Config) -> None:
     for wrong, sentence in problems:
         if wrong:
             raise UserError(sentence)
+    check_adapters(config)
 
 
 def start_processes(config: Config) -> tuple[int, int, torch.device]:
@@ -354,42 +375,51 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> None:
     folder = Path(config.out)
     state, tensors = load_training(folder / "policy") if config.resume else (None, {})
     check_settings(folder, state, config)
-    reference = load(config.model, device).requires_grad_(False)               # frozen: the KL's other side
-    policy = load(folder / "policy" if state else config.model, device)
+    pool = read_prompts(Path(config.prompts)) if config.prompts else []
+    for sample in pool:
+        if wanted_steps(sample.prompt) is None and config.reward_parts != "f":
+            raise UserError(f"--prompts {config.prompts}: the rule judges know only the toy world's edits, not "
+                            f"{sample.prompt[:60]!r}; python shapes.py --dump DIR writes an example")
+    policy = load(config.model, device, config.quantize)
+    train_only(policy, config.lora_rank, config.lora_alpha, config.seed)
+    # Choice: the KL's reference is the policy with its first values (see `trained_as`): of an adapter, no second base.
+    reference = trained(policy)
+    if state:
+        restore(policy, folder / "policy")
+    policy.decoder.checkpointing = config.checkpointing
+    check_budget(policy, config)
     optimizer = torch.optim.Adam(policy.policy_parameters(), lr=config.lr, betas=(0.9, 0.95))
     restore_optimizer(optimizer, tensors)
     scorer = Scorer(policy)
     if world > 1:
         # a rollout without a single picture leaves the image head out
         scorer = torch.nn.parallel.DistributedDataParallel(scorer, find_unused_parameters=True)
-    pool = read_prompts(Path(config.prompts)) if config.prompts else []
-    for sample in pool:
-        if wanted_steps(sample.prompt) is None:
-            raise UserError(f"--prompts {config.prompts}: the rule judges know only the toy world's edits, not "
-                            f"{sample.prompt[:60]!r}; python shapes.py --dump DIR writes an example")
-    judges, codes, sampling = (RulesText(), RulesVisual()), Codes(reference), sampling_of(config)
+    judges, codes, sampling = (RulesText(), RulesVisual()), Codes(policy), sampling_of(config)
     run = Run(config, state["lines"] if state else 0) if rank == 0 else None
     first, dead = state["step"] if state else 0, 0
     if rank == 0 and first >= config.updates:
         print(f"{folder} is finished: {first} updates (more with --updates, afresh with --no-resume)")
-    if rank == 0 and first == 0:
-        show(policy, run, config, judges, "000000_before", "Before GRPO: the warm-up model")
+    if rank == 0 and first == 0 and config.eval_prompts:
+        show(policy, run, config, pool, judges, "000000_before", "Before GRPO: the warm-up model")
     bar = tqdm(range(first, config.updates, config.epochs_per_rollout), desc="grpo", disable=rank > 0,
                initial=first // config.epochs_per_rollout, total=config.updates // config.epochs_per_rollout)
     for step in bar:
         began = time.perf_counter()
         generator = torch.Generator().manual_seed((config.seed * 1_000_003 + step) * 1_009 + rank)
         batch = rollout(policy, draw_prompts(config, step, rank, pool), config, judges, codes, generator)   # 1-4
-        with torch.no_grad():
+        sampled = time.perf_counter()
+        with torch.no_grad(), trained_as(policy, reference):
             parts = zip(*(x.split(config.micro_batch) for x in (batch.tokens, batch.is_image, batch.mask)))
-            ref_logp = torch.cat([reference.log_probs(*part, sampling) for part in parts])
-        sampled = time.perf_counter() - began
+            ref_logp = torch.cat([policy.log_probs(*part, sampling) for part in parts])
+        compared = time.perf_counter()
         for epoch in range(config.epochs_per_rollout):
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * min(1.0, (step + epoch + 1) / config.ramp)
             metrics = update(scorer, optimizer, batch, ref_logp, config)                                     # 5, 6
-        metrics = averaged({**rollout_metrics(batch), **metrics, "seconds": time.perf_counter() - began,
-                            "seconds/rollout": sampled}, world, device)
+        now = time.perf_counter()
+        metrics = averaged({**rollout_metrics(batch), **metrics, "seconds": now - began,
+                            "seconds/rollout": sampled - began, "seconds/reference": compared - sampled,
+                            "seconds/update": now - compared, "peak_gib": peak_gib(device)}, world, device)
         done = step + config.epochs_per_rollout
         dead = dead + 1 if metrics["zero_spread"] == 1 else 0
         if rank:
@@ -408,14 +438,30 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> None:
                        batch.by_answer[i * G:i * G + G]) for i, s in enumerate(batch.samples[:3])])
             save(policy, folder / "policy", {"step": done, "lines": run.lines, "settings": asdict(config)},
                  optimizer_tensors(optimizer))
-    if rank == 0 and first < config.updates:
-        show(policy, run, config, judges, "999999_after", "After GRPO: the same prompts")
+    if rank == 0 and first < config.updates and config.eval_prompts:
+        show(policy, run, config, pool, judges, "999999_after", "After GRPO: the same prompts")
 
 
-def show(policy: UnifiedModel, run: Run, config: Config, judges: tuple, name: str, title: str) -> None:
-    """Groups of answers to fixed held-out prompts with a fixed seed, the same before and after."""
+def check_budget(policy: UnifiedModel, config: Config) -> None:
+    """An answer has to have room for an image."""
+    if config.budget < policy.vision_config.positions:
+        raise UserError(f"--budget {config.budget}: one image of {config.model} takes {policy.vision_config.positions} "
+                        f"positions, expected more than that for each step")
+
+
+def peak_gib(device: torch.device) -> float:
+    """The most memory that was in use so far: on the GPU, or resident on the CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2 ** 30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2 ** 30
+
+
+def show(policy: UnifiedModel, run: Run, config: Config, pool: list[Sample], judges: tuple, name: str,
+         title: str) -> None:
+    """Groups of answers to fixed prompts with a fixed seed, the same before and after: held-out ones of the toy world,
+    or the first of --prompts."""
     rng = random.Random("show")
-    samples = [toy_prompt(rng, config.edits, "heldout") for _ in range(4)]
+    samples = pool[:4] or [toy_prompt(rng, config.edits, "heldout") for _ in range(4)]
     batch = rollout(policy, samples, replace(config, group_size=3), judges, Codes(policy),
                     torch.Generator().manual_seed(0))
     run.sample(name, title, [record(s, batch.answers[3 * i:3 * i + 3], batch.scores[3 * i:3 * i + 3],
@@ -424,7 +470,7 @@ def show(policy: UnifiedModel, run: Run, config: Config, judges: tuple, name: st
 
 def main() -> None:
     """Warm-up model if there is none, training, evaluation before and after."""
-    config = parse_config(Config)
+    config = parse_config(Config, presets={"paper": PAPER})
     check(config)
     rank, world, device = start_processes(config)
     if rank == 0 and config.model == Config.model and not warmup.is_done(Path(config.model)):

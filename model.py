@@ -16,6 +16,7 @@ top-p and guidance live in `guide` and `choose_from`, which both call.
 import html
 import json
 import re
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -27,6 +28,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from tokenizer import (IMAGE_END, IMAGE_PLACEHOLDER, IMAGE_START, THINK_END, THINK_START, VISION_NAMES, Answer,
                        Attention, Block, ImageTokenizer, Sequence, TextTokenizer, UserError, VisionConfig, pack, pad,
@@ -120,6 +122,7 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig):
         super().__init__()
         self.config = config
+        self.checkpointing = False       # recompute each layer in the backward pass instead of keeping its insides
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
@@ -147,7 +150,10 @@ class Decoder(nn.Module):
             if caches is not None:
                 caches[i].at(positions, keys)
                 attention["cache"] = caches[i]
-            x = layer(x, **attention)
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(layer, x, use_reentrant=False, **attention)
+            else:
+                x = layer(x, **attention)
         return self.norm(x)
 
 
@@ -263,13 +269,15 @@ class UnifiedModel(nn.Module):
         self.depth_config, self.vision_config = depth, vision
         self.text: TextTokenizer = None                              # set by load / the warm-up
         self.system_prompt = VICUNA
+        self.source, self.quantize = "", "none"                      # what the weights were loaded from, and how
+        self.adapter: dict | None = None                             # rank and alpha, if there are adapters
 
     @property
     def device(self) -> torch.device:
         return self.projector[0].weight.device
 
     def policy_parameters(self) -> list[nn.Parameter]:
-        """What warm-up and GRPO train: decoder, both heads and projector, never the image tokenizer."""
+        """What warm-up and GRPO train: decoder, both heads and projector, or adapters; never the image tokenizer."""
         return [p for p in self.parameters() if p.requires_grad]
 
     # -- hidden states ---------------------------------------------------------------------------------------------
@@ -481,6 +489,186 @@ def chat(text: str, system: str) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# QLoRA: a frozen base in 4 bits (NF4, arXiv 2305.14314) and low-rank adapters that are trained (arXiv 2106.09685)
+
+NF4_BLOCK = 64       # weights that share one scale, their largest absolute value
+# 16 quantiles of the normal distribution, scaled to -1..1, with an exact 0: the table of bitsandbytes
+NF4 = torch.tensor([-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
+                    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
+                    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
+                    0.7229568362236023, 1.0])
+NF4_BOUNDS = (NF4[1:] + NF4[:-1]) / 2                                       # a value between two goes to the nearer one
+NF4_PAIRS = torch.stack((NF4.repeat_interleave(16), NF4.repeat(16)), 1)     # [256, 2]: what a byte holds
+
+
+def to_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """weight, any shape of n values -> bytes uint8 [n / 2], two 4-bit codes each, the first in the high bits, and
+    scales float32 [n / 64]. bitsandbytes' quantize_4bit(quant_type="nf4", blocksize=64), value for value."""
+    blocks = weight.reshape(-1, NF4_BLOCK)
+    scales = blocks.abs().amax(1).float()
+    codes = torch.empty(blocks.shape, dtype=torch.uint8, device=weight.device)
+    for code, block, scale in zip(*(x.split(2 ** 16) for x in (codes, blocks, scales))):     # 4 M values at a time
+        scaled = block.float() * (1 / scale.clamp(min=1e-38))[:, None]
+        code.copy_(torch.bucketize(scaled, NF4_BOUNDS.to(weight.device), out_int32=True))
+    codes = codes.view(-1, 2)
+    return codes[:, 0] << 4 | codes[:, 1], scales
+
+
+def from_nf4(packed: Tensor, scales: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
+    """What `to_nf4` gave -> weight [out, in]. Computed in float32, then rounded to `dtype`."""
+    weight = torch.empty(len(scales), NF4_BLOCK, dtype=dtype, device=packed.device)
+    pairs = NF4_PAIRS.to(packed.device)
+    for part, bytes_, scale in zip(weight.split(2 ** 16), packed.split(2 ** 21), scales.split(2 ** 16)):
+        part.copy_(pairs.index_select(0, bytes_.int()).view(-1, NF4_BLOCK).mul_(scale[:, None]))
+    return weight.view(shape)
+
+
+class NF4Product(torch.autograd.Function):
+    """x W^T for a W in 4 bits, which the backward pass unpacks again: in full, one layer's exists at a time."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, packed: Tensor, scales: Tensor, shape: tuple[int, int]) -> Tensor:
+        ctx.save_for_backward(packed, scales)
+        ctx.shape = shape
+        return F.linear(x, from_nf4(packed, scales, shape, x.dtype))
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        return grad @ from_nf4(*ctx.saved_tensors, ctx.shape, grad.dtype), None, None, None
+
+
+class NF4Linear(nn.Module):
+    """A frozen linear layer with its weight in 4 bits and a scale per 64 weights: 4.5 bits a weight."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None = None):
+        super().__init__()
+        self.out_features, self.in_features = weight.shape
+        packed, scales = to_nf4(weight)
+        self.register_buffer("packed", packed), self.register_buffer("scales", scales)
+        self.bias, self.dtype = bias, weight.dtype
+
+    @property
+    def weight(self) -> Tensor:
+        return from_nf4(self.packed, self.scales, (self.out_features, self.in_features), self.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = NF4Product.apply(x, self.packed, self.scales, (self.out_features, self.in_features))
+        return y if self.bias is None else y + self.bias
+
+
+class LoRALinear(nn.Module):
+    """base(x) + alpha / r B A x. B starts at zero, so that a fresh adapter changes nothing; A and B are float32."""
+
+    def __init__(self, base: nn.Linear | NF4Linear, rank: int, alpha: float, generator: torch.Generator):
+        super().__init__()
+        self.base, self.scale = base, alpha / rank
+        bound = base.in_features ** -0.5                               # as torch's own linear layers start
+        self.a = nn.Parameter(torch.empty(rank, base.in_features).uniform_(-bound, bound, generator=generator))
+        self.b = nn.Parameter(torch.zeros(base.out_features, rank))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.base(x) + self.scale * F.linear(F.linear(x, self.a.to(x.dtype)), self.b.to(x.dtype))
+
+    def merged(self) -> nn.Linear:
+        """One plain layer that does the same."""
+        weight = self.base.weight
+        return plain_linear((weight.float() + self.scale * self.b @ self.a).to(weight.dtype), self.base.bias)
+
+
+class AddedRows(nn.Module):
+    """A frozen embedding or lm_head [V, C] with own, trained rows for the added tokens `ids`.
+
+    Choice: <think> and </think> start as the same mean row. Adapters inside the layers could never tell them apart,
+    neither read nor written, so these rows (two of 32,006) are trained along.
+    """
+
+    def __init__(self, base: nn.Embedding | nn.Linear, ids: list[int]):
+        super().__init__()
+        self.base, self.ids = base, ids
+        self.rows = nn.Parameter(base.weight[ids].float())                                 # (added, C)
+
+    @property
+    def weight(self) -> Tensor:
+        weight = self.base.weight.clone()
+        weight[self.ids] = self.rows.to(weight.dtype)
+        return weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.base(x)
+        if isinstance(self.base, nn.Linear):                                               # logits [..., V]
+            ids = torch.tensor(self.ids, device=x.device)
+            return y.index_copy(-1, ids, F.linear(x, self.rows.to(x.dtype)))
+        for i, row in zip(self.ids, self.rows):                                            # embeddings [..., C]
+            y = torch.where((x == i)[..., None], row.to(y.dtype), y)
+        return y
+
+
+def plain_linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
+    """nn.Linear around a weight that is there already."""
+    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    linear.weight, linear.bias = nn.Parameter(weight), bias
+    return linear
+
+
+def train_only(model: "UnifiedModel", rank: int, alpha: float, seed: int = 0) -> None:
+    """Decide what is trained, in float32 (Adam's steps are too small for bfloat16): with rank 0 the whole policy, else
+    an adapter on every linear layer of the decoder, everything else frozen. A model that was loaded with its adapters
+    keeps them. Raises UserError where it has others than asked for."""
+    if model.adapter and rank and model.adapter != {"rank": rank, "alpha": alpha}:
+        raise UserError(f"--lora-rank {rank} --lora-alpha {alpha}: the model already has adapters of rank "
+                        f"{model.adapter['rank']} and alpha {model.adapter['alpha']}")
+    if model.adapter:
+        return
+    if not rank:
+        if any(isinstance(m, NF4Linear) for m in model.modules()):
+            raise UserError("--quantize nf4: 4-bit weights cannot be trained themselves: add --lora-rank")
+        model.float()
+        return
+    model.requires_grad_(False)
+    generator, decoder = torch.Generator().manual_seed(seed), model.decoder
+    for owner in [part for layer in decoder.layers for part in (layer.attn, layer.mlp)]:
+        for name, child in list(owner.named_children()):
+            setattr(owner, name, LoRALinear(child, rank, alpha, generator).to(model.device))
+    ids = [model.text.id(token) for token in (THINK_START, THINK_END)]
+    decoder.embed, decoder.lm_head = AddedRows(decoder.embed, ids), AddedRows(decoder.lm_head, ids)
+    model.adapter = {"rank": rank, "alpha": alpha}
+
+
+def merge(model: "UnifiedModel") -> None:
+    """Fold the adapters into plain layers (4-bit ones are unpacked): the same policy as an ordinary model."""
+    with torch.no_grad():
+        for owner in list(model.decoder.modules()):
+            for name, child in list(owner.named_children()):
+                if isinstance(child, LoRALinear):
+                    setattr(owner, name, child.merged())
+                elif isinstance(child, AddedRows):
+                    child.base.weight = nn.Parameter(child.weight)
+                    setattr(owner, name, child.base)
+    model.adapter = None
+
+
+@contextmanager
+def trained_as(model: nn.Module, values: dict[str, Tensor]):
+    """The model with its trained parameters as in `values`. The KL's reference is the policy with its first values: no
+    second base, and for a full fine-tune no second image tokenizer."""
+    now = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
+    def put(tensors):
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                p.data = tensors[name]
+    put(values)
+    try:
+        yield model
+    finally:
+        put(now)
+
+
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    """Copies of all trained parameters, by name."""
+    return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Checkpoints in the published layout: llm/, mm_projector/, vision_tower/
 
 NAMES = {       # folder -> {name there: name here}; {} is a layer number
@@ -534,7 +722,7 @@ def checkpoint_folder(source: str) -> Path:
     cache (HF_HOME and HF_HUB_OFFLINE are respected). Raises UserError where there is none."""
     for folder in (Path(source) / "policy", Path(source)):
         settle_folder(folder)
-        if (folder / "llm").is_dir():
+        if (folder / "llm").is_dir() or (folder / "adapter.json").exists():
             return folder
     if Path(source).exists() or source.count("/") != 1 or source.startswith((".", "/", "out/")):
         raise UserError(f"--model {source}: no checkpoint there (expected the folders llm/, mm_projector/ and "
@@ -559,7 +747,10 @@ def read_json(path: Path) -> dict:
 def tensor_files(folder: Path) -> list[Path]:
     """The safetensors files of one part: those of its index, else the only one."""
     index = folder / "model.safetensors.index.json"
-    names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    try:
+        names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
+    except (KeyError, TypeError, AttributeError):
+        raise UserError(f'{index}: expected {{"weight_map": {{tensor: file}}}}')
     for name in names:
         if not (folder / name).exists():
             raise UserError(f"{folder / name}: missing" + (f", but {index} names it" if index.exists() else ""))
@@ -569,20 +760,33 @@ def tensor_files(folder: Path) -> list[Path]:
 def open_tensors(path: Path):
     try:
         return safe_open(path, framework="pt")
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing")
     except SafetensorError as error:
         raise UserError(f"{path}: not a whole safetensors file ({error})")
 
 
-def load(source: str | Path, device: str | torch.device = "cpu") -> UnifiedModel:
+def read_tensor(path: Path, name: str, device: str | torch.device) -> Tensor:
+    """One tensor, copied. The file is mapped anew for each: pages of a mapping count as resident until it is gone."""
+    with open_tensors(path) as file:
+        return file.get_tensor(name).to(device, copy=True)
+
+
+def load(source: str | Path, device: str | torch.device = "cpu", quantize: str = "none") -> UnifiedModel:
     """A checkpoint in the published layout (hub id or folder) -> model. Sizes come from its config files and tensor
-    shapes; tensors stream one at a time to `device` in the type they are stored in; only needed ones are read.
+    shapes; tensors stream one at a time to `device`, in the type they are stored in or, with quantize "nf4", the
+    decoder's linear layers in 4 bits; only needed ones are read. A folder of adapters brings its base, as it was
+    quantised when they were trained.
 
     Raises UserError, naming file, tensor, found and expected shape, for whatever is missing, unknown or mis-shaped."""
     folder = checkpoint_folder(str(source))
+    if (folder / "adapter.json").exists():
+        return load_adapters(folder, device)
+    if quantize not in ("none", "nf4"):
+        raise UserError(f"--quantize {quantize}: expected nf4 or none")
     llm, tower = read_json(folder / "llm" / "config.json"), read_json(folder / "vision_tower" / "config.json")
-    files = {part: tensor_files(folder / part) for part in NAMES}
     shapes = {}
-    for file in files["vision_tower"]:
+    for file in tensor_files(folder / "vision_tower"):
         with open_tensors(file) as tensors:
             shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}
     try:
@@ -601,39 +805,88 @@ def load(source: str | Path, device: str | torch.device = "cpu") -> UnifiedModel
         raise UserError(f"{folder}: its config.json files or vision tensors lack {error}")
     with torch.device("meta"):
         model = UnifiedModel(decoder, depth, vision)
+    model.text = TextTokenizer.from_folder(folder / "llm")              # small files first: they fail fast
+    model.system_prompt = read_json(folder / "config.json").get("system_prompt", VICUNA)
+    read_weights(model, folder, device, quantize)
+    add_tokens(model, [THINK_START, THINK_END])
+    model.source, model.quantize = str(Path(source).resolve() if Path(source).exists() else source), quantize
+    return model
+
+
+def read_weights(model: UnifiedModel, folder: Path, device: str | torch.device, quantize: str = "none") -> None:
+    """Every tensor of a checkpoint to its place in the model, which may still be on the meta device."""
     wanted = set(model.state_dict())
     missing = set(wanted)
-    for part in files:
-        for file in files[part]:
+    for part in NAMES:
+        for file in tensor_files(folder / part):
             with open_tensors(file) as tensors:
-                for theirs in tensors.keys():
-                    ours = rename(theirs, NAMES[part])
-                    if ours is None and not NOT_NEEDED.match(theirs):
-                        raise UserError(f"{file}: unknown tensor {theirs}")
-                    if ours is None or SURPLUS.match(ours) and ours not in wanted:
-                        continue
-                    if ours not in wanted:
-                        raise UserError(f"{file}: tensor {theirs} is beyond the sizes that config.json gives")
-                    place(model, ours, tensors.get_tensor(theirs).to(device), f"{file}: tensor {theirs}")
-                    missing.discard(ours)
+                names = tensors.keys()
+            for theirs in names:
+                ours = rename(theirs, NAMES[part])
+                if ours is None and not NOT_NEEDED.match(theirs):
+                    raise UserError(f"{file}: unknown tensor {theirs}")
+                if ours is None or SURPLUS.match(ours) and ours not in wanted:
+                    continue
+                if ours not in wanted:
+                    raise UserError(f"{file}: tensor {theirs} is beyond the sizes that config.json gives")
+                place(model, ours, read_tensor(file, theirs, device), f"{file}: tensor {theirs}", quantize)
+                missing.discard(ours)
     if missing:
         theirs = {part: rename(sorted(missing)[0], {b: a for a, b in NAMES[part].items()}) for part in NAMES}
         part, name = next((part, name) for part, name in theirs.items() if name)
         raise UserError(f"{folder / part}: tensor {name} is missing ({len(missing)} in all)")
     model.vision.requires_grad_(False)
-    model.text = TextTokenizer.from_folder(folder / "llm")
-    model.system_prompt = read_json(folder / "config.json").get("system_prompt", VICUNA)
-    add_tokens(model, [THINK_START, THINK_END])
+
+
+def load_adapters(folder: Path, device: str | torch.device) -> UnifiedModel:
+    """adapter.json (base, quantize, rank, alpha) and adapter.safetensors -> the base with these adapters."""
+    told = read_json(folder / "adapter.json")
+    try:
+        base, quantize, rank, alpha = told["base"], told["quantize"], told["rank"], told["alpha"]
+        model = load(base, device, quantize)
+    except KeyError as error:
+        raise UserError(f"{folder / 'adapter.json'}: lacks {error}")
+    except UserError as error:
+        raise UserError(f"{folder / 'adapter.json'}: its base cannot be loaded: {error}")
+    train_only(model, rank, alpha)
+    read_adapters(model, folder, device)
     return model
 
 
-def place(model: nn.Module, name: str, value: Tensor, what: str) -> None:
-    """Put a tensor where its parameter or buffer is, if the shapes agree."""
-    owner, _, leaf = name.rpartition(".")
-    owner = model.get_submodule(owner)
+def read_adapters(model: UnifiedModel, folder: Path, device: str | torch.device) -> None:
+    """adapter.safetensors to its place in a model that has such adapters."""
+    file, wanted = folder / "adapter.safetensors", set(trained(model))
+    with open_tensors(file) as tensors:
+        names = set(tensors.keys())
+    if names != wanted:
+        name = sorted(names ^ wanted)[0]
+        raise UserError(f"{file}: tensor {name} is {'missing' if name in wanted else 'unknown'}")
+    for name in sorted(wanted):
+        place(model, name, read_tensor(file, name, device), f"{file}: tensor {name}")
+
+
+def restore(model: UnifiedModel, folder: Path) -> None:
+    """Put a checkpoint's trained weights into the model that its training started from."""
+    (read_adapters if model.adapter else read_weights)(model, folder, model.device)
+
+
+LINEAR = re.compile(r"decoder\.layers\.\d+\.(attn|mlp)\.\w+_proj\.weight")      # what is quantised and adapted
+
+
+def place(model: nn.Module, name: str, value: Tensor, what: str, quantize: str = "none") -> None:
+    """Put a tensor where its parameter or buffer is, if the shapes agree; a decoder layer's weight in 4 bits if asked
+    for (its nn.Linear then gives way to an NF4Linear)."""
+    path, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(path)
     expected = getattr(owner, leaf).shape
     if value.shape != expected:
         raise UserError(f"{what} has shape {list(value.shape)}, expected {list(expected)}")
+    if quantize == "nf4" and LINEAR.fullmatch(name):
+        if value.numel() % NF4_BLOCK:
+            raise UserError(f"--quantize nf4: {what} has {value.numel()} values, no multiple of {NF4_BLOCK}")
+        layer, _, leaf = path.rpartition(".")
+        setattr(model.get_submodule(layer), leaf, NF4Linear(value, owner.bias))
+        return
     if leaf in owner._parameters:
         value = nn.Parameter(value, requires_grad=value.is_floating_point())
     setattr(owner, leaf, value)
@@ -655,8 +908,34 @@ def add_tokens(model: UnifiedModel, tokens: list[str]) -> None:
 
 def save(model: UnifiedModel, folder: Path, state: dict | None = None,
          tensors: dict[str, Tensor] | None = None) -> None:
-    """Write a checkpoint in the published layout, whole or not at all. `state` (JSON) and `tensors` are what training
-    needs to go on (where it was, optimizer): training.json and training.safetensors."""
+    """Write a checkpoint, whole or not at all: in the published layout, or the adapters alone where there are any.
+    `state` (JSON) and `tensors` are what training needs to go on (where it was, optimizer): training.json and
+    training.safetensors."""
+    with write_folder(folder) as new:
+        if model.adapter:
+            told = {"base": model.source, "quantize": model.quantize, **model.adapter}
+            (new / "adapter.json").write_text(json.dumps(told, indent=1))
+            write_tensors(trained(model), new / "adapter.safetensors")
+        else:
+            write_published(model, new)
+        if state is not None:
+            (new / "training.json").write_text(json.dumps(state))
+            write_tensors(tensors or {}, new / "training.safetensors")
+
+
+def write_published(model: UnifiedModel, folder: Path) -> None:
+    """The published layout plus our added tokens: what `load` reads."""
+    write_configs(model, folder)
+    weights = model.state_dict()
+    for part, table in NAMES.items():
+        back = {ours: theirs for theirs, ours in table.items()}
+        named = {rename(ours, back): w.contiguous() for ours, w in weights.items() if rename(ours, back)}
+        write_tensors(named, folder / part / "model.safetensors")
+    model.text.save(folder / "llm")
+
+
+def write_configs(model: UnifiedModel, folder: Path) -> None:
+    """The four config.json files of the published layout."""
     d, k, v = model.decoder.config, model.depth_config, model.vision_config
     llm = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu",
            **{f: x for f, x in asdict(d).items() if f not in ("rope_factor", "context")},
@@ -672,19 +951,9 @@ def save(model: UnifiedModel, folder: Path, state: dict | None = None,
                     "image_aspect_ratio": "resize", "system_prompt": model.system_prompt},
                "llm": llm, "vision_tower": tower,
                "mm_projector": {"mm_projector_type": "mlp2x_gelu", "model_type": "v2l_projector"}}
-    weights = model.state_dict()
-    with write_folder(folder) as new:
-        for part, config in configs.items():
-            (new / part).mkdir(exist_ok=True)
-            (new / part / "config.json").write_text(json.dumps(config, indent=1))
-        for part, table in NAMES.items():
-            back = {ours: theirs for theirs, ours in table.items()}
-            named = {rename(ours, back): w.contiguous() for ours, w in weights.items() if rename(ours, back)}
-            write_tensors(named, new / part / "model.safetensors")
-        model.text.save(new / "llm")
-        if state is not None:
-            (new / "training.json").write_text(json.dumps(state))
-            write_tensors(tensors or {}, new / "training.safetensors")
+    for part, config in configs.items():
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        (folder / part / "config.json").write_text(json.dumps(config, indent=1))
 
 
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
@@ -719,6 +988,8 @@ class Config:
     top_k: int = 0               # 0 = off
     top_p: float = 1.0           # 1 = off
     guidance: float = 1.0        # for image codes; VILA-U and the paper draw with 3
+    quantize: str = "none"       # nf4: the decoder's linear layers in 4 bits
+    merge: str = ""              # write the model, its adapters folded in, to this folder in the published layout; stop
     device: str = "auto"         # cpu, cuda, mps
 
 
@@ -736,13 +1007,19 @@ def answer_page(prompt: str, pictures: list[np.ndarray], answer: Answer, folder:
 
 
 def main() -> None:
-    """One answer to one prompt, printed and written to --out."""
+    """One answer to one prompt, printed and written to --out; or adapters folded into their base."""
     config = parse_config(Config)
+    if config.merge:
+        model = load(config.model, pick_device(config.device), config.quantize)
+        if not model.adapter:
+            raise UserError(f"--merge {config.merge}: {config.model} has no adapters")
+        merge(model)
+        return save(model, Path(config.merge))
     pictures = [read_picture(Path(name), "--image") for name in config.image.split(",") if name]
     marks = config.prompt.count("<image>")
     if marks != len(pictures):
         raise UserError(f"--image: {len(pictures)} files, but {marks} <image> marks in --prompt")
-    model = load(config.model, pick_device(config.device)).eval()
+    model = load(config.model, pick_device(config.device), config.quantize).eval()
     prompt = model.prompt(config.prompt, list(model.codes(pictures)) if pictures else [], config.draw)
     sampling = Sampling(config.temperature, config.top_k, config.top_p, config.guidance)
     budget = min(config.budget, model.decoder.config.context - len(prompt))

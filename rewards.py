@@ -42,9 +42,12 @@ def agreement(told: shapes.Scene | None, true: shapes.Scene | None) -> float:
 
 
 class RulesText:
-    """r_t by rules: the k-th text against the k-th state that the prompt's own words lead to."""
+    """r_t by rules: the k-th text against the k-th state that the prompt's own words lead to. No opinion on prompts
+    that are not the toy world's."""
 
-    def __call__(self, prompt: str, texts: list[str]) -> list[float]:
+    def __call__(self, prompt: str, texts: list[str]) -> list[float | None]:
+        if wanted_steps(prompt) is None:
+            return [None] * len(texts)
         true = shapes.states_of_prompt(prompt)[1:]
         return [agreement(shapes.parse_caption(text), true[k] if k < len(true) else None)
                 for k, text in enumerate(texts)]

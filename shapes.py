@@ -139,7 +139,11 @@ MATCH_DISTANCE = 0.002
 
 
 def see(pictures: np.ndarray) -> list[Scene | None]:
-    """uint8 [B, 24, 24, 3] -> the scene each picture shows and nothing else; None where it is none of them."""
+    """uint8 [B, H, W, 3] -> the scene each picture shows and nothing else; None where it is none of them. Pictures of
+    another size than ours (a larger model's) are looked at in ours."""
+    if pictures.shape[1:3] != (PICTURE_SIZE, PICTURE_SIZE):
+        size = (PICTURE_SIZE, PICTURE_SIZE)
+        pictures = np.stack([np.asarray(Image.fromarray(p).resize(size, Image.BOX)) for p in pictures])
     flat = pictures.reshape(len(pictures), -1).astype(np.float32) / 255                                 # (B, 1728)
     squares = (flat ** 2).sum(1)[:, None] - 2 * flat @ RENDERS.T + (RENDERS ** 2).sum(1)
     distance = squares / flat.shape[1]                                                                  # (B, 144)

@@ -723,8 +723,9 @@ class UserError(ValueError):
     """A mistake of the user's (a path, a flag, a file): shown as one sentence, without a traceback."""
 
 
-def parse_config(Config, argv: list[str] | None = None):
-    """A dataclass is the command line: each field a flag, its default the default, its comment the help text."""
+def parse_config(Config, argv: list[str] | None = None, presets: dict[str, dict] | None = None):
+    """A dataclass is the command line: each field a flag, its default the default, its comment the help text. With
+    presets ({name: {field: value}}), --preset NAME changes defaults; flags given beside it win."""
     class Parser(argparse.ArgumentParser):
         def error(self, message):
             raise UserError(message)
@@ -736,6 +737,11 @@ def parse_config(Config, argv: list[str] | None = None):
         parser.add_argument("--" + f.name.replace("_", "-"), default=f.default,
                             help=comments.get(f.name, "").replace("%", "%%") + f" [{f.default}]", **kind)
     args, unknown = parser.parse_known_args(argv)
+    if presets and args.preset:
+        if args.preset not in presets:
+            raise UserError(f"--preset {args.preset}: expected {' or '.join(presets)}")
+        parser.set_defaults(**presets[args.preset])
+        args, unknown = parser.parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, 1)
         raise UserError(f"unknown flag {unknown[0]}" + (f": did you mean {near[0]}?" if near else ": see --help"))

@@ -18,6 +18,7 @@ import re
 import sys
 import textwrap
 import time
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 import shapes
-from model import DecoderConfig, DepthConfig, UnifiedModel, chat, load, load_training, save
+from model import DecoderConfig, DepthConfig, UnifiedModel, chat, load, load_training, save, train_only
 from rewards import RulesText, RulesVisual, Scores, judge
 from tokenizer import (BYTE, CONTROL, IMAGE_END, IMAGE_START, NORMAL, SPACE, SPECIAL_TOKENS, THINK_END, THINK_START,
                        UNKNOWN, Answer, ImageTokenizer, TextTokenizer, UserError, VisionConfig, pad, parse_config,
@@ -50,6 +51,22 @@ class Config:
     mix: float = 0.5                 # share of interleaved stories in stage 3, the rest is half t2i, half i2t
     loss: str = "eq1"                # eq1: mean over all decisions; official: text mean + image mean, as VILA-U trains
     save_every: int = 100            # steps between checkpoints
+    model: str = ""                  # start from this checkpoint (folder or hub id): stage 3 alone; empty: all stages
+    micro_batch: int = 48            # samples a forward pass; changes memory, never the gradient
+    lora_rank: int = 0               # train adapters of this rank on the decoder's linear layers; 0: the whole policy
+    lora_alpha: float = 16.0         # adapters are scaled by alpha / rank
+    quantize: str = "none"           # nf4: the frozen base in 4 bits (QLoRA)
+    checkpointing: bool = False      # recompute layers in the backward pass: less memory, about a third more time
+    preset: str = ""                 # paper: the paper's settings on VILA-U 7B, see PAPER; flags given beside it win
+
+
+# --preset paper: what the paper states is marked so, the rest is ours and fits one GPU (the paper's QLoRA variant).
+PAPER = dict(
+    model="mit-han-lab/vila-u-7b-256",                            # paper, 256 x 256 pictures
+    mix=0.3 / 2.3,                                                # paper: 0.3M interleaved, 1M and 1M others
+    lora_rank=64, lora_alpha=16.0, quantize="nf4", checkpointing=True,                         # ours
+    warmup_steps=3000, batch=64, micro_batch=2, warmup_lr=1e-4, save_every=100,                # ours
+)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -186,16 +203,19 @@ def by_modality(mask: Tensor, is_image: Tensor) -> tuple[Tensor, Tensor]:
     return mask & ~image, image
 
 
-def warmup_loss(logp: Tensor, mask: Tensor, is_image: Tensor, kind: str = "eq1") -> tuple[Tensor, dict]:
+def warmup_loss(logp: Tensor, mask: Tensor, is_image: Tensor, kind: str = "eq1",
+                counts: tuple[Tensor, Tensor] | None = None) -> tuple[Tensor, dict]:
     """Eq. (1) from log-probs [B, T, D] and their mask -> loss and its parts (nats a decision, text and image apart).
 
     Choice: the equation is a sum over tokens; we take its mean over the batch's decisions, so that the step size does
-    not depend on the batch. "official" is VILA-U's mean over text plus mean over codes.
+    not depend on the batch. "official" is VILA-U's mean over text plus mean over codes. `counts` are the whole batch's
+    text and image decisions where this is a part of it: the parts' losses then add up to the batch's.
     """
     text, image = by_modality(mask, is_image)
+    n_text, n_image = counts or (text.sum(), image.sum())
     text_nll, image_nll = -(logp * text).sum(), -(logp * image).sum()                      # the two sums of Eq. (1)
-    parts = {"loss/text": text_nll / text.sum().clamp(min=1), "loss/image": image_nll / image.sum().clamp(min=1)}
-    loss = (text_nll + image_nll) / mask.sum() if kind == "eq1" else parts["loss/text"] + parts["loss/image"]
+    parts = {"loss/text": text_nll / n_text.clamp(min=1), "loss/image": image_nll / n_image.clamp(min=1)}
+    loss = (text_nll + image_nll) / (n_text + n_image) if kind == "eq1" else parts["loss/text"] + parts["loss/image"]
     return loss, {"loss": loss.item(), **{k: v.item() for k, v in parts.items()}}
 
 
@@ -528,30 +548,34 @@ def train_decoder(model: UnifiedModel, run: Run, config: Config, stage: str, ste
     stage and s alone, so a resumed run is the uninterrupted one."""
     optimizer = torch.optim.AdamW(model.policy_parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
     restore_optimizer(optimizer, tensors)
-    codes, counts = Codes(model), dict.fromkeys((k.__name__ for k in kinds), 0)
+    codes, seen = Codes(model), dict.fromkeys((k.__name__ for k in kinds), 0)
     bar = tqdm(range(start, steps), desc=stage, initial=start, total=steps)
     for step in bar:
         began = time.perf_counter()
         rng = random.Random(f"{config.seed}/{stage}/{step}")
         drawn = rng.choices(list(kinds), list(kinds.values()), k=config.batch)
         for kind in drawn:
-            counts[kind.__name__] += 1
-        tokens, is_image, mask = batch_of([kind(rng, config.edits) for kind in drawn], model, codes)
-        loss, parts = warmup_loss(model.log_probs(tokens, is_image, mask), mask, is_image, config.loss)
-        if not loss.isfinite():
-            raise UserError(f"{stage}: the loss became {loss.item()} at step {step}: lower --lr; the last good "
-                            f"checkpoint is intact")
+            seen[kind.__name__] += 1
+        batch = batch_of([kind(rng, config.edits) for kind in drawn], model, codes)
+        counts, parts = tuple(d.sum() for d in by_modality(batch[2], batch[1])), Counter()
+        optimizer.zero_grad()
+        for tokens, is_image, mask in zip(*(x.split(config.micro_batch) for x in batch)):
+            logp = model.log_probs(tokens, is_image, mask)
+            loss, part = warmup_loss(logp, mask, is_image, config.loss, counts)
+            if not loss.isfinite():
+                raise UserError(f"{stage}: the loss became {loss.item()} at step {step}: lower --lr; the last good "
+                                f"checkpoint is intact")
+            loss.backward()
+            parts.update(part)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, lr)
-        optimizer.zero_grad()
-        loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(model.policy_parameters(), 1.0)
         optimizer.step()
         run.log(stage=stage, step=step, **parts, grad_norm=norm.item(), seconds=time.perf_counter() - began)
         bar.set_postfix({k: f"{v:.3f}" for k, v in parts.items()})
         if (step + 1) % config.save_every == 0 and step + 1 < steps:
             checkpoint(model, run, config, stage, step + 1, optimizer_tensors(optimizer))
-    tqdm.write(f"{stage}: samples by kind since the start or the last checkpoint: {counts}")
+    tqdm.write(f"{stage}: samples by kind since the start or the last checkpoint: {seen}")
 
 
 def checkpoint(model: UnifiedModel, run: Run, config: Config, stage: str, step: int, tensors: dict) -> None:
@@ -569,9 +593,14 @@ def warm_up(config: Config) -> None:
     check_settings(folder, state, config)
     if state:
         model = load(folder / "policy", device)
+    elif config.model:
+        model = load(config.model, device, config.quantize)
+        state = {"stage": "warmup", "step": 0, "lines": 0}
     else:
         model = miniature(config.seed, folder / "text").to(device)
         state = {"stage": "tokenizer", "step": 0, "lines": 0}
+    train_only(model, config.lora_rank, config.lora_alpha, config.seed)
+    model.decoder.checkpointing = config.checkpointing
     run = Run(config, state["lines"])
     start = STAGES.index(state["stage"])
     for stage in STAGES[start:-1]:
@@ -593,8 +622,8 @@ def show(model: UnifiedModel, run: Run, name: str, title: str) -> None:
     """A sheet of answers to fixed prompts."""
     rng = random.Random(0)
     samples = [toy_prompt(rng, 2, "heldout") for _ in range(6)]
-    codes = Codes(model)
-    trajectories = model.generate([model.prompt(s.prompt, codes(s.prompt_pictures)) for s in samples], 1, 128,
+    codes, budget = Codes(model), 2 * (model.vision_config.positions + 48)
+    trajectories = model.generate([model.prompt(s.prompt, codes(s.prompt_pictures)) for s in samples], 1, budget,
                                   generator=torch.Generator().manual_seed(0))
     answers = model.answers(trajectories)
     scores = judge([s.prompt for s in samples], answers, RulesText(), RulesVisual())
@@ -603,7 +632,8 @@ def show(model: UnifiedModel, run: Run, name: str, title: str) -> None:
 
 def check_settings(folder: Path, state: dict | None, config) -> None:
     """A checkpoint made with other settings is not gone on with: raises UserError naming the first that differs."""
-    free = ("device", "save_every", "updates", "resume", "eval_prompts", "out", "micro_batch")
+    free = ("device", "save_every", "updates", "resume", "eval_prompts", "eval_guidance", "out", "micro_batch",
+            "checkpointing", "preset")
     for key, value in (state or {}).get("settings", {}).items():
         if key not in free and getattr(config, key, value) != value:
             raise UserError(f"{folder}: was made with --{key.replace('_', '-')} {value}, not {getattr(config, key)}: "
@@ -622,17 +652,29 @@ def read_metrics(path: Path) -> list[dict]:
 
 def check(config: Config) -> None:
     """Settings that cannot work, found before anything is loaded."""
-    for name in ("edits", "tokenizer_steps", "pretrain_steps", "warmup_steps", "batch", "save_every"):
+    for name in ("edits", "tokenizer_steps", "pretrain_steps", "warmup_steps", "batch", "save_every", "micro_batch"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: expected at least 1")
     if not 0 <= config.mix <= 1:
         raise UserError(f"--mix {config.mix}: expected 0..1")
     if config.loss not in ("eq1", "official"):
         raise UserError(f"--loss {config.loss}: expected eq1 or official")
+    check_adapters(config)
+    if not config.model and (config.lora_rank or config.quantize != "none"):
+        raise UserError("--lora-rank and --quantize: the miniature is trained from nothing, expected --model as well")
+
+
+def check_adapters(config) -> None:
+    """The QLoRA flags of warmup.py and grpo.py."""
+    if config.quantize not in ("none", "nf4"):
+        raise UserError(f"--quantize {config.quantize}: expected nf4 or none")
+    if config.lora_rank < 0 or config.lora_alpha <= 0:
+        raise UserError(f"--lora-rank {config.lora_rank} --lora-alpha {config.lora_alpha}: expected a rank of 0 (off) "
+                        f"or more, and an alpha above 0")
 
 
 def main() -> None:
-    config = parse_config(Config)
+    config = parse_config(Config, presets={"paper": PAPER})
     check(config)
     warm_up(config)
     from evaluate import write_report

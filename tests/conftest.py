@@ -1,5 +1,6 @@
-"""Shared by all tests: the fixtures' folder and an untrained miniature, small enough to sample in milliseconds."""
+"""Shared by all tests: the fixtures' folder, an untrained miniature that samples in milliseconds, a warm-up run."""
 import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -25,3 +26,54 @@ def tiny(tmp_path_factory):
         for token, logit in ((THINK_START, 4.2), (THINK_END, 4.5), (IMAGE_START, 6), (IMAGE_END, 4.8), ("</s>", 3.9)):
             model.decoder.lm_head.weight[model.text.id(token)] = logit * mean / mean.square().sum()
     return model
+
+
+SMALL = dict(tokenizer_steps=10, pretrain_steps=6, warmup_steps=6, batch=4, save_every=4)
+RUN = dict(updates=4, prompts_per_update=2, group_size=2, budget=48, save_every=2, eval_prompts=0, device="cpu")
+
+
+def run(*arguments, check: int = 0, **environment) -> str:
+    """A script in a process of its own, in the repository's root."""
+    done = subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
+    assert done.returncode == check, done.stderr[-2000:]
+    return done.stdout + done.stderr
+
+
+def flags(settings: dict) -> list[str]:
+    return [part for k, v in settings.items() for part in ("--" + k.replace("_", "-"), str(v))]
+
+
+@pytest.fixture(scope="session")
+def warm(tmp_path_factory):
+    """A warm-up run of a few steps: it knows nothing, but every part of it is real."""
+    folder = tmp_path_factory.mktemp("runs") / "warmup"
+    run("warmup.py", "--out", folder, *flags(SMALL))
+    return folder
+
+
+def same(a: dict, b: dict) -> bool:
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def metrics(folder: Path) -> list[dict]:
+    from warmup import read_metrics
+    lines = read_metrics(folder / "metrics.jsonl")
+    return [{k: v for k, v in line.items() if "seconds" not in k and k != "peak_gib"} for line in lines]
+
+
+def killed_after(lines: int, start, monkeypatch) -> None:
+    """Run until the given number of metric lines is written, then die where it stands."""
+    import warmup
+    with monkeypatch.context() as patch:
+        log, count = warmup.Run.log, 0
+
+        def dying(self, **values):
+            nonlocal count
+            count += 1
+            if count > lines:
+                raise KeyboardInterrupt
+            log(self, **values)
+        patch.setattr(warmup.Run, "log", dying)
+        with pytest.raises(KeyboardInterrupt):
+            start()

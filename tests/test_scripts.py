@@ -2,8 +2,6 @@
 import json
 import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,61 +10,12 @@ import torch
 import grpo
 import shapes
 import warmup
-from conftest import ROOT
+from conftest import ROOT, RUN, SMALL, flags, killed_after, metrics, run, same
 from model import load, load_training
 from tokenizer import UserError
 
-SMALL = dict(tokenizer_steps=10, pretrain_steps=6, warmup_steps=6, batch=4, save_every=4)
-RUN = dict(updates=4, prompts_per_update=2, group_size=2, budget=48, save_every=2, eval_prompts=0, device="cpu")
-
-
-def run(*arguments, check: int = 0, **environment) -> str:
-    """A script in a process of its own, in the repository's root."""
-    done = subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
-    assert done.returncode == check, done.stderr[-2000:]
-    return done.stdout + done.stderr
-
-
-def flags(settings: dict) -> list[str]:
-    return [part for k, v in settings.items() for part in ("--" + k.replace("_", "-"), str(v))]
-
-
-@pytest.fixture(scope="session")
-def warm(tmp_path_factory):
-    """A warm-up run of a few steps: it knows nothing, but every part of it is real."""
-    folder = tmp_path_factory.mktemp("runs") / "warmup"
-    run("warmup.py", "--out", folder, *flags(SMALL))
-    return folder
-
-
 def weights(folder: Path) -> dict:
     return {**load(folder).state_dict(), **load_training(folder / "policy")[1]}
-
-
-def same(a: dict, b: dict) -> bool:
-    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
-
-
-def metrics(folder: Path) -> list[dict]:
-    lines = warmup.read_metrics(folder / "metrics.jsonl")
-    return [{k: v for k, v in line.items() if "seconds" not in k} for line in lines]
-
-
-def killed_after(lines: int, start, monkeypatch) -> None:
-    """Run until the given number of metric lines is written, then die where it stands."""
-    with monkeypatch.context() as patch:
-        log, count = warmup.Run.log, 0
-
-        def dying(self, **values):
-            nonlocal count
-            count += 1
-            if count > lines:
-                raise KeyboardInterrupt
-            log(self, **values)
-        patch.setattr(warmup.Run, "log", dying)
-        with pytest.raises(KeyboardInterrupt):
-            start()
 
 
 @pytest.mark.parametrize("lines", [5, 13, 21])               # in each of the three stages
@@ -290,10 +239,11 @@ def test_the_readmes_equation_map_is_true():
 
 def test_every_setting_is_read_somewhere():
     """Every flag changes something: its field is read in the script that declares it or where its config goes."""
-    for script, readers in {"grpo.py": ["grpo.py", "evaluate.py"], "warmup.py": ["warmup.py"],
+    for script, readers in {"grpo.py": ["grpo.py", "evaluate.py", "tokenizer.py"],
+                            "warmup.py": ["warmup.py", "tokenizer.py"],
                             "evaluate.py": ["evaluate.py"], "model.py": ["model.py"]}.items():
         source = (ROOT / script).read_text()
         block = re.search(r"^class Config:\n(.*?)\n\n\n", source, re.MULTILINE | re.DOTALL)[1]
         text = "".join((ROOT / r).read_text() for r in readers)
         for name in re.findall(r"^    (\w+):", block, re.MULTILINE):
-            assert re.search(rf"(config|run)\.{name}\b", text), f"{script}: --{name} is never read"
+            assert re.search(rf"(config|run|args)\.{name}\b", text), f"{script}: --{name} is never read"

@@ -1,0 +1,189 @@
+"""The 7B model at full size, with random weights: memory and time of loading, sampling and one GRPO update.
+
+    python tests/full_size.py make DIR                       # 16 GB in the published layout (a few minutes)
+    python tests/full_size.py load DIR --quantize nf4        # load time and peak resident memory, in a fresh process
+    python tests/full_size.py rollout DIR --out ROLLOUT      # (a) bf16 base + LoRA: rollout and one update
+    python tests/full_size.py update DIR --out ROLLOUT       # (b) NF4 base + LoRA: the update on the same trajectories
+
+Random weights speak no language, so `make` writes a small grammar into a few rows of the embedding and lm_head: every
+state carries one large component that makes the right next token likely. An answer is then one short text and one
+picture in most cases, and the format reward differs within a group. Everything else is normal noise.
+"""
+import argparse
+import json
+import resource
+import sys
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import grpo
+from model import (NAMES, DecoderConfig, DepthConfig, Sampling, UnifiedModel, load, rename, train_only, trained,
+                   trained_as, write_configs)
+from tokenizer import (BYTE, CONTROL, IMAGE_END, IMAGE_START, NORMAL, SPECIAL_TOKENS, THINK_END, THINK_START, UNKNOWN,
+                       TextTokenizer, VisionConfig, write_field)
+
+DECODER = DecoderConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
+                        vocab_size=32006, rope_factor=2.0, context=4096)
+DEPTH = DepthConfig(width=2560, layers=6, heads=40)
+VISION = VisionConfig(image_size=256, patch_size=16, width=1024, mlp_width=4096, layers=23, codebook_size=16384,
+                      depth=4, shared_codebook=True, ch=128, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2,
+                      attn_resolutions=(16,), z_channels=256, resolution=256)
+SHARD = 5 * 10 ** 9                                  # bytes
+PROMPT = "How do I saute potatoes?"
+
+
+def write_tokenizer(folder: Path) -> TextTokenizer:
+    """A SentencePiece model with 32,000 pieces, most of them made up."""
+    pieces = [("<unk>", UNKNOWN), ("<s>", CONTROL), ("</s>", CONTROL)] + [(f"<0x{b:02X}>", BYTE) for b in range(256)]
+    pieces += [(chr(0x3400 + i), NORMAL) for i in range(32000 - len(pieces))]
+    model = b"".join(write_field(1, write_field(1, p.encode()) + write_field(2, 0.0) + write_field(3, k))
+                     for p, k in pieces)
+    trainer, normalizer = write_field(3, 2) + write_field(35, 1), write_field(3, 1) + write_field(4, 0)
+    (folder / "tokenizer.model").write_bytes(model + write_field(2, trainer) + write_field(3, normalizer))
+    text = TextTokenizer(folder / "tokenizer.model")
+    text.add(SPECIAL_TOKENS)
+    return text
+
+
+def noise(shape: torch.Size, generator: torch.Generator, std: float = 0.02) -> torch.Tensor:
+    return torch.empty(shape).normal_(0, std, generator=generator).bfloat16()
+
+
+def grammar(text: TextTokenizer, weights: dict[str, torch.Tensor]) -> None:
+    """Component i of a token's embedding says what kind it is, component i of an lm_head row what it may follow."""
+    think, done, start, end, stop = (text.id(t) for t in (THINK_START, THINK_END, IMAGE_START, IMAGE_END, "</s>"))
+    colon = text.encode("ASSISTANT:")[-1]
+    embed, head = weights["decoder.embed.weight"], weights["decoder.lm_head.weight"]
+    kinds = {"word": 0, colon: 1, think: 2, done: 3, start: 4, "picture": 5, end: 6}
+    embed[:, 0] = 4.0
+    for token, i in kinds.items():
+        if not isinstance(token, str):
+            embed[token] = 0
+            embed[token, i] = 4.0
+    weights["projector.2.bias"][5] = 4.0
+    words = text.encode("How do I saute potatoes")[1:9]
+    for i, following in {1: [think], 2: words, 0: words + [done] * 1, 3: [start], 5: [end], 6: [stop]}.items():
+        head[following, i] = 0.25
+
+
+def make(folder: Path) -> None:
+    """Decoder, projector, depth transformer and image tokenizer as published, and what a loader has to leave alone:
+    SigLIP's text tower, the tower's last layer, the codebooks' running means."""
+    generator = torch.Generator().manual_seed(0)
+    with torch.device("meta"):
+        model = UnifiedModel(DECODER, DEPTH, VISION)
+    model.system_prompt = ""
+    write_configs(model, folder)
+    model.text = write_tokenizer(folder / "llm")
+    model.text.save(folder / "llm")
+    back = {part: {ours: theirs for theirs, ours in table.items()} for part, table in NAMES.items()}
+    special = {n: noise(p.shape, generator) for n, p in model.state_dict().items()
+               if n in ("decoder.embed.weight", "decoder.lm_head.weight", "projector.2.bias")}
+    grammar(model.text, special)
+
+    def value(name: str, shape: torch.Size) -> torch.Tensor:
+        if name in special:
+            return special[name]
+        return torch.ones(shape, dtype=torch.bfloat16) if "norm" in name and name.endswith("weight") \
+            else noise(shape, generator)
+    for part in NAMES:
+        named = {rename(n, back[part]): (n, t.shape) for n, t in model.state_dict().items() if rename(n, back[part])}
+        if part == "vision_tower":
+            tower = "rqvaesiglip.siglip_model."
+            last = {n.replace(".layers.22.", ".layers.23."): v for n, v in named.items() if ".layers.22." in n}
+            named |= last | {n.replace("vision_model", "text_model"): v for n, v in {**named, **last}.items()
+                             if n.startswith(tower + "vision_model.encoder")}
+            named[tower + "text_model.embeddings.token_embedding.weight"] = ("", torch.Size((32000, 1024)))
+            for d in range(4):                                  # one copy a depth, as the official save writes them
+                for name, shape in (("weight", (16385, 1024)), ("embed_ema", (16384, 1024)),
+                                    ("cluster_size_ema", (16384,))):
+                    named.setdefault(f"rqvaesiglip.quantizer.codebooks.{d}.{name}", ("", torch.Size(shape)))
+        shards, size = [[]], 0
+        for theirs, (ours, shape) in named.items():
+            if size + 2 * shape.numel() > SHARD:
+                shards, size = shards + [[]], 0
+            shards[-1].append((theirs, ours, shape))
+            size += 2 * shape.numel()
+        index = {}
+        for i, shard in enumerate(shards, 1):
+            name = f"model-{i:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+            save_file({t: value(o, s) for t, o, s in shard}, folder / part / name, metadata={"format": "pt"})
+            index |= {t: name for t, _, _ in shard}
+            print(folder / part / name, f"{(folder / part / name).stat().st_size / 1e9:.2f} GB", flush=True)
+        if len(shards) > 1:
+            (folder / part / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+
+
+def peak() -> str:
+    return f"peak resident {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20:.1f} GiB"
+
+
+class Timer:
+    """Prints what a phase took."""
+
+    def __init__(self, name: str):
+        self.name = name
+
+    def __enter__(self):
+        self.began = time.perf_counter()
+
+    def __exit__(self, *_):
+        print(f"{self.name}: {time.perf_counter() - self.began:.1f} s, {peak()}", flush=True)
+
+
+def update(folder: Path, quantize: str, rank: int, file: Path, sample: bool) -> None:
+    """One GRPO update of a group of two answers: sampled here, or read from `file`."""
+    config = grpo.Config(model=str(folder), reward_parts="f", credit="outcome", group_size=2, prompts_per_update=1,
+                         micro_batch=2, budget=300, quantize=quantize, lora_rank=rank, checkpointing=True)
+    with Timer("load"):
+        policy = load(folder, "cpu", quantize)
+        train_only(policy, rank, 16.0)
+        policy.decoder.checkpointing = True
+        reference = trained(policy)
+    if sample:
+        with Timer("rollout"):
+            judges = lambda p, texts: [None] * len(texts), lambda texts, pictures: [None] * len(texts)
+            batch = grpo.rollout(policy, [grpo.Sample(PROMPT, [])], config, judges, None,
+                                 torch.Generator().manual_seed(0))
+        for answer, score in zip(batch.answers, batch.scores):
+            print(answer.layout, len(answer.steps), "positions, format", score.format)
+        save_file({k: getattr(batch, k).contiguous() for k in ("tokens", "is_image", "mask", "old_logp", "advantages")},
+                  file)
+    else:
+        batch = grpo.Rollout(samples=[], trajectories=[], answers=[], scores=[], by_answer=[], zero_spread=0.0,
+                             **load_file(file))
+    arrays = batch.tokens, batch.is_image, batch.mask
+    with Timer("reference"), torch.no_grad(), trained_as(policy, reference):
+        ref_logp = policy.log_probs(*arrays, Sampling())
+    if not sample:
+        batch.old_logp = ref_logp              # the 4-bit model's own first probabilities: its ratio starts at 1
+    optimizer = torch.optim.Adam(policy.policy_parameters(), lr=1e-4)
+    with Timer("update"):
+        print({k: round(v, 4) for k, v in grpo.update(grpo.Scorer(policy), optimizer, batch, ref_logp, config).items()})
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("make", "load", "rollout", "update"))
+    parser.add_argument("folder", type=Path)
+    parser.add_argument("--quantize", default="none")
+    parser.add_argument("--lora-rank", type=int, default=16)
+    parser.add_argument("--out", type=Path, default=Path("rollout.safetensors"))
+    args = parser.parse_args()
+    if args.what == "make":
+        with Timer("make"):
+            make(args.folder)
+    elif args.what == "load":
+        with Timer(f"load, quantize {args.quantize}"):
+            load(args.folder, "cpu", args.quantize)
+    else:
+        update(args.folder, "none" if args.what == "rollout" else "nf4", args.lora_rank, args.out,
+               args.what == "rollout")
+
+
+if __name__ == "__main__":
+    main()

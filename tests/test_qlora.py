@@ -1,0 +1,229 @@
+"""QLoRA: 4-bit weights against bitsandbytes, adapters against dense layers, and both scripts with them."""
+import copy
+import json
+import random
+from dataclasses import fields
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+import grpo
+import warmup
+from conftest import FIXTURES, ROOT, RUN, SMALL, killed_after, metrics, run, same
+from model import (LINEAR, LoRALinear, NF4Linear, Sampling, from_nf4, load, load_training, merge, save, to_nf4,
+                   train_only, trained, trained_as)
+from tokenizer import THINK_END, THINK_START, UserError, parse_config
+
+FOLDER = FIXTURES / "vila_u_tiny"
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(64, 128), (96, 344), (3, 64)])
+def test_nf4_equals_bitsandbytes(dtype, shape):
+    functional = pytest.importorskip("bitsandbytes.functional")
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+    weight[0, :64] = 0                                                     # a block without a scale
+    theirs, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
+    packed, scales = to_nf4(weight)
+    assert torch.equal(packed, theirs.flatten()) and torch.equal(scales, state.absmax)
+    assert torch.equal(from_nf4(packed, scales, shape, dtype), functional.dequantize_4bit(theirs, state))
+
+
+def test_nf4_by_hand():
+    weight = torch.zeros(1, 64)
+    weight[0, :4] = torch.tensor([2.0, -2.0, 0.5, 0.1])                    # scale 2: 1, -1, .25, .05
+    packed, scales = to_nf4(weight)
+    assert scales.tolist() == [2.0] and packed[:2].tolist() == [15 << 4 | 0, 10 << 4 | 8]
+    values = from_nf4(packed, scales, (1, 64), torch.float32)[0, :4].tolist()
+    assert values == pytest.approx([2, -2, 2 * 0.2461123, 2 * 0.0795803])
+
+
+def test_a_4_bit_layer_computes_and_differentiates_like_its_dense_twin():
+    layer = NF4Linear(torch.randn(32, 64), torch.randn(32))
+    x, twin_x = (torch.ones(5, 64).requires_grad_() for _ in range(2))
+    y, twin = layer(x), F.linear(twin_x, layer.weight, layer.bias)
+    assert torch.equal(y, twin)
+    y.square().sum().backward(), twin.square().sum().backward()
+    assert torch.equal(x.grad, twin_x.grad) and x.grad.abs().sum() > 0
+
+
+def some_batch(model):
+    """Text and, for the image head, codes: whole sequences, every position but the first a decision."""
+    N, D = model.vision_config.positions, model.vision_config.depth
+    codes = torch.randint(model.vision_config.codebook_size, (2, N, D), generator=torch.Generator().manual_seed(0))
+    rows = [model.sequence(f"{THINK_START}a b{THINK_END}<im_start><image><im_end></s>", [c]) for c in codes]
+    tokens, is_image = torch.stack([r.tokens for r in rows]), torch.stack([r.is_image for r in rows])
+    mask = is_image[..., None] | (torch.arange(D) == 0)
+    mask[:, 0] = False
+    return tokens, is_image, mask
+
+
+def test_loading_in_4_bits_quantises_the_decoders_linear_layers_and_nothing_else():
+    dense, small = load(FOLDER), load(FOLDER, quantize="nf4")
+    found = 0
+    for name, value in dense.state_dict().items():
+        path, _, leaf = name.rpartition(".")
+        if LINEAR.fullmatch(name):
+            layer, found = small.get_submodule(path), found + 1
+            assert isinstance(layer, NF4Linear) and torch.equal(layer.packed, to_nf4(value)[0])
+        else:
+            assert torch.equal(small.state_dict()[name], value), name
+    assert found == 7 * dense.decoder.config.num_hidden_layers
+
+
+@pytest.mark.parametrize("quantize", ["none", "nf4"])
+def test_adapters_start_as_the_base_are_trained_alone_and_come_back(tmp_path, quantize):
+    model = load(FOLDER, quantize=quantize)
+    batch = some_batch(model)
+    before = model.log_probs(*batch)
+    train_only(model, 4, 8.0)
+    assert torch.equal(model.log_probs(*batch), before), "a fresh adapter changes nothing"
+    first, frozen = trained(model), {k: v.clone() for k, v in model.state_dict().items() if k not in trained(model)}
+    optimizer = torch.optim.Adam(model.policy_parameters(), lr=1e-2)
+    for _ in range(3):
+        optimizer.zero_grad()
+        (-model.log_probs(*batch).sum() / batch[2].sum()).backward()
+        optimizer.step()
+    after = model.log_probs(*batch).detach()
+    assert after.sum() > before.sum() + 1
+    assert all(torch.equal(model.state_dict()[k], v) for k, v in frozen.items()), "the base moved"
+    assert not any(torch.equal(first[k], v) for k, v in trained(model).items()), "some adapter was left out"
+    with torch.no_grad(), trained_as(model, first):
+        assert torch.equal(model.log_probs(*batch), before), "the reference is the first state"
+    assert torch.equal(model.log_probs(*batch), after)
+    save(model, tmp_path / "policy", {"step": 3})
+    names = {f.name for f in (tmp_path / "policy").iterdir()}
+    assert names == {"adapter.json", "adapter.safetensors", "training.json", "training.safetensors"}
+    again = load(tmp_path)
+    assert torch.equal(again.log_probs(*batch), after) and same(trained(again), trained(model))
+    merge(again)
+    assert not any(isinstance(m, (LoRALinear, NF4Linear)) for m in again.modules())
+    assert torch.allclose(again.log_probs(*batch), after, atol=1e-4)
+    save(again, tmp_path / "merged")
+    assert torch.allclose(load(tmp_path / "merged").log_probs(*batch), after, atol=1e-4)
+
+
+def test_adapters_learn_to_tell_the_added_tokens_apart():
+    """<think> and </think> share one row at first: without rows of their own no adapter could separate them."""
+    model = load(FOLDER)
+    train_only(model, 2, 4.0)
+    think, done = model.text.id(THINK_START), model.text.id(THINK_END)
+    tokens, is_image, mask = some_batch(model)
+    with torch.no_grad():
+        logits = model.decoder.lm_head(model(tokens, is_image))
+    assert torch.equal(logits[..., think], logits[..., done])
+    optimizer = torch.optim.Adam(model.policy_parameters(), lr=1e-2)
+    model.log_probs(tokens, is_image, mask & (tokens == think)).sum().neg().backward()
+    optimizer.step()
+    with torch.no_grad():
+        logits = model.decoder.lm_head(model(tokens, is_image))
+    assert (logits[..., think] - logits[..., done]).abs().max() > 1e-3
+
+
+def test_checkpointing_does_not_change_the_gradient():
+    model = load(FOLDER)
+    batch, gradients = some_batch(model), []
+    for on in (False, True):
+        model.decoder.checkpointing = on
+        model.zero_grad()
+        model.log_probs(*batch).sum().backward()
+        gradients.append(torch.cat([p.grad.flatten() for p in model.policy_parameters() if p.grad is not None]))
+    assert torch.equal(*gradients) and gradients[0].norm() > 0
+
+
+def test_a_bfloat16_checkpoint_is_trained_in_float32():
+    model = load(FOLDER).to(torch.bfloat16)
+    whole, small = copy.deepcopy(model), copy.deepcopy(model)
+    train_only(whole, 0, 16.0), train_only(small, 2, 16.0)
+    for m in (whole, small):
+        assert {p.dtype for p in m.policy_parameters()} == {torch.float32}
+        m.log_probs(*some_batch(m)).sum().backward()
+    assert small.decoder.layers[0].attn.q_proj.base.weight.dtype == torch.bfloat16
+    with torch.no_grad():
+        rows = small.generate([small.prompt("a", draw=True)], 2, small.vision_config.positions + 2,
+                              Sampling(guidance=3.0), torch.Generator().manual_seed(0))
+    assert all(r.is_image.sum() == small.vision_config.positions for r in rows)
+
+
+def test_warm_up_micro_batches_do_not_change_the_gradient(warm):
+    model = load(warm)
+    batch = warmup.batch_of([warmup.story_sample(random.Random(i), 2) for i in range(5)], model,
+                            warmup.Codes(model))
+    counts, gradients = tuple(d.sum() for d in warmup.by_modality(batch[2], batch[1])), []
+    for kind in ("eq1", "official"):
+        for size in (5, 2):
+            model.zero_grad()
+            for tokens, is_image, mask in zip(*(x.split(size) for x in batch)):
+                logp = model.log_probs(tokens, is_image, mask)
+                warmup.warmup_loss(logp, mask, is_image, kind, counts)[0].backward()
+            gradients.append(torch.cat([p.grad.flatten() for p in model.policy_parameters()]))
+    for whole, parts in (gradients[:2], gradients[2:]):
+        assert torch.allclose(whole, parts, atol=1e-5 * whole.abs().max()) and whole.norm() > 0
+
+
+def test_both_scripts_run_with_qlora_resume_and_merge(warm, tmp_path, monkeypatch):
+    torch.set_num_threads(1)
+    adapters = dict(lora_rank=4, quantize="nf4", checkpointing=True)
+    config = warmup.Config(out=str(tmp_path / "w"), model=str(warm), device="cpu", micro_batch=3, **adapters, **SMALL)
+    killed_after(5, lambda: warmup.warm_up(config), monkeypatch)
+    warmup.warm_up(config)
+    assert warmup.is_done(tmp_path / "w") and {line["stage"] for line in metrics(tmp_path / "w")} == {"warmup"}
+    whole, cut = (grpo.Config(model=str(tmp_path / "w"), out=str(tmp_path / name), **adapters, **RUN)
+                  for name in ("whole", "cut"))
+    grpo.train(whole, 0, 1, CPU)
+    killed_after(3, lambda: grpo.train(cut, 0, 1, CPU), monkeypatch)
+    grpo.train(cut, 0, 1, CPU)
+    state = [{**trained(load(tmp_path / n)), **load_training(tmp_path / n / "policy")[1]} for n in ("whole", "cut")]
+    assert same(*state) and metrics(tmp_path / "whole") == metrics(tmp_path / "cut")
+    told = json.loads((tmp_path / "whole" / "policy" / "adapter.json").read_text())
+    assert told["base"] == str(warm.resolve()) and told["quantize"] == "nf4" and told["rank"] == 4
+    run("model.py", "--model", tmp_path / "whole", "--merge", tmp_path / "merged")
+    merged, adapted = load(tmp_path / "merged"), load(tmp_path / "whole")
+    assert torch.allclose(merged.log_probs(*some_batch(merged)), adapted.log_probs(*some_batch(adapted)), atol=1e-4)
+
+
+def test_the_papers_preset_fills_in_and_flags_beside_it_win():
+    for script in (grpo, warmup):
+        assert set(script.PAPER) <= {f.name for f in fields(script.Config)}
+        config = parse_config(script.Config, ["--preset", "paper", "--lora-rank", "8"], {"paper": script.PAPER})
+        assert config.lora_rank == 8 and config.preset == "paper" and config.quantize == "nf4"
+        assert {k: getattr(config, k) for k in script.PAPER if k != "lora_rank"} == \
+            {k: v for k, v in script.PAPER.items() if k != "lora_rank"}
+        script.check(config)
+    assert (grpo.PAPER["group_size"], grpo.PAPER["updates"], grpo.PAPER["eval_guidance"]) == (4, 3000, 3.0)
+    with pytest.raises(UserError, match="paper"):
+        parse_config(grpo.Config, ["--preset", "article"], {"paper": grpo.PAPER})
+
+
+@pytest.mark.parametrize("arguments, said", [
+    (["grpo.py", "--quantize", "nf4", "--model", FOLDER, "--budget", "40"], "--lora-rank"),
+    (["grpo.py", "--quantize", "int8"], "--quantize int8"),
+    (["grpo.py", "--lora-rank", "-1"], "--lora-rank -1"),
+    (["warmup.py", "--lora-rank", "4"], "--model"),
+    (["model.py", "--model", FOLDER, "--merge", "nowhere"], "no adapters"),
+    (["grpo.py", "--model", FOLDER, "--budget", "2"], "--budget 2"),
+])
+def test_adapter_mistakes_are_one_sentence_and_write_nothing(tmp_path, arguments, said):
+    out = run(*arguments, *(["--out", tmp_path / "out"] if arguments[0] != "model.py" else []), check=2)
+    assert said in out and "Traceback" not in out and len(out.strip().splitlines()) == 1, out
+    assert not (tmp_path / "out").exists() and not (ROOT / "nowhere").exists()
+
+
+def test_damaged_adapters_are_refused(tmp_path):
+    model = load(FOLDER)
+    train_only(model, 2, 4.0)
+    save(model, tmp_path / "policy")
+    file, told = tmp_path / "policy" / "adapter.safetensors", tmp_path / "policy" / "adapter.json"
+    whole, text = file.read_bytes(), told.read_text()
+    for spoil, said in ((lambda: file.write_bytes(whole[:-9]), "adapter.safetensors"), (file.unlink, "missing"),
+                        (lambda: told.write_text(text.replace('"rank": 2', '"rank": 3')), "shape"),
+                        (lambda: told.write_text(text.replace("vila_u_tiny", "gone")), "base"),
+                        (lambda: told.write_text("{}"), "lacks"), (lambda: told.write_text("{"), "not JSON")):
+        spoil()
+        with pytest.raises(UserError, match=said):
+            load(tmp_path)
+        file.write_bytes(whole), told.write_text(text)
+    with pytest.raises(UserError, match="rank 2"):
+        train_only(load(tmp_path), 8, 4.0)
