@@ -193,7 +193,8 @@ def before_and_after(run: grpo.Config) -> None:
     folder, results = Path(run.out), {}
     for name, model in (("before", run.model), ("after", run.out)) if run.eval_prompts else ():
         config = Config(model=str(model), prompts=run.eval_prompts, edits=run.edits, temperature=run.temperature,
-                        guidance=run.eval_guidance or run.guidance, budget=run.budget, device=run.device)
+                        guidance=run.eval_guidance or run.guidance, budget=run.budget, device=run.device,
+                        batch=min(Config.batch, 4 * run.micro_batch))
         results[name] = evaluate(load(model, pick_device(run.device)), config)
     if results:
         print(table(results))

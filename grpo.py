@@ -10,6 +10,7 @@
 
     python grpo.py                                      # two CPU cores: 1 minute, and 3 before for the warm-up model
     torchrun --nproc_per_node=2 grpo.py                 # the same on two processes, each with prompts of its own
+    python grpo.py --preset paper                       # the paper's settings, QLoRA on VILA-U 7B (a GPU)
 """
 import math
 import os

@@ -8,10 +8,12 @@
 B rows, T positions, N positions of one image, D depth (codes a position), V text vocabulary, K codebook, C width,
 H heads, P prompts, G answers a prompt. Three verbs: `forward` gives hidden states, `log_probs` scores decisions (every
 caller that needs a probability uses it), `generate` samples. What is sampled is what is scored: temperature, top-k,
-top-p and guidance live in `guide` and `choose_from`, which both call.
+top-p and guidance live in `guide` and `choose_from`, which both call. Then QLoRA (a base in 4 bits, adapters), loading
+and saving in VILA-U's published layout.
 
     python model.py --prompt "paint it blue. <BEGIN> a red circle at top left <image>" --image start.png
                                                         # one interleaved answer from out/warmup: text, PNGs, a page
+    python model.py --model mit-han-lab/vila-u-7b-256 --quantize nf4 --draw --guidance 3 --prompt "a fox in the snow"
 """
 import html
 import json
@@ -348,7 +350,7 @@ class UnifiedModel(nn.Module):
         """
         N, D, device = self.vision_config.positions, self.vision_config.depth, self.device
         longest = max(len(p) for p in prompts)
-        if longest + budget > self.decoder.config.context:
+        if budget < 1 or longest + budget > self.decoder.config.context:
             raise UserError(f"a prompt of {longest} positions and an answer of up to {budget} exceed the decoder's "
                             f"context of {self.decoder.config.context}: shorten the prompt or lower --budget")
         caches = [KVCache(longest + budget) for _ in self.decoder.layers]
@@ -1022,7 +1024,7 @@ def main() -> None:
     model = load(config.model, pick_device(config.device), config.quantize).eval()
     prompt = model.prompt(config.prompt, list(model.codes(pictures)) if pictures else [], config.draw)
     sampling = Sampling(config.temperature, config.top_k, config.top_p, config.guidance)
-    budget = min(config.budget, model.decoder.config.context - len(prompt))
+    budget = max(1, min(config.budget, model.decoder.config.context - len(prompt)))
     rows = model.generate([prompt], 1, budget, sampling, torch.Generator().manual_seed(config.seed))
     answer = model.answers(rows)[0]
     for segment in answer.segments:

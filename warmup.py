@@ -7,6 +7,7 @@
 The loss of stages 2 and 3 is Eq. (1): the negative log-likelihood of every answer token, text or image code alike.
 
     python warmup.py          # two CPU cores: 3 minutes -> out/warmup/ (policy/, samples/, metrics.jsonl, report.html)
+    python warmup.py --preset paper --out out/warmup-7b      # stage 3 alone, QLoRA on the published VILA-U 7B (a GPU)
 """
 import base64
 import io

@@ -90,8 +90,8 @@ def make(folder: Path) -> None:
             return special[name]
         if "norm" in name and name.endswith("weight"):
             return torch.ones(shape, dtype=torch.bfloat16)
-        small = name.startswith("decoder") and ("o_proj" in name or "down_proj" in name)   # the grammar has to get through
-        return noise(shape, generator, 0.0005 if small else 0.02)
+        quiet = name.startswith("decoder") and ("o_proj" in name or "down_proj" in name)   # or it drowns the grammar
+        return noise(shape, generator, 0.0005 if quiet else 0.02)
     for part in NAMES:
         named = {rename(n, back[part]): (n, t.shape) for n, t in model.state_dict().items() if rename(n, back[part])}
         if part == "vision_tower":

@@ -177,6 +177,8 @@ def test_a_kill_during_a_save_leaves_the_old_checkpoint_usable(tiny, tmp_path, m
 def test_too_long_a_prompt_is_refused(tiny):
     with pytest.raises(UserError, match="context"):
         tiny.generate(prompts(tiny), 1, 10_000)
+    with pytest.raises(UserError, match="context"):
+        tiny.generate([tiny.prompt("red " * 400)], 1, 1)
     with pytest.raises(UserError, match="budget"):
         tiny.generate([tiny.prompt("a red circle", draw=True)], 1, 5)
     with pytest.raises(UserError, match="<image>"):
