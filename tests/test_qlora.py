@@ -10,12 +10,12 @@ import torch.nn.functional as F
 
 import grpo
 import warmup
-from conftest import FIXTURES, ROOT, RUN, SMALL, killed_after, metrics, run, same
+from conftest import ROOT, RUN, SMALL, killed_after, metrics, run, same
 from model import (LINEAR, LoRALinear, NF4Linear, Sampling, from_nf4, load, load_training, merge, save, to_nf4,
                    train_only, trained, trained_as)
 from tokenizer import THINK_END, THINK_START, UserError, parse_config
 
-FOLDER = FIXTURES / "vila_u_tiny"
+FOLDER = ROOT / "tests" / "fixtures" / "vila_u_tiny"
 CPU = torch.device("cpu")
 
 
