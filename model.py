@@ -58,6 +58,7 @@ class DecoderConfig:
     rope_factor: float = 1.0             # linear rope scaling: positions are divided by it (VILA-U: 2)
     context: int = 4096                  # positions a sequence may have: tokenizer_model_max_length, model_max_length
     attention_bias: bool = False
+    qkv_bias: bool = False               # on q, k and v alone, as in Qwen2
 
 
 @dataclass
@@ -110,7 +111,8 @@ class DecoderLayer(nn.Module):
     def __init__(self, c: DecoderConfig):
         super().__init__()
         self.norm1, self.norm2 = (nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps) for _ in range(2))
-        self.attn = Attention(c.hidden_size, c.num_attention_heads, c.num_key_value_heads, bias=c.attention_bias)
+        self.attn = Attention(c.hidden_size, c.num_attention_heads, c.num_key_value_heads,
+                              bias=c.attention_bias or c.qkv_bias, out_bias=c.attention_bias)
         self.mlp = SwiGLU(c.hidden_size, c.intermediate_size)
 
     def forward(self, x: Tensor, **attention) -> Tensor:
@@ -729,11 +731,16 @@ def checkpoint_folder(source: str) -> Path:
     if Path(source).exists() or source.count("/") != 1 or source.startswith((".", "/", "out/")):
         raise UserError(f"--model {source}: no checkpoint there (expected the folders llm/, mm_projector/ and "
                         f"vision_tower/, or a run directory that holds them in policy/)")
+    return snapshot(source, "--model")
+
+
+def snapshot(source: str, where: str) -> Path:
+    """A hub id's files, fetched or found in the cache. Raises UserError where there are none."""
     from huggingface_hub import snapshot_download
     try:
         return Path(snapshot_download(source))
     except Exception as error:                             # offline, unknown id, no rights: the hub's own first line
-        raise UserError(f"--model {source}: neither a folder nor a model that the hub gives out "
+        raise UserError(f"{where} {source}: neither a folder nor a model that the hub gives out "
                         f"({str(error).splitlines()[0]})")
 
 
@@ -940,7 +947,7 @@ def write_configs(model: UnifiedModel, folder: Path) -> None:
     """The four config.json files of the published layout."""
     d, k, v = model.decoder.config, model.depth_config, model.vision_config
     llm = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu",
-           **{f: x for f, x in asdict(d).items() if f not in ("rope_factor", "context")},
+           **{f: x for f, x in asdict(d).items() if f not in ("rope_factor", "context", "qkv_bias")},
            "rope_scaling": {"type": "linear", "factor": d.rope_factor} if d.rope_factor != 1 else None,
            "max_position_embeddings": d.context, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     tower = {"model_type": "rqvaesigliptransformer_model", "hidden_size": v.width,

@@ -20,7 +20,7 @@ import struct
 import sys
 import unicodedata
 from contextlib import contextmanager
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import numpy as np
@@ -41,29 +41,34 @@ IMAGE_PLACEHOLDER = -200                # stands for an `<image>` mark among tok
 # ---------------------------------------------------------------------------------------------------------------------
 # Transformer pieces
 
-ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
+ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+               "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}
 
 
 class Attention(nn.Module):
-    """Multi-head attention, the one block behind the SigLIP tower, the decoder and the depth transformer.
+    """Multi-head attention, the one block behind every transformer here, the judges' included.
 
-    Grouped heads (kv_heads < heads), rotary angles and a key/value cache are what the decoder adds.
+    Grouped heads (kv_heads < heads), rotary angles and a key/value cache are what a decoder adds; keys and values of
+    something else (width context_width) are cross-attention.
     """
 
-    def __init__(self, width: int, heads: int, kv_heads: int | None = None, bias: bool = True):
+    def __init__(self, width: int, heads: int, kv_heads: int | None = None, bias: bool = True, out_bias: bool = True,
+                 context_width: int | None = None):
         super().__init__()
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads or heads, width // heads
         self.q_proj = nn.Linear(width, heads * self.head_dim, bias=bias)
-        self.k_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=bias)
-        self.v_proj = nn.Linear(width, self.kv_heads * self.head_dim, bias=bias)
-        self.o_proj = nn.Linear(heads * self.head_dim, width, bias=bias)
+        self.k_proj = nn.Linear(context_width or width, self.kv_heads * self.head_dim, bias=bias)
+        self.v_proj = nn.Linear(context_width or width, self.kv_heads * self.head_dim, bias=bias)
+        self.o_proj = nn.Linear(heads * self.head_dim, width, bias=out_bias)
 
-    def forward(self, x: Tensor, causal: bool = False, mask: Tensor | None = None, rotary=None, cache=None) -> Tensor:
+    def forward(self, x: Tensor, causal: bool = False, mask: Tensor | None = None, rotary=None, cache=None,
+                context: Tensor | None = None) -> Tensor:
         """x [B, T, C] -> [B, T, C]. rotary: (cos, sin) [B, T, head_dim]; cache: see model.KVCache;
-        mask: boolean, True = may look, broadcast to [B, H, T, keys]."""
+        mask: boolean, True = may look, broadcast to [B, H, T, keys]; context [B, S, context_width]: whose keys."""
         B, T, _ = x.shape
-        q, k, v = (proj(x).view(B, T, -1, self.head_dim).transpose(1, 2)                  # (B, H, T, head_dim)
-                   for proj in (self.q_proj, self.k_proj, self.v_proj))
+        context = x if context is None else context
+        q, k, v = (proj(of).unflatten(2, (-1, self.head_dim)).transpose(1, 2)             # (B, H, T, head_dim)
+                   for proj, of in ((self.q_proj, x), (self.k_proj, context), (self.v_proj, context)))
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
         if cache is not None:
@@ -376,8 +381,8 @@ def read_vocabulary(path: Path) -> str:
 
 
 class WordPiece:
-    """BERT's uncased tokenizer from vocab.txt: words, then the longest known pieces from the left. Matches transformers'
-    slow BertTokenizer. `added` are special tokens behind the vocabulary: BLIP has [DEC] and [ENC]."""
+    """BERT's uncased tokenizer from vocab.txt: words, then the longest known pieces from the left. Matches
+    transformers' slow BertTokenizer. `added` are special tokens behind the vocabulary: BLIP has [DEC] and [ENC]."""
 
     def __init__(self, vocab_file: Path, added: tuple[str, ...] = ()):
         pieces = read_vocabulary(vocab_file).split("\n")
@@ -493,6 +498,10 @@ class ByteText:
         except (ValueError, TypeError, AttributeError) as error:
             raise UserError(f"{folder}: vocab.json and merges.txt are no byte-level BPE vocabulary ({error})")
 
+    def id(self, token: str) -> int:
+        """The id of an added token."""
+        return self.added[token]
+
     def normalise(self, text: str) -> str:
         return unicodedata.normalize("NFC", text)
 
@@ -563,17 +572,30 @@ class ClipText(ByteText):
 #     pixels [B, 3, H, W] --SigLIP tower--> features [B, N, C] --residual quantizer--> codes [B, N, D]
 #     codes  [B, N, D]    --sum of the D code vectors--> [B, N, C] --picture decoder--> pixels [B, 3, H, W]
 
-SIGLIP_HEADS = 16    # in no published file: every SigLIP that VILA-U uses (base excepted) has 16 heads
+SIGLIP_HEADS = 16    # in no published file: every SigLIP that VILA-U and LLaVA use (base excepted) has 16 heads
 GROUPS = 32          # of every GroupNorm in the picture decoder
 
 
 @dataclass
-class VisionConfig:
+class TowerConfig:
     image_size: int                  # pixels, square
     patch_size: int
-    width: int                       # C: of the tower and of the code vectors
+    width: int                       # C: of the tower, and of the code vectors where there are any
     mlp_width: int
-    layers: int                      # tower blocks that are used; the published tower stores one more
+    layers: int                      # blocks that are used; VILA-U's published tower stores one more
+    heads: int = field(default=SIGLIP_HEADS, kw_only=True)
+
+    @property
+    def grid(self) -> int:
+        return self.image_size // self.patch_size
+
+    @property
+    def positions(self) -> int:      # N
+        return self.grid ** 2
+
+
+@dataclass
+class VisionConfig(TowerConfig):
     codebook_size: int               # K
     depth: int                       # D
     shared_codebook: bool            # one codebook for all depths, or one per depth
@@ -584,14 +606,6 @@ class VisionConfig:
     z_channels: int
     resolution: int                  # ... what attn_resolutions are counted from
     decoder_latent_shape: tuple[int, int] | None = None   # resize the grid before decoding (the published 384 model)
-
-    @property
-    def grid(self) -> int:
-        return self.image_size // self.patch_size
-
-    @property
-    def positions(self) -> int:      # N
-        return self.grid ** 2
 
     @classmethod
     def from_published(cls, config: dict, shapes: dict[str, tuple]) -> "VisionConfig":
@@ -654,11 +668,11 @@ def to_pictures(pixels: Tensor) -> np.ndarray:
 class SiglipTower(nn.Module):
     """SigLIP vision transformer (arXiv 2303.15343) up to its second-to-last layer, without the final norm."""
 
-    def __init__(self, config: VisionConfig):
+    def __init__(self, config: TowerConfig):
         super().__init__()
         self.patch = nn.Conv2d(3, config.width, config.patch_size, stride=config.patch_size)
         self.position = nn.Parameter(torch.randn(config.positions, config.width) * config.width ** -0.5)
-        self.blocks = nn.ModuleList(Block(config.width, SIGLIP_HEADS, config.mlp_width, "gelu_tanh", eps=1e-6)
+        self.blocks = nn.ModuleList(Block(config.width, config.heads, config.mlp_width, "gelu_tanh", eps=1e-6)
                                     for _ in range(config.layers))
 
     def forward(self, pixels: Tensor) -> Tensor:
