@@ -6,6 +6,7 @@
     visual        the picture shows what the generated text says, right or wrong
     visual_true   the picture shows the true state
     story         every text and every picture of the answer is right, and it is well-formed
+    reward        Eq. (5) by the chosen judges
 
 Each with a 95% interval (bootstrap over prompts), on fresh held-out prompts, sampled at the training temperature,
 at a low one, and greedy: a model that was only sharpened gains at temperature 1 and nowhere else. `kept` are the
@@ -28,11 +29,12 @@ from tqdm import tqdm
 import grpo
 import shapes
 from model import Sampling, UnifiedModel, load
-from rewards import format_reward, own_text
+from rewards import check_judges, format_reward, hybrid_rewards, judge, make_judges, own_text, parse_weights
 from tokenizer import Answer, UserError, parse_config, pick_device, run_main
 from warmup import I2T_QUESTION, Codes, Sample, read_metrics, toy_prompt
 
 RATES = ("format", "text", "visual", "visual_true", "story")
+COLUMNS = (*RATES, "reward")
 
 
 @dataclass
@@ -50,6 +52,11 @@ class Config:
     batch: int = 192                 # prompts at a time
     device: str = "auto"             # cpu, cuda, mps
     ladder: bool = False             # train from --model with more and more rewards, rate each rung
+    text_reward: str = "rules"       # judges of the reward column, as in grpo.py
+    visual_reward: str = "rules"     # rules, image-reward or clip-score, also NAME=FOLDER
+    reward_weights: str = "1,1,1"    # of r_t, r_v and r_f in that column
+    reward_device: str = ""          # where learned judges run; empty: with the model
+    critic_quantize: str = "none"    # nf4: the critic's decoder in 4 bits
     seeds: str = "0,1"               # of the ladder's runs
     updates: int = 40                # of each of the ladder's runs
 
@@ -91,13 +98,18 @@ def answer_all(model: UnifiedModel, samples: list[Sample], config: Config, sampl
 
 def evaluate(model: UnifiedModel, config: Config) -> dict:
     """All rates of a model, as the JSON file holds them."""
+    judges = make_judges(config.text_reward, config.visual_reward, config.reward_device or model.device,
+                         config.critic_quantize)
+    weights = parse_weights(config.reward_weights)
     rng = random.Random(f"evaluate/{config.seed}")
     samples = [toy_prompt(rng, config.edits, config.split) for _ in range(config.prompts)]
     result = {}
     for arm, temperature in (("sampled", config.temperature), ("low", config.low), ("greedy", 0.0)):
         answers = answer_all(model, samples, config, Sampling(temperature, guidance=config.guidance), arm)
         rates = [rate_answer(s.prompt, a) for s, a in zip(samples, answers)]
-        result[arm] = {name: interval(np.array([r[name] for r in rates]), config.seed) for name in RATES}
+        rewards = hybrid_rewards(judge([s.prompt for s in samples], answers, *judges), weights)
+        rates = [{**r, "reward": reward} for r, reward in zip(rates, rewards)]
+        result[arm] = {name: interval(np.array([r[name] for r in rates]), config.seed) for name in COLUMNS}
     greedy = Sampling(0.0)
     drawn = answer_all(model, [Sample(shapes.caption(s), [], draw=True) for s in shapes.SCENES], config, greedy, "t2i")
     asked = [Sample(f"<image> {I2T_QUESTION}", [shapes.render(s)]) for s in shapes.SCENES]
@@ -113,10 +125,10 @@ def evaluate(model: UnifiedModel, config: Config) -> dict:
 
 def table(results: dict[str, dict]) -> str:
     """Results by name -> rows a person can compare."""
-    lines = [f"{'':24}" + "".join(f"{name:>22}" for name in RATES)]
+    lines = [f"{'':24}" + "".join(f"{name:>22}" for name in COLUMNS)]
     for name, result in results.items():
         for arm in ("sampled", "low", "greedy"):
-            cells = ["{:.3f} [{:.3f} {:.3f}]".format(*result[arm][rate]) for rate in RATES]
+            cells = ["{:.3f} [{:.3f} {:.3f}]".format(*result[arm][rate]) for rate in COLUMNS]
             lines.append(f"{name + ' ' + arm:24}" + "".join(f"{c:>22}" for c in cells))
         lines.append(f"{name + ' kept':24}  t2i {result['kept']['t2i']:.3f}  i2t {result['kept']['i2t']:.3f}")
     return "\n".join(lines)
@@ -179,6 +191,11 @@ def write_report(folder: Path, results: dict[str, dict] | None = None) -> Path:
             start = "".join(f'<br><img alt="start" src="data:image/png;base64,{p}">' for p in group["pictures"])
             body.append(f'<div class="group"><div class="prompt">{html.escape(group["prompt"])}{start}</div>'
                         + "".join(map(answer_html, group["answers"])) + "</div>")
+        judged = [f"[score: {'none' if j['score'] is None else j['score']}]\n{j['question']}\n--> {j['reply']}"
+                  for j in sheet["judged"]]
+        if judged:
+            body.append(f"<details><summary>what the text judge was asked last, and said</summary><pre>"
+                        f"{html.escape(chr(10).join(judged))}</pre></details>")
     page = f"<!doctype html><meta charset='utf-8'><title>{html.escape(folder.name)}</title><style>{STYLE}</style>"
     path = folder / "report.html"
     path.write_text(page + "\n".join(body))
@@ -194,7 +211,9 @@ def before_and_after(run: grpo.Config) -> None:
     for name, model in (("before", run.model), ("after", run.out)) if run.eval_prompts else ():
         config = Config(model=str(model), prompts=run.eval_prompts, edits=run.edits, temperature=run.temperature,
                         guidance=run.eval_guidance or run.guidance, budget=run.budget, device=run.device,
-                        batch=min(Config.batch, 4 * run.micro_batch))
+                        batch=min(Config.batch, 4 * run.micro_batch), text_reward=run.text_reward,
+                        visual_reward=run.visual_reward, reward_weights=run.reward_weights,
+                        reward_device=run.reward_device, critic_quantize=run.critic_quantize)
         results[name] = evaluate(load(model, pick_device(run.device)), config)
     if results:
         print(table(results))
@@ -203,10 +222,10 @@ def before_and_after(run: grpo.Config) -> None:
 
 
 LADDER = {      # rung -> GRPO settings, the rows of the paper's ablation
-    "r_f": dict(reward_parts="f", credit="outcome"),
-    "r_f + r_t": dict(reward_parts="t,f", credit="outcome"),
-    "r_f + r_t + r_v": dict(reward_parts="t,v,f", credit="outcome"),
-    "+ process": dict(reward_parts="t,v,f", credit="process"),
+    "r_f": dict(reward_weights="0,0,1", credit="outcome"),
+    "r_f + r_t": dict(reward_weights="1,0,1", credit="outcome"),
+    "r_f + r_t + r_v": dict(credit="outcome"),
+    "+ process": dict(credit="process"),
 }
 PAPER = {"warm-up": (53.31, 1.97), "r_f": (53.56, 2.05), "r_f + r_t": (54.62, 2.30), "r_f + r_t + r_v": (57.83, 2.79),
          "+ process": (59.50, 3.13)}        # MMIE, InterleavedBench as published: another model and another task
@@ -242,6 +261,8 @@ def main() -> None:
         raise UserError(f"--split {config.split}: expected heldout, pairs or train")
     if config.prompts < 1:
         raise UserError(f"--prompts {config.prompts}: expected at least 1")
+    check_judges(config.text_reward, config.visual_reward, config.critic_quantize)
+    parse_weights(config.reward_weights)
     if config.ladder:
         return ladder(config)
     result = evaluate(load(config.model, pick_device(config.device)), config)

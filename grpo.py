@@ -31,7 +31,7 @@ from tqdm import tqdm
 import warmup
 from model import (Sampling, Trajectory, UnifiedModel, load, load_training, restore, save, train_only, trained,
                    trained_as)
-from rewards import RulesText, RulesVisual, Scores, hybrid_rewards, judge, wanted_steps
+from rewards import Scores, check_judges, hybrid_rewards, judge, make_judges, parse_weights, wanted_steps
 from tokenizer import Answer, UserError, pad, parse_config, pick_device, run_main
 from warmup import (Codes, Run, Sample, by_modality, check_adapters, check_settings, optimizer_tensors, read_prompts,
                     record, restore_optimizer, toy_prompt)
@@ -55,7 +55,11 @@ class Config:
     ramp: int = 5                    # updates until lr is reached
     clip: float = 0.2                # eps in Eq. (2)
     kl: float = 0.1                  # beta in Eq. (2)
-    reward_parts: str = "t,v,f"      # which parts of Eq. (5) count: any of t (text), v (visual), f (format)
+    text_reward: str = "rules"       # judge of r_t: rules (the toy world's) or llava-critic, also NAME=FOLDER
+    visual_reward: str = "rules"     # judge of r_v: rules, image-reward or clip-score, also NAME=FOLDER
+    reward_weights: str = "1,1,1"    # of r_t, r_v and r_f in Eq. (5); 0 leaves one out
+    reward_device: str = ""          # where learned judges run; empty: with the policy
+    critic_quantize: str = "none"    # nf4: the critic's decoder in 4 bits
     credit: str = "process"          # process: Eq. (6), every step by its own rewards; outcome: Eq. (4)
     step_discount: float = 0.5       # gamma of Eq. (6): 1 is the sum as printed, 0 each step's own reward
     pool: str = "kind"               # step rewards of Eq. (6) normalised per kind (text, image), or all together: all
@@ -84,6 +88,8 @@ PAPER = dict(
     model="out/warmup-7b",                                        # what warmup.py --preset paper --out wrote
     group_size=4, updates=3000, eval_guidance=3.0,                # paper; 256 x 256 pictures come with the model
     step_discount=1.0, pool="all", credit="process",              # paper, Eq. (6) as printed
+    text_reward="llava-critic", visual_reward="image-reward", reward_weights="1,1,1",          # paper, Eq. (5)
+    critic_quantize="nf4",                                                                     # ours
     lora_rank=64, lora_alpha=16.0, quantize="nf4", checkpointing=True,                         # ours
     prompts_per_update=8, micro_batch=2, lr=2e-5, ramp=20, kl=0.04, budget=1024,               # ours
     save_every=50, eval_prompts=32,                                                            # ours
@@ -112,12 +118,13 @@ def outcome_advantages(rewards: Tensor) -> Tensor:
 
 
 def process_advantages(step_rewards: list[list[float]], kinds: list[list[str]] | None = None,
-                       discount: float = 1.0) -> list[Tensor]:
+                       discount: float = 1.0, weights: list[list[float]] | None = None) -> list[Tensor]:
     """Eq. (6) for one group: the rewards of each answer's steps (K_i of them, NaN = none) -> advantage of every step.
 
     All step rewards of the group are normalised together to r~, and the decisions of step j receive
     sum_{k >= j} discount^(k - j) r~_k. discount 1 is the equation as printed; 0 is each step's own reward. With `kinds`
-    the pool is one per kind of step, so that a kind that scores lower on average is not worth less.
+    the pool is one per kind of step, so that a kind that scores lower on average is not worth less. `weights` (those of
+    r_t and r_v) multiply r~.
 
         rewards of two answers [[1, 0], [1, 1]] -> r~ [[.5, -1.5], [.5, .5]] -> [[-1, -1.5], [1, .5]]
     """
@@ -127,6 +134,8 @@ def process_advantages(step_rewards: list[list[float]], kinds: list[list[str]] |
     for name in set(names):
         pool = torch.tensor([n == name for n in names])
         fair[pool] = normalise(flat[pool])
+    if weights:
+        fair = fair * torch.tensor([w for answer in weights for w in answer])
     result = []
     for own in fair.split([len(answer) for answer in step_rewards]):
         to_go, total = torch.zeros_like(own), torch.tensor(0.0)
@@ -199,6 +208,7 @@ class Rollout:
     advantages: Tensor               # [B, T, D]
     by_answer: list[Tensor]          # the advantages without prompts and padding, [T, 1] an answer
     zero_spread: float               # share of groups that say nothing
+    judging: float                   # seconds that the judges took
 
 
 def rollout(policy: UnifiedModel, samples: list[Sample], config: Config, judges: tuple, codes: Codes,
@@ -207,7 +217,9 @@ def rollout(policy: UnifiedModel, samples: list[Sample], config: Config, judges:
     prompts = [policy.prompt(s.prompt, codes(s.prompt_pictures)) for s in samples]
     trajectories = policy.generate(prompts, config.group_size, config.budget, sampling_of(config), generator)
     answers = policy.answers(trajectories)
+    began = time.perf_counter()
     scores = judge([s.prompt for s in samples for _ in range(config.group_size)], answers, *judges)
+    judging = time.perf_counter() - began
     per_answer, zero_spread = advantages(answers, scores, config)
 
     def whole(field: str) -> Tensor:                        # the answers' arrays behind their prompts', as one batch
@@ -219,7 +231,7 @@ def rollout(policy: UnifiedModel, samples: list[Sample], config: Config, judges:
     lengths = [len(t.prompt) for t in trajectories]
     padded = pad([F.pad(a, (0, 0, n, 0)) for n, a in zip(lengths, per_answer)]).to(policy.device)
     return Rollout(samples, trajectories, answers, scores, whole("tokens"), whole("is_image"), whole("mask"),
-                   whole("logp"), padded, per_answer, zero_spread)
+                   whole("logp"), padded, per_answer, zero_spread, judging)
 
 
 def advantages(answers: list[Answer], scores: list[Scores], config: Config) -> tuple[list[Tensor], float]:
@@ -229,19 +241,21 @@ def advantages(answers: list[Answer], scores: list[Scores], config: Config) -> t
     credit "outcome": Eq. (4) of the hybrid reward, one number an answer. credit "process": Eq. (6) of the step rewards;
     the format reward comes with the last token and belongs to the text decisions (no code can mend a tag).
     """
-    G, parts = config.group_size, tuple(config.reward_parts.split(","))
+    G, weights = config.group_size, parse_weights(config.reward_weights)
+    worth = dict(zip("tvf", weights))
     result = []
     for g in range(0, len(answers), G):
         group, said = answers[g:g + G], scores[g:g + G]
         if config.credit == "outcome":
-            values = outcome_advantages(torch.tensor(hybrid_rewards(said, parts)))
+            values = outcome_advantages(torch.tensor(hybrid_rewards(said, weights)))
             result += [values[i].expand(len(a.steps), 1) for i, a in enumerate(group)]
             continue
         kinds = [["v" if s.text is None else "t" for s in a.segments] for a in group]
-        rewards = [[math.nan if r is None or k not in parts else r for r, k in zip(s.steps, names)]
+        rewards = [[math.nan if r is None or not worth[k] else r for r, k in zip(s.steps, names)]
                    for s, names in zip(said, kinds)]
-        steps = process_advantages(rewards, kinds if config.pool == "kind" else None, config.step_discount)
-        form = outcome_advantages(torch.tensor([s.format for s in said])) * ("f" in parts)
+        steps = process_advantages(rewards, kinds if config.pool == "kind" else None, config.step_discount,
+                                   [[worth[k] for k in names] for names in kinds])
+        form = outcome_advantages(torch.tensor([s.format for s in said])) * worth["f"]
         for i, (answer, values) in enumerate(zip(group, steps)):
             own = F.pad(values, (0, 1))[answer.steps]                  # what follows the last step belongs to none
             result.append(torch.where(answer.is_image, own, own + form[i])[:, None])
@@ -310,12 +324,9 @@ def sampling_of(config: Config) -> Sampling:
 
 def check(config: Config) -> None:
     """Settings that cannot work, found before anything is loaded."""
-    parts = config.reward_parts.split(",")
     problems = [
         (config.group_size < 2, f"--group-size {config.group_size}: a group of one has nothing to be compared with, "
                                 f"expected at least 2"),
-        (not set(parts) <= {"t", "v", "f"}, f"--reward-parts {config.reward_parts}: expected any of t, v, f, "
-                                            f"separated by commas"),
         (config.credit not in ("process", "outcome"), f"--credit {config.credit}: expected process or outcome"),
         (config.pool not in ("kind", "all"), f"--pool {config.pool}: expected kind or all"),
         (not 0 <= config.step_discount <= 1, f"--step-discount {config.step_discount}: expected 0..1"),
@@ -331,6 +342,8 @@ def check(config: Config) -> None:
         if wrong:
             raise UserError(sentence)
     check_adapters(config)
+    check_judges(config.text_reward, config.visual_reward, config.critic_quantize)
+    parse_weights(config.reward_weights)
 
 
 def start_processes(config: Config) -> tuple[int, int, torch.device]:
@@ -356,13 +369,13 @@ def averaged(metrics: dict, world: int, device: torch.device) -> dict:
     return {k: (merged[:, i].max() if k == "ratio_max" else merged[:, i].mean()).item() for i, k in enumerate(metrics)}
 
 
-def rollout_metrics(batch: Rollout) -> dict:
+def rollout_metrics(batch: Rollout, weights: tuple[float, float, float]) -> dict:
     """What one rollout looks like: reward parts, form and balance."""
     def mean(values) -> float:
         values = [v for v in values if v is not None]
         return sum(values) / max(1, len(values))
     text, _ = by_modality(batch.mask, batch.is_image)
-    return {"reward": mean(hybrid_rewards(batch.scores)), "reward/text": mean(s.text for s in batch.scores),
+    return {"reward": mean(hybrid_rewards(batch.scores, weights)), "reward/text": mean(s.text for s in batch.scores),
             "reward/visual": mean(s.visual for s in batch.scores),
             "reward/format": mean(s.format for s in batch.scores),
             "zero_spread": batch.zero_spread, "steps_per_answer": mean(len(a.segments) for a in batch.answers),
@@ -377,10 +390,12 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> None:
     state, tensors = load_training(folder / "policy") if config.resume else (None, {})
     check_settings(folder, state, config)
     pool = read_prompts(Path(config.prompts)) if config.prompts else []
+    weights = parse_weights(config.reward_weights)
+    ruled = [w and name == "rules" for w, name in zip(weights, (config.text_reward, config.visual_reward))]
     for sample in pool:
-        if wanted_steps(sample.prompt) is None and config.reward_parts != "f":
+        if any(ruled) and wanted_steps(sample.prompt) is None:
             raise UserError(f"--prompts {config.prompts}: the rule judges know only the toy world's edits, not "
-                            f"{sample.prompt[:60]!r}; python shapes.py --dump DIR writes an example")
+                            f"{sample.prompt[:60]!r}; choose --text-reward and --visual-reward, or give them weight 0")
     policy = load(config.model, device, config.quantize)
     train_only(policy, config.lora_rank, config.lora_alpha, config.seed)
     # Choice: the KL's reference is the policy with its first values (see `trained_as`): of an adapter, no second base.
@@ -395,7 +410,9 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> None:
     if world > 1:
         # a rollout without a single picture leaves the image head out
         scorer = torch.nn.parallel.DistributedDataParallel(scorer, find_unused_parameters=True)
-    judges, codes, sampling = (RulesText(), RulesVisual()), Codes(policy), sampling_of(config)
+    judges = make_judges(config.text_reward, config.visual_reward,
+                         pick_device(config.reward_device) if config.reward_device else device, config.critic_quantize)
+    codes, sampling = Codes(policy), sampling_of(config)
     run = Run(config, state["lines"] if state else 0) if rank == 0 else None
     first, dead = state["step"] if state else 0, 0
     if rank == 0 and first >= config.updates:
@@ -418,16 +435,17 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> None:
                 group["lr"] = config.lr * min(1.0, (step + epoch + 1) / config.ramp)
             metrics = update(scorer, optimizer, batch, ref_logp, config)                                     # 5, 6
         now = time.perf_counter()
-        metrics = averaged({**rollout_metrics(batch), **metrics, "seconds": now - began,
-                            "seconds/rollout": sampled - began, "seconds/reference": compared - sampled,
-                            "seconds/update": now - compared, "peak_gib": peak_gib(device)}, world, device)
+        metrics = averaged({**rollout_metrics(batch, weights), **metrics, "seconds": now - began,
+                            "seconds/rollout": sampled - began - batch.judging, "seconds/reward": batch.judging,
+                            "seconds/reference": compared - sampled, "seconds/update": now - compared,
+                            "peak_gib": peak_gib(device)}, world, device)
         done = step + config.epochs_per_rollout
         dead = dead + 1 if metrics["zero_spread"] == 1 else 0
         if rank:
             continue
         if dead == 3:
             tqdm.write("warning: three rollouts in a row had no spread in any group: every advantage is zero and "
-                       "nothing is learned (other prompts, a higher --temperature or more --reward-parts may help)")
+                       "nothing is learned (other prompts, a higher --temperature or other --reward-weights may help)")
         run.log(step=done, **metrics)                                                                        # 7
         bar.set_postfix({k: f"{metrics[v]:.3f}" for k, v in
                          {"reward": "reward", "text": "reward/text", "visual": "reward/visual",
@@ -436,7 +454,7 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> None:
             G = config.group_size
             run.sample(f"{done:06d}", f"Rollout of update {done}", [
                 record(s, batch.answers[i * G:i * G + G], batch.scores[i * G:i * G + G],
-                       batch.by_answer[i * G:i * G + G]) for i, s in enumerate(batch.samples[:3])])
+                       batch.by_answer[i * G:i * G + G]) for i, s in enumerate(batch.samples[:3])], said_by(judges))
             save(policy, folder / "policy", {"step": done, "lines": run.lines, "settings": asdict(config)},
                  optimizer_tensors(optimizer))
     if rank == 0 and first < config.updates and config.eval_prompts:
@@ -466,7 +484,13 @@ def show(policy: UnifiedModel, run: Run, config: Config, pool: list[Sample], jud
     batch = rollout(policy, samples, replace(config, group_size=3), judges, Codes(policy),
                     torch.Generator().manual_seed(0))
     run.sample(name, title, [record(s, batch.answers[3 * i:3 * i + 3], batch.scores[3 * i:3 * i + 3],
-                                    batch.by_answer[3 * i:3 * i + 3]) for i, s in enumerate(samples)])
+                                    batch.by_answer[3 * i:3 * i + 3]) for i, s in enumerate(samples)], said_by(judges))
+
+
+def said_by(judges: tuple, most: int = 24) -> list[dict]:
+    """What a learned text judge was asked last, what it replied and how that was read, for the report."""
+    latest = list(getattr(judges[0], "seen", ()))[-most:]
+    return [{"question": question, "reply": reply, "score": score} for question, reply, score in latest]
 
 
 def main() -> None:

@@ -1,12 +1,15 @@
 """Hybrid and step rewards (paper, Sec. 3.2, Eq. 5): r = r_t + r_v + r_f, each part on a 0..1 scale.
 
-    part   judged                               judge            range                     cost
-    r_t    every text, given the prompt         RulesText        share of attributes right  none
-    r_v    every picture, given its own text    RulesVisual      share of attributes right  0.1 ms a picture
-    r_f    the answer's form                    format_reward    0 or 1                     none
+    part   judged                               judge           on a scale 0..1
+    r_t    every text, given the prompt         RulesText       share of attributes right (the toy world)
+                                                LlavaCritic     its score / 100 (the paper's)
+    r_v    every picture, given its own text    RulesVisual     share of attributes right (the toy world)
+                                                ImageReward     normal CDF of its standardised reward (the paper's)
+                                                ClipScore       2.5 max(0, cosine) (the paper's ablation)
+    r_f    the answer's form                    format_reward   0 or 1
 
-A judge is a callable; any other with the same signature can take its place. The two rule judges know the toy world;
-learned judges have the same interface. `judge` returns all parts and the rewards of single steps, never only the sum.
+A judge is a callable; any other with the same signature can take its place. `judge` returns all parts and the rewards
+of single steps, never only the sum.
 
     python rewards.py           # scores one right and three wrong answers and prints the parts
 """
@@ -30,10 +33,9 @@ from model import (NAMES, Decoder, DecoderConfig, KVCache, open_tensors, place, 
 from tokenizer import (SIGLIP_HEADS, VISION_NAMES, Answer, Attention, Block, ClipText, QwenText, Segment, SiglipTower,
                        TowerConfig, UserError, WordPiece, pad, preprocess, run_main)
 
-PARTS = ("t", "v", "f")                  # text, visual, format: the order of Eq. (5)
-
 # A judge gives None where it has no opinion (a reply without a score): no reward information, never a 0.
-TextJudge = Callable[[str, list[str]], list[float | None]]                       # prompt, texts -> a score a text
+# A batch goes to a judge at once, so that a learned one can use its device well.
+TextJudge = Callable[[list[str], list[list[str]]], list[list[float | None]]]     # prompts, texts of each -> scores
 VisualJudge = Callable[[list[str], list[np.ndarray]], list[float | None]]        # texts, pictures -> a score a pair
 
 
@@ -56,7 +58,10 @@ class RulesText:
     """r_t by rules: the k-th text against the k-th state that the prompt's own words lead to. No opinion on prompts
     that are not the toy world's."""
 
-    def __call__(self, prompt: str, texts: list[str]) -> list[float | None]:
+    def __call__(self, prompts: list[str], texts: list[list[str]]) -> list[list[float | None]]:
+        return [self.one(prompt, told) for prompt, told in zip(prompts, texts)]
+
+    def one(self, prompt: str, texts: list[str]) -> list[float | None]:
         if wanted_steps(prompt) is None:
             return [None] * len(texts)
         true = shapes.states_of_prompt(prompt)[1:]
@@ -83,21 +88,22 @@ class Scores:
     format: float
     steps: list[float | None]
 
-    def parts(self, chosen: tuple[str, ...] = PARTS) -> list[float | None]:
-        """The chosen parts, in the order of Eq. (5)."""
-        return [v for letter, v in zip(PARTS, (self.text, self.visual, self.format)) if letter in chosen]
+    @property
+    def parts(self) -> tuple[float | None, float | None, float]:
+        """In the order of Eq. (5)."""
+        return self.text, self.visual, self.format
 
 
-def hybrid_rewards(group: list[Scores], chosen: tuple[str, ...] = PARTS) -> list[float]:
-    """Eq. (5): r = r_t + r_v + r_f of every answer of a group, over the chosen parts.
+def hybrid_rewards(group: list[Scores], weights: tuple[float, float, float] = (1.0, 1.0, 1.0)) -> list[float]:
+    """Eq. (5): r = r_t + r_v + r_f of every answer of a group, each part times its weight (1 in the paper).
 
     Choice: a part on which the judge had no opinion takes the group's mean of that part, never 0: no information.
     """
     totals = [0.0] * len(group)
-    for column in zip(*(scores.parts(chosen) for scores in group)):
+    for weight, column in zip(weights, zip(*(scores.parts for scores in group))):
         known = [v for v in column if v is not None]
         mean = sum(known) / len(known) if known else 0.0
-        totals = [total + (mean if v is None else v) for total, v in zip(totals, column)]
+        totals = [total + weight * (mean if v is None else v) for total, v in zip(totals, column)]
     return totals
 
 
@@ -120,10 +126,10 @@ def judge(prompts: list[str], answers: list[Answer], text_judge: TextJudge, visu
     drawn = [(n, i) for n, a in enumerate(answers) for i, s in enumerate(a.segments) if s.picture is not None]
     pairs = [(own_text(answers[n].segments, i), answers[n].segments[i].picture) for n, i in drawn]
     visual = dict(zip(drawn, visual_judge([t for t, _ in pairs], [p for _, p in pairs])))
+    texts = text_judge(prompts, [[s.text for s in a.segments if s.text is not None] for a in answers])
     scores = []
     for n, (prompt, answer) in enumerate(zip(prompts, answers)):
-        texts = [s.text for s in answer.segments if s.text is not None]
-        told = iter(text_judge(prompt, texts))
+        told = iter(texts[n])
         steps = [next(told) if s.text is not None else visual[n, i] for i, s in enumerate(answer.segments)]
         wanted = wanted_steps(prompt)
         means = [mean_of([r for r, s in zip(steps, answer.segments) if (s.text is None) == is_visual], wanted)
@@ -671,19 +677,61 @@ class LlavaCritic:
         return [self.text.decode(ids, skip_special=True) for i in range(0, len(rows), self.BATCH)
                 for ids in self.model.generate(rows[i:i + self.BATCH], max_new_tokens, self.stop, repetition_penalty)]
 
-    def __call__(self, prompt: str, texts: list[str]) -> list[float | None]:
-        """r_t of each text: the published pointwise question about all that was said up to it.
+    def __call__(self, prompts: list[str], texts: list[list[str]]) -> list[list[float | None]]:
+        """r_t of each text of each answer: the published pointwise question about all that was said up to it.
 
         Choice: replies follow the published generation settings, so with their repetition penalty. Marks in what is
         judged are taken out: it must not write the judge's turn, and pictures are not shown."""
-        prompt, *texts = (re.sub(r"<\|\w+\|>|<image>", " ", text) for text in (prompt, *texts))
-        questions = [POINTWISE.format(question=prompt, response="\n".join(texts[:k + 1])) for k in range(len(texts))]
-        replies = self.replies(questions, [()] * len(texts), repetition_penalty=self.repetition_penalty)
+        def clean(text: str) -> str:
+            return re.sub(r"<\|\w+\|>|<image>", " ", text)
+        questions = [POINTWISE.format(question=clean(prompt), response="\n".join(map(clean, told[:k + 1])))
+                     for prompt, told in zip(prompts, texts) for k in range(len(told))]
+        replies = self.replies(questions, [()] * len(questions), repetition_penalty=self.repetition_penalty)
         found = [parse_score(reply) for reply in replies]
         scores = [None if score is None else min(score / 100, 1.0) for score in found]
         self.seen.extend(zip(questions, replies, scores))
         self.asked, self.unparsable = self.asked + len(scores), self.unparsable + scores.count(None)
-        return scores
+        rest = iter(scores)
+        return [[next(rest) for _ in told] for told in texts]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Choosing judges on the command line
+
+PUBLISHED = {"llava-critic": "lmms-lab/llava-critic-7b", "image-reward": "THUDM/ImageReward",
+             "clip-score": "openai/clip-vit-large-patch14"}
+
+
+def make_judges(text: str, visual: str, device: str | torch.device, critic_quantize: str = "none"
+                ) -> tuple[TextJudge, VisualJudge]:
+    """--text-reward and --visual-reward -> judges: a name, or NAME=FOLDER where the weights lie on disk."""
+    check_judges(text, visual, critic_quantize)
+    (text, text_from), (visual, visual_from) = (
+        (name, folder or PUBLISHED.get(name)) for name, _, folder in (text.partition("="), visual.partition("=")))
+    return (RulesText() if text == "rules" else LlavaCritic(text_from, device, critic_quantize),
+            RulesVisual() if visual == "rules" else {"image-reward": ImageReward, "clip-score": ClipScore}[visual](
+                visual_from, device))
+
+
+def check_judges(text: str, visual: str, critic_quantize: str) -> None:
+    """Raises UserError for judges that there are not, before anything is loaded."""
+    for flag, value, known in (("--text-reward", text.partition("=")[0], ("rules", "llava-critic")),
+                               ("--visual-reward", visual.partition("=")[0], ("rules", "image-reward", "clip-score")),
+                               ("--critic-quantize", critic_quantize, ("none", "nf4"))):
+        if value not in known:
+            raise UserError(f"{flag} {value}: expected {' or '.join(known)}")
+
+
+def parse_weights(text: str) -> tuple[float, float, float]:
+    """--reward-weights t,v,f -> three numbers of at least 0."""
+    try:
+        weights = tuple(float(part) for part in text.split(","))
+        if len(weights) == 3 and all(0 <= w < math.inf for w in weights) and any(weights):
+            return weights
+    except ValueError:
+        pass
+    raise UserError(f"--reward-weights {text}: expected three numbers of at least 0, for text, visual and format, not "
+                    f"all 0")
 
 
 def main() -> None:

@@ -244,10 +244,11 @@ class Run:
             file.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in metrics.items()}) + "\n")
         self.lines += 1
 
-    def sample(self, name: str, title: str, groups: list[dict]) -> None:
-        """Answers for people: samples/NAME.json for the report and samples/NAME.png, a sheet to look at."""
+    def sample(self, name: str, title: str, groups: list[dict], judged: list[dict] = ()) -> None:
+        """Answers for people: samples/NAME.json for the report and samples/NAME.png, a sheet to look at. `judged` are a
+        learned judge's questions and replies."""
         file = self.folder / "samples" / f"{name}.json"
-        file.write_text(json.dumps({"title": title, "groups": groups}))
+        file.write_text(json.dumps({"title": title, "groups": groups, "judged": list(judged)}))
         draw_sheet(groups, file.with_suffix(".png"))
 
 
@@ -633,8 +634,8 @@ def show(model: UnifiedModel, run: Run, name: str, title: str) -> None:
 
 def check_settings(folder: Path, state: dict | None, config) -> None:
     """A checkpoint made with other settings is not gone on with: raises UserError naming the first that differs."""
-    free = ("device", "save_every", "updates", "resume", "eval_prompts", "eval_guidance", "out", "micro_batch",
-            "checkpointing", "preset")
+    free = ("device", "reward_device", "save_every", "updates", "resume", "eval_prompts", "eval_guidance", "out",
+            "micro_batch", "checkpointing", "preset")
     for key, value in (state or {}).get("settings", {}).items():
         if key not in free and getattr(config, key, value) != value:
             raise UserError(f"{folder}: was made with --{key.replace('_', '-')} {value}, not {getattr(config, key)}: "

@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import grpo
 from model import (NAMES, DecoderConfig, DepthConfig, Sampling, UnifiedModel, load, rename, train_only, trained,
                    trained_as, write_configs)
+from rewards import make_judges
 from tokenizer import (BYTE, CONTROL, IMAGE_END, IMAGE_START, NORMAL, SPECIAL_TOKENS, THINK_END, THINK_START, UNKNOWN,
                        TextTokenizer, VisionConfig, write_field)
 
@@ -139,8 +140,9 @@ class Timer:
 
 def update(folder: Path, quantize: str, rank: int, file: Path, sample: bool) -> None:
     """One GRPO update of a group of two answers: sampled here, or read from `file`."""
-    config = grpo.Config(model=str(folder), reward_parts="f", credit="outcome", group_size=2, prompts_per_update=1,
-                         micro_batch=2, budget=300, quantize=quantize, lora_rank=rank, checkpointing=True)
+    config = grpo.Config(model=str(folder), reward_weights="0,0,1", credit="outcome", group_size=2,
+                         prompts_per_update=1, micro_batch=2, budget=300, quantize=quantize, lora_rank=rank,
+                         checkpointing=True)
     with Timer("load"):
         policy = load(folder, "cpu", quantize)
         train_only(policy, rank, 16.0)
@@ -148,16 +150,15 @@ def update(folder: Path, quantize: str, rank: int, file: Path, sample: bool) -> 
         reference = trained(policy)
     if sample:
         with Timer("rollout"):
-            judges = lambda p, texts: [None] * len(texts), lambda texts, pictures: [None] * len(texts)
-            batch = grpo.rollout(policy, [grpo.Sample(PROMPT, [])], config, judges, grpo.Codes(policy),
-                                 torch.Generator().manual_seed(0))
+            batch = grpo.rollout(policy, [grpo.Sample(PROMPT, [])], config, make_judges("rules", "rules", "cpu"),
+                                 grpo.Codes(policy), torch.Generator().manual_seed(0))
         for answer, score in zip(batch.answers, batch.scores):
             print(answer.layout, len(answer.steps), "positions, format", score.format)
         save_file({k: getattr(batch, k).contiguous() for k in ("tokens", "is_image", "mask", "old_logp", "advantages")},
                   file)
     else:
         batch = grpo.Rollout(samples=[], trajectories=[], answers=[], scores=[], by_answer=[], zero_spread=0.0,
-                             **load_file(file))
+                             judging=0.0, **load_file(file))
     arrays = batch.tokens, batch.is_image, batch.mask
     with Timer("reference"), torch.no_grad(), trained_as(policy, reference):
         ref_logp = policy.log_probs(*arrays, Sampling())

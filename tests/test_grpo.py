@@ -32,6 +32,13 @@ def test_eq6_by_hand_with_ragged_answers():
     assert none[2].tolist() == pytest.approx([up, up, down], abs=1e-5)
 
 
+def test_weights_of_the_reward_parts_scale_normalised_step_rewards():
+    plain = process_advantages([[1, 0], [0, 1]], [["t", "v"], ["t", "v"]], 0.0)
+    scaled = process_advantages([[1, 0], [0, 1]], [["t", "v"], ["t", "v"]], 0.0, [[2, 0.5], [2, 0.5]])
+    for a, b in zip(plain, scaled):
+        assert a.ne(0).all() and torch.equal(a * torch.tensor([2, 0.5]), b)
+
+
 def test_eq6_with_one_step_equals_eq4():
     rewards = torch.rand(5)
     got = process_advantages([[r.item()] for r in rewards])
@@ -116,7 +123,8 @@ def test_a_code_that_was_cut_since_has_ratio_zero_and_no_nan():
     assert ratio.item() == 0 and loss.isfinite().all() and logits.grad.isfinite().all() and kl.isfinite().all()
 
 
-@pytest.mark.parametrize("wrong", [dict(group_size=1), dict(reward_parts="t,x"), dict(credit="step"),
+@pytest.mark.parametrize("wrong", [dict(group_size=1), dict(reward_weights="1,x,1"), dict(reward_weights="1,1"),
+                                   dict(text_reward="oracle"), dict(visual_reward="llava-critic"), dict(credit="step"),
                                    dict(step_discount=2.0), dict(temperature=0.0),
                                    dict(updates=5, epochs_per_rollout=2)])
 def test_impossible_settings_are_refused_by_name(wrong):

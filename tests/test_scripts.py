@@ -10,7 +10,7 @@ import torch
 import grpo
 import shapes
 import warmup
-from conftest import ROOT, RUN, SMALL, flags, killed_after, metrics, run, same
+from conftest import FIXTURES, ROOT, RUN, SMALL, flags, killed_after, metrics, run, same
 from model import load, load_training
 from tokenizer import UserError
 
@@ -46,7 +46,8 @@ def test_a_killed_grpo_goes_on_bit_equal(warm, tmp_path, monkeypatch, settings):
 def one_rollout(warm, settings: dict):
     config = grpo.Config(model=str(warm), **{**RUN, "prompts_per_update": 4, "group_size": 4, "kl": 0.1, **settings})
     policy, reference = load(warm), load(warm)
-    judges = lambda p, texts: [0.3 * len(t) % 1 for t in texts], lambda t, pictures: [p.mean() / 255 for p in pictures]
+    judges = (lambda prompts, texts: [[0.3 * len(t) % 1 for t in told] for told in texts],
+              lambda texts, pictures: [p.mean() / 255 for p in pictures])
     batch = grpo.rollout(policy, grpo.draw_prompts(config, 0, 0, []), config, judges, warmup.Codes(policy),
                          torch.Generator().manual_seed(0))
     with torch.no_grad():
@@ -136,6 +137,27 @@ def test_prompts_that_the_rules_cannot_judge_are_refused(warm, tmp_path):
         grpo.train(config, 0, 1, torch.device("cpu"))
 
 
+def test_learned_judges_train_and_the_report_shows_what_was_asked(warm, tmp_path, monkeypatch):
+    from rewards import LlavaCritic
+    from evaluate import write_report
+    replies = LlavaCritic.replies
+
+    def scored(self, prompts, pictures, **options):              # the real model, then a score in every second reply
+        said = replies(self, prompts, pictures, 2, **options)
+        return [f"Score: {len(p) % 100}" if i % 2 else text for i, (p, text) in enumerate(zip(prompts, said))]
+    monkeypatch.setattr(LlavaCritic, "replies", scored)
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "How do I boil an egg?"}\n')
+    config = grpo.Config(model=str(warm), out=str(tmp_path / "g"), prompts=str(tmp_path / "prompts.jsonl"),
+                         text_reward=f"llava-critic={FIXTURES / 'llava_critic_tiny'}",
+                         visual_reward=f"image-reward={FIXTURES / 'image_reward_tiny'}", **{**RUN, "group_size": 4})
+    grpo.train(config, 0, 1, torch.device("cpu"))
+    logged = metrics(tmp_path / "g")
+    assert len(logged) == RUN["updates"] and any(line["reward/text"] > 0 for line in logged)
+    assert any(line["no_score"] > 0 for line in logged), "replies without a score are counted"
+    page = write_report(tmp_path / "g").read_text()
+    assert "what the text judge was asked" in page and "How do I boil an egg?]" in page and "[score: none]" in page
+
+
 def test_two_processes_train_and_leave_one_checkpoint(warm, tmp_path):
     run("-m", "torch.distributed.run", "--nproc_per_node=2", "grpo.py", "--model", warm, "--out", tmp_path / "ddp",
         *flags(RUN))
@@ -202,7 +224,7 @@ def test_damaged_checkpoints_are_refused(warm, tmp_path):
 
 def test_a_dead_group_trains_nothing_and_says_so(warm, tmp_path, capsys):
     """With a constant reward every advantage is exactly zero: without a KL the policy does not move at all."""
-    config = grpo.Config(model=str(warm), out=str(tmp_path / "dead"), reward_parts="f", kl=0.0, **RUN)
+    config = grpo.Config(model=str(warm), out=str(tmp_path / "dead"), reward_weights="0,0,1", kl=0.0, **RUN)
     grpo.train(config, 0, 1, torch.device("cpu"))
     assert same(load(tmp_path / "dead").state_dict(), load(warm).state_dict())
     assert all(line["zero_spread"] == 1 for line in metrics(tmp_path / "dead"))

@@ -222,8 +222,8 @@ def clip():
     return ClipText({name: i for i, name in enumerate(names)} | added, merges, added)
 
 
-@pytest.fixture(scope="session")
-def qwen():
+def qwen_vocabulary() -> tuple[dict[str, int], list[str]]:
+    """Qwen2's vocab.json and merges.txt from its ranks."""
     data = package_file("dashscope==2.0.2", "dashscope/resources/qwen.tiktoken",
                         "b2b1b8dfb5cc5f024bafc373121c6aba3f66f9a5a0269e243470a1de16a33186")
     rows = [line.split() for line in data.splitlines()]
@@ -235,8 +235,13 @@ def qwen():
                 rank = vocab.get(left + right, own)
                 return rank if rank < own else None
             merges.append(" ".join(byte_pairs(list(token), below)))
+    return vocab, merges
+
+
+@pytest.fixture(scope="session")
+def qwen():
     added = {"<|endoftext|>": 151643, "<|im_start|>": 151644, "<|im_end|>": 151645}
-    return QwenText(vocab, merges, added)
+    return QwenText(*qwen_vocabulary(), added)
 
 
 def test_bert_cases(bert):
