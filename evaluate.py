@@ -98,8 +98,8 @@ def answer_all(model: UnifiedModel, samples: list[Sample], config: Config, sampl
 
 def evaluate(model: UnifiedModel, config: Config) -> dict:
     """All rates of a model, as the JSON file holds them."""
-    judges = make_judges(config.text_reward, config.visual_reward, config.reward_device or model.device,
-                         config.critic_quantize)
+    device = pick_device(config.reward_device, "--reward-device") if config.reward_device else model.device
+    judges = make_judges(config.text_reward, config.visual_reward, device, config.critic_quantize)
     weights = parse_weights(config.reward_weights)
     rng = random.Random(f"evaluate/{config.seed}")
     samples = [toy_prompt(rng, config.edits, config.split) for _ in range(config.prompts)]

@@ -410,8 +410,8 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> None:
     if world > 1:
         # a rollout without a single picture leaves the image head out
         scorer = torch.nn.parallel.DistributedDataParallel(scorer, find_unused_parameters=True)
-    judges = make_judges(config.text_reward, config.visual_reward,
-                         pick_device(config.reward_device) if config.reward_device else device, config.critic_quantize)
+    judge_device = pick_device(config.reward_device, "--reward-device") if config.reward_device else device
+    judges = make_judges(config.text_reward, config.visual_reward, judge_device, config.critic_quantize)
     codes, sampling = Codes(policy), sampling_of(config)
     run = Run(config, state["lines"] if state else 0) if rank == 0 else None
     first, dead = state["step"] if state else 0, 0

@@ -1006,14 +1006,14 @@ def settle_folder(folder: Path) -> None:
         old.rename(folder)
 
 
-def pick_device(name: str) -> torch.device:
+def pick_device(name: str, flag: str = "--device") -> torch.device:
     if name == "auto":
         name = ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
     try:
         torch.empty(1, device=name)
         return torch.device(name)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"--device {name}: not usable here ({str(error).splitlines()[0]})")
+        raise UserError(f"{flag} {name}: not usable here ({str(error).splitlines()[0]})")
 
 
 def read_picture(path: Path, where: str) -> np.ndarray:

@@ -110,8 +110,7 @@ def measure_one(name: str, folder: Path, policy: str) -> None:
     if policy:
         held = [load(policy, "cpu", "nf4"), *(JUDGES[j](folder) for j in ("LLaVA-Critic NF4", "ImageReward float32"))]
         took = time.perf_counter() - began
-        print(f"policy NF4 + critic NF4 + ImageReward ({len(held)} models): load {took:.0f} s, peak {resident():.1f} GiB",
-              flush=True)
+        print(f"policy NF4 + critic NF4 + ImageReward ({len(held)}): load {took:.0f} s, peak {resident():.1f} GiB")
         return
     judge = JUDGES[name](folder)
     loaded, began = time.perf_counter() - began, time.perf_counter()
