@@ -14,24 +14,41 @@ abilities the model had before: text-to-image and image-to-text, greedy, over al
 
     python evaluate.py --model out/grpo --prompts 384 --seed 7 --json grpo.json
     python evaluate.py --ladder         # the paper's ablation in small: trains and rates r_f, + r_t, + r_v, + process
+
+The paper's benchmarks, MMIE and InterleavedBench (Sec. 4), from their published files: answers in the published schema,
+scores by the published rules from the official judge's replies, or from our critic's.
+
+    python evaluate.py --preset paper --benchmark mmie --data DIR --judge file:eval_result.json
+    python evaluate.py --preset paper --benchmark interleavedbench --data DIR --judge llava-critic
 """
+import hashlib
 import html
+import itertools
 import json
+import os
 import random
 import re
-from dataclasses import dataclass, replace
+import shutil
+import sys
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Callable, Iterator
+from urllib.parse import quote
 
 import numpy as np
 import torch
+from PIL import Image
 from tqdm import tqdm
 
 import grpo
 import shapes
 from model import Sampling, UnifiedModel, load
-from rewards import check_judges, format_reward, hybrid_rewards, judge, make_judges, own_text, parse_weights
-from tokenizer import Answer, UserError, parse_config, pick_device, run_main
-from warmup import I2T_QUESTION, Codes, Sample, read_metrics, toy_prompt
+from rewards import (LlavaCritic, check_judges, format_reward, hybrid_rewards, judge, make_judges, own_text,
+                     parse_weights, unmarked)
+from tokenizer import Answer, UserError, parse_config, pick_device, read_picture, run_main
+from warmup import (I2T_QUESTION, MARKS, Broken, Codes, LeftOut, Sample, file_in, fingerprint, need, need_text,
+                    picture_in, read_metrics, read_text, records, toy_prompt, usable)
 
 RATES = ("format", "text", "visual", "visual_true", "story")
 COLUMNS = (*RATES, "reward")
@@ -48,6 +65,8 @@ class Config:
     temperature: float = 1.0         # of the sampled arm: the training temperature
     low: float = 0.4                 # temperature of the low-temperature arm
     guidance: float = 1.0            # for image codes, in every arm
+    top_k: int = 0                   # 0 = off
+    top_p: float = 1.0               # 1 = off
     budget: int = 160                # positions an answer may have
     batch: int = 192                 # prompts at a time
     device: str = "auto"             # cpu, cuda, mps
@@ -59,6 +78,22 @@ class Config:
     critic_quantize: str = "none"    # nf4: the critic's decoder in 4 bits
     seeds: str = "0,1"               # of the ladder's runs
     updates: int = 40                # of each of the ladder's runs
+    benchmark: str = ""              # mmie, interleavedbench, understanding or t2i, instead of the toy world
+    data: str = ""                   # its files: the published folder, or a JSONL
+    judge: str = ""                  # file:REPLIES of a judge that ran elsewhere, or llava-critic (also NAME=FOLDER)
+    before: str = ""                 # a second model, whose numbers stand beside: the warm-up model, say
+    skip: str = "both"               # InterleavedBench tasks without text aspects: both, editing or none
+    out: str = ""                    # where answers, table and page go; empty: out/BENCHMARK
+    preset: str = ""                 # paper: the paper's settings, see PAPER; flags given beside it win
+
+
+# --preset paper: how answers are sampled for the benchmarks
+PAPER = dict(
+    model="out/grpo",                                             # what grpo.py --preset paper wrote
+    guidance=3.0,                                                 # paper
+    top_k=900, top_p=0.96,                                        # VILA-U's own code sampler
+    budget=1300, batch=8,                                         # ours: four pictures and their texts
+)
 
 
 def rate_answer(prompt: str, answer: Answer) -> dict[str, float]:
@@ -105,7 +140,8 @@ def evaluate(model: UnifiedModel, config: Config) -> dict:
     samples = [toy_prompt(rng, config.edits, config.split) for _ in range(config.prompts)]
     result = {}
     for arm, temperature in (("sampled", config.temperature), ("low", config.low), ("greedy", 0.0)):
-        answers = answer_all(model, samples, config, Sampling(temperature, guidance=config.guidance), arm)
+        sampling = Sampling(temperature, config.top_k, config.top_p, config.guidance)
+        answers = answer_all(model, samples, config, sampling, arm)
         rates = [rate_answer(s.prompt, a) for s, a in zip(samples, answers)]
         rewards = hybrid_rewards(judge([s.prompt for s in samples], answers, *judges), weights)
         rates = [{**r, "reward": reward} for r, reward in zip(rates, rewards)]
@@ -205,10 +241,11 @@ def write_report(folder: Path, results: dict[str, dict] | None = None) -> Path:
 # ---------------------------------------------------------------------------------------------------------------------
 # Before and after; the ladder
 
-def before_and_after(run: grpo.Config) -> None:
-    """Rate the warm-up model and the trained one on the same fresh prompts; table, evaluation.json, report.html."""
+def before_and_after(run: grpo.Config, toy: bool) -> None:
+    """Rate the warm-up model and the trained one on the same fresh prompts; table, evaluation.json, report.html. A run
+    on other prompts than the toy world's gets the report alone: see --benchmark."""
     folder, results = Path(run.out), {}
-    for name, model in (("before", run.model), ("after", run.out)) if run.eval_prompts else ():
+    for name, model in (("before", run.model), ("after", run.out)) if run.eval_prompts and toy else ():
         config = Config(model=str(model), prompts=run.eval_prompts, edits=run.edits, temperature=run.temperature,
                         guidance=run.eval_guidance or run.guidance, budget=run.budget, device=run.device,
                         batch=min(Config.batch, 4 * run.micro_batch), text_reward=run.text_reward,
@@ -227,8 +264,8 @@ LADDER = {      # rung -> GRPO settings, the rows of the paper's ablation
     "r_f + r_t + r_v": dict(credit="outcome"),
     "+ process": dict(credit="process"),
 }
-PAPER = {"warm-up": (53.31, 1.97), "r_f": (53.56, 2.05), "r_f + r_t": (54.62, 2.30), "r_f + r_t + r_v": (57.83, 2.79),
-         "+ process": (59.50, 3.13)}        # MMIE, InterleavedBench as published: another model and another task
+PAPER_LADDER = {"warm-up": (53.31, 1.97), "r_f": (53.56, 2.05), "r_f + r_t": (54.62, 2.30), "r_f + r_t + r_v": (57.83, 2.79),
+                "+ process": (59.50, 3.13)}        # MMIE, InterleavedBench as published: another model and another task
 
 
 def ladder(config: Config) -> None:
@@ -249,20 +286,619 @@ def ladder(config: Config) -> None:
         for arm in ("sampled", "greedy"):
             values = [[r[arm][rate][0] for r in results] for rate in RATES]
             cells = "".join(f"{np.mean(v):>6.3f} ({min(v):.2f}-{max(v):.2f})" for v in values)
-            print(f"{rung + ' ' + arm:24}{cells}" + ("{:>15} {:>8}".format(*PAPER[rung]) if arm == "sampled" else ""))
+            print(f"{rung + ' ' + arm:24}{cells}" + ("{:>15} {:>8}".format(*PAPER_LADDER[rung]) if arm == "sampled" else ""))
     if config.json:
         Path(config.json).write_text(json.dumps(rows, indent=1))
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Benchmarks: published questions -> answers in the published schema -> judges' replies -> the published averages
+
+@dataclass
+class Question(Sample):
+    """One question of a benchmark: a prompt, and what its answer is judged by."""
+    id: str = ""
+    group: str = ""                  # MMIE: SA, PBL or MSR; InterleavedBench: the task
+    record: dict = field(default_factory=dict)       # as published
+
+
+def question_reader(reader):
+    """A reader of records -> a reader of questions with ids of their own: of two the first counts."""
+    def read(path: Path, left_out: LeftOut) -> Iterator[Question]:
+        seen = set()
+        for question in reader(path, left_out):
+            with left_out.record(*question.origin):
+                if question.id in seen:
+                    raise Broken("an id that was there before")
+                seen.add(question.id)
+                yield question
+    return read
+
+
+# -- MMIE (arXiv 2410.10139): its dataset.py, prompts.py and main.py
+
+MMIE_RUBRICS = {                 # the official criteria in our words; tested for in an id in this order
+    "SA": "You judge a story told in words and pictures. Look at the quality of the text (clear, correct, engaging), the "
+          "quality of the pictures, how well text and pictures fit together, consistency of the context (nothing "
+          "contradicts what came before), innovation, and, strictly, one style throughout. Take one point off for harm "
+          "or negative emotion.",
+    "PBL": "You judge instructions given in words and pictures. Look at the quality of the text (clear, correct, easy to "
+           "follow), the quality of the pictures, how well text and pictures fit together, the quality and usefulness of "
+           "the method, creativity, and, strictly, one style throughout. Take one point off for harm or negative "
+           "emotion.",
+    "MSR": "You judge the solution of a problem. Look at whether the question's text is understood, whether its pictures "
+           "are understood, how clear the reasoning is, how much of it is right, whether the final answer is right, and "
+           "whether all is right and easy to follow. Compare with the correct answer.",
+}
+MMIE_MOST, MMIE_SHOWN, MMIE_PICTURES = 6, 3, 4       # highest score; pictures after which an answer is cut; at most
+
+
+def segments_of(value: object) -> list[dict]:
+    """A question or an answer in MMIE's schema: [{"text": str | null, "image": path | null}], or a plain text."""
+    value = [{"text": value, "image": None}] if isinstance(value, str) else value
+    if not isinstance(value, list) or not all(isinstance(s, dict) for s in value):
+        raise Broken("question or answer is no list of {text, image}", repr(value)[:40])
+    for segment in value:
+        if not all(isinstance(segment.get(key), (str, type(None))) for key in ("text", "image")):
+            raise Broken("text or image is neither a text nor null", repr(segment)[:40])
+    return value
+
+
+@question_reader
+def mmie(path: Path, left_out: LeftOut) -> Iterator[Question]:
+    """data.json and images/: {"id", "question": [{"text", "image"}], "gt_answer": ...}, unknown keys kept. The category
+    stands in the id. Left out with more than four pictures, as the official loader does."""
+    file = file_in(path, "data.json")
+    for line, record in records(file, left_out):
+        with left_out.record(file, line, record.get("id", "") if isinstance(record, dict) else ""):
+            id, words, pictures = need(record, "id", str), [], []
+            group = next((name for name in MMIE_RUBRICS if name in id), None)
+            if group is None:
+                raise Broken("its id names no category (SA, PBL or MSR)")
+            for segment in segments_of(record.get("question")):
+                if segment.get("text"):
+                    words.append(MARKS.sub(" ", segment["text"]).strip())
+                if segment.get("image"):
+                    if Path(segment["image"]).is_absolute() or ".." in Path(segment["image"]).parts:
+                        raise Broken("a picture's path leaves the folder", segment["image"])
+                    pictures.append(picture_in(file.parent, segment["image"]))
+                    words.append("<image>")
+            if len(pictures) > MMIE_PICTURES:
+                raise Broken(f"more than {MMIE_PICTURES} pictures", len(pictures))
+            if not words:
+                raise Broken("the question is empty")
+            yield Question(" ".join(words), pictures, id=id, group=group, record=record, origin=(file, line, id))
+
+
+def mmie_view(question: Question, answer: list[dict], folder: Path) -> tuple[str, str, list[Path]]:
+    """What MMIE's judge sees: question and answer as lines, pictures numbered through both. Once three were shown the
+    answer is cut, texts included; the text that stands beside the last one is kept."""
+    told, pictures = {"question": "", "answer": ""}, []
+    for part, segments in (("question", segments_of(question.record["question"])), ("answer", segments_of(answer))):
+        for segment in segments:
+            if segment.get("text") is not None:
+                told[part] += unmarked(segment["text"]) + "\n"
+            if part == "answer" and len(pictures) >= MMIE_SHOWN:
+                break
+            if segment.get("image") is not None:
+                told[part] += f"Image-{len(pictures)}: <image>\n"
+                pictures.append(folder / segment["image"])
+            if part == "answer" and len(pictures) >= MMIE_SHOWN:
+                break
+    return told["question"], told["answer"], pictures
+
+
+def mmie_asks(question: Question, answer: list[dict], folder: Path, config: Config) -> list[tuple[str, str, list[Path]]]:
+    """[(aspect, message, pictures)] for a judge of ours."""
+    asked, told, pictures = mmie_view(question, answer, folder)
+    reference = ""
+    if question.group == "MSR":
+        first = next(iter(segments_of(question.record.get("gt_answer") or "not given")), {})
+        reference = f"### Correct Answer\n{unmarked(first.get('text') or 'not given')}\n"
+    return [("score", f"{MMIE_RUBRICS[question.group]} Begin with '### Feedback' and your analysis; then write '### Score' "
+                      f"and, below it, one integer from 0 to {MMIE_MOST}.\n### Question\n{asked}### Answer\n{told}"
+                      f"{reference}### Feedback\n", pictures)]
+
+
+def mmie_record(question: Question, answer: list[dict], folder: Path, model: str) -> dict:
+    """The record to be evaluated, and its question's pictures beside the answer's, so that the folder is whole for the
+    official judge. A published record of the model "gt" holds the reference as its answer."""
+    told = question.record
+    for segment in segments_of(told["question"]):
+        if segment.get("image") and not (folder / segment["image"]).exists():
+            (folder / segment["image"]).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(question.origin[0].parent / segment["image"], folder / segment["image"])
+    reference = told.get("gt_answer") or (told.get("answer") if told.get("model") == "gt" else None)
+    return {**told, "answer": answer, "model": model, "gt_answer": segments_of(reference or [{"text": None, "image": None}])}
+
+
+def mmie_rows(scores: dict[tuple[str, str], int | None], questions: list[Question], config: Config
+              ) -> dict[str, tuple[float, int]]:
+    """Scores -> {row: (value, records)}: x/6*100 of the valid ones; AVG over all records, not over the categories."""
+    groups = {name: [scores[q.id, "score"] for q in questions if q.group == name
+                     and scores.get((q.id, "score")) is not None] for name in MMIE_RUBRICS}
+    rows = {name: (100 / MMIE_MOST * sum(found) / len(found), len(found)) for name, found in groups.items() if found}
+    return {**rows, **({"AVG": weighted_mean(rows)} if rows else {})}
+
+
+def weighted_mean(rows: dict[str, tuple[float, int]]) -> tuple[float, int]:
+    """{category: (mean, records)} -> the mean over all records."""
+    count = sum(n for _, n in rows.values())
+    return sum(mean * n for mean, n in rows.values()) / count, count
+
+
+# -- InterleavedBench (arXiv 2406.14643)
+
+ASPECTS = {                      # InterleavedEval's five; the wording of its judge is not published, this one is ours
+    "text quality": "the text alone: is it clear, correct, fluent, to the point?",
+    "perceptual quality": "every picture by itself: is it sharp, natural and whole?",
+    "image coherence": "the pictures among themselves and with those of the instruction: do things, people and style "
+                       "stay the same?",
+    "text-image coherence": "texts and pictures: does each picture show what the text beside it says?",
+    "helpfulness": "does the answer follow the instruction and serve the one who asked?",
+}
+ASPECT_MOST = 5
+TEXT_ASPECTS = ("text quality", "text-image coherence")
+EDITING, COMPOSITION = r"(?<![a-z])edit|magic_?brush", r"multi_?concept|subject"
+SKIPS = {"both": f"{EDITING}|{COMPOSITION}", "editing": EDITING, "none": r"(?!)"}        # tasks without text aspects
+
+
+@question_reader
+def interleavedbench(path: Path, left_out: LeftOut) -> Iterator[Question]:
+    """interleaved_bench.json and the unzipped folders of pictures beside it (or in zipped_images/): LLaVA conversations.
+    The human turn's first pictures are the prompt's, the others the reference's."""
+    file = file_in(path, "interleaved_bench.json")
+    root = file.parent / "zipped_images" if (file.parent / "zipped_images").is_dir() else file.parent
+    for line, record in records(file, left_out):
+        with left_out.record(file, line, record.get("id", "") if isinstance(record, dict) else ""):
+            if not isinstance(record, dict) or not isinstance(record.get("id"), (str, int)):
+                raise Broken("id is missing, or of another kind than published")
+            id, task = str(record["id"]), need(record, "task_name", str)
+            turns = record.get("conversations") if isinstance(record.get("conversations"), list) else []
+            turns = [turn for turn in turns if isinstance(turn, dict)] or [{}]
+            text = next((t for t in (turns[0].get("value"), record.get("instruction"), turns[0].get("instruction"))
+                         if isinstance(t, str) and t.strip()), None)
+            if text is None:
+                raise Broken("neither a human turn nor an instruction")
+            names = record.get("image") or []
+            names = names if isinstance(names, list) else [names]
+            replies = [str(turn.get("value")) for turn in turns[1:]]
+            marks = text.count("<image>")
+            if marks > len(names) or replies and marks + "".join(replies).count("<image>") != len(names):
+                left_out(file, line, id, "marks and pictures differ in number, their common prefix is used",
+                         f"{marks} marks in the prompt, {len(names)} pictures in all", verdict="noted")
+            pieces = [MARKS.sub(" ", piece) for piece in text.split("<image>")]
+            shown = min(marks, len(names))
+            prompt = "<image>".join(pieces[:shown + 1]) + " ".join(pieces[shown + 1:])
+            pictures = [picture_in(file.parent if isinstance(name, str) and (file.parent / name).is_file() else root, name)
+                        for name in names[:shown]]
+            yield Question(prompt.strip(), pictures, id=id, group=task, record=record, origin=(file, line, id))
+
+
+def aspects_of(question: Question, config: Config) -> list[str]:
+    """The aspects that count for a question: decided by its task, never by a score of 0."""
+    names = question.record.get("image") or [""]
+    first = str(names[0] if isinstance(names, list) else names).split("/")[0]
+    skipped = re.search(SKIPS[config.skip], f"{question.group} {question.id} {first}".lower())
+    return [name for name in ASPECTS if not (skipped and name in TEXT_ASPECTS)]
+
+
+def interleavedbench_asks(question: Question, answer: list[dict], folder: Path, config: Config
+                          ) -> list[tuple[str, str, list[Path]]]:
+    """[(aspect, message, pictures)] for a judge of ours."""
+    told = "".join((f"{unmarked(s['text'])}\n" if s["text"] else "") + ("<image>\n" if s["image"] else "") for s in answer)
+    asked = "<image>".join(unmarked(piece) for piece in question.prompt.split("<image>"))
+    pictures = question.prompt_pictures + [folder / s["image"] for s in answer if s["image"]]
+    return [(name, f"You judge an answer that is made of texts and pictures, in one respect only: {ASPECTS[name]} Begin "
+                   f"with '### Feedback' and your analysis; then write '### Score' and, below it, one integer from 0 "
+                   f"(missing or useless) to {ASPECT_MOST} (nothing to improve).\n### Instruction\n{asked}\n### Answer\n"
+                   f"{told}### Feedback\n", pictures) for name in aspects_of(question, config)]
+
+
+def interleavedbench_record(question: Question, answer: list[dict], folder: Path, model: str) -> dict:
+    """The published record with the answer as typed segments, [["text", ...], ["image", path], ...]."""
+    typed = [[kind, s[kind]] for s in answer for kind in ("text", "image") if s[kind]]
+    return {**question.record, "model": model, "prediction": typed}
+
+
+def interleavedbench_rows(scores: dict[tuple[str, str], int | None], questions: list[Question], config: Config
+                          ) -> dict[str, tuple[float, int]]:
+    """Scores -> {aspect: (mean, records)} over the records it applies to; AVG is the plain mean of the five."""
+    rows = {}
+    for name in ASPECTS:
+        found = [scores[q.id, name] for q in questions if name in aspects_of(q, config)
+                 and scores.get((q.id, name)) is not None]
+        if found:
+            rows[name] = sum(found) / len(found), len(found)
+    return {**rows, **({"AVG": plain_mean(rows)} if len(rows) == len(ASPECTS) else {})}
+
+
+def plain_mean(rows: dict[str, tuple[float, int]]) -> tuple[float, int]:
+    """{aspect: (mean, records)} -> the mean of the means."""
+    return sum(mean for mean, _ in rows.values()) / len(rows), max(n for _, n in rows.values())
+
+
+# -- kept abilities: single tasks of one's own choice, before and after
+
+@question_reader
+def understanding(path: Path, left_out: LeftOut) -> Iterator[Question]:
+    """JSON lines {"id", "image": path or [paths], "question", "answer": text or [texts]}, paths relative to the file.
+    Pictures whose `<image>` marks the question lacks come first."""
+    file = file_in(path, "questions.jsonl")
+    for line, record in records(file, left_out):
+        with left_out.record(file, line, record.get("id", "") if isinstance(record, dict) else ""):
+            text = need(record, "question", str).strip()
+            names, accepted = (value if isinstance(value, list) else [value] for value in (
+                record.get("image", record.get("images")) or [], record.get("answer", record.get("answers"))))
+            if not text or not accepted or not all(isinstance(a, str) for a in accepted):
+                raise Broken("a question or its answer is missing")
+            pictures = [picture_in(file.parent, name) for name in names]
+            if "<image>" not in text:
+                text = "<image> " * len(pictures) + text
+            if text.count("<image>") != len(pictures):
+                raise Broken("<image> marks and pictures differ in number", f"{text.count('<image>')}, {len(pictures)}")
+            id = str(record.get("id", line))
+            yield Question(text, pictures, id=id, record={**record, "accepted": accepted}, origin=(file, line, id))
+
+
+def same_answer(reply: str, accepted: list[str]) -> bool:
+    """Equal but for case, punctuation and articles, as VQA accuracy has it."""
+    def bare(text: str) -> list[str]:
+        return [w for w in re.sub(r"[^\w\s]", "", text.lower()).split() if w not in ("a", "an", "the")]
+    return bare(reply) in map(bare, accepted)
+
+
+@question_reader
+def captions(path: Path, left_out: LeftOut) -> Iterator[Question]:
+    """A caption a line (*.txt), or JSON lines {"prompt"}."""
+    file = file_in(path, "captions.txt", "captions.jsonl")
+    lines = records(file, left_out) if file.suffix == ".jsonl" else (
+        (n, {"prompt": text}) for n, text in enumerate(read_text(file).splitlines(), 1) if text.strip())
+    for line, record in lines:
+        with left_out.record(file, line):
+            yield Question(need_text(record, "prompt"), [], draw=True, kind="t2i", id=str(line), record=record,
+                           origin=(file, line, ""))
+
+
+def understanding_rows(told: dict[str, dict], questions: list[Question]) -> dict[str, tuple[float, int]]:
+    """Answers -> accuracy in percent."""
+    right = [same_answer(" ".join(s["text"] or "" for s in told[q.id]["answer"]), q.record["accepted"])
+             for q in questions]
+    return {"accuracy": (100 * sum(right) / len(right), len(right))}
+
+
+def t2i_rows(told: dict[str, dict], questions: list[Question], folder: Path, judge) -> dict[str, tuple[float, int]]:
+    """Answers -> mean visual reward of the first picture for each caption; an answer without one counts 0."""
+    first = {q.id: next((s["image"] for s in told[q.id]["answer"] if s["image"]), None) for q in questions}
+    drawn = [q for q in questions if first[q.id]]
+    values = judge([q.prompt for q in drawn], [read_picture(folder / first[q.id], "an answer") for q in drawn])
+    return {"visual reward": (sum(values) / len(questions), len(questions))}
+
+
+# -- the paper's own numbers (other models, the official judges), printed beside ours in columns of their own
+
+PAPER_MMIE = {"Anole": (48.95, 59.05, 51.72, 55.22), "GILL": (None, None, None, 51.58),
+              "MiniGPT-5": (None, None, None, 50.92), "EMU-2": (None, None, None, 45.33),
+              "paper QLoRA": (53.12, 60.34, 53.28, 57.27), "paper full": (56.87, 62.28, 54.31, 59.50)}
+PAPER_INTERLEAVED = {"MiniGPT-5": (*[None] * 5, 1.82), "EMU-2": (*[None] * 5, 1.68), "GILL": (*[None] * 5, 1.84),
+                     "paper QLoRA": (2.33, 3.39, 3.01, 2.75, 2.85, 2.87),
+                     "paper full": (2.86, 3.58, 3.25, 3.02, 2.94, 3.13)}
+
+
+@dataclass
+class Benchmark:
+    """How one benchmark is read, asked, written and scored."""
+    read: Callable
+    rows: tuple[str, ...]
+    paper: dict[str, tuple]          # label -> a value a row
+    file: str = ""                   # answers in the published schema
+    record: Callable | None = None   # question, answer, folder, model -> what stands there
+    aspects: Callable | None = None  # question, config -> what a judge gives scores for
+    asks: Callable | None = None     # question, answer, folder, config -> [(aspect, message, pictures)]
+    score: Callable | None = None    # scores, questions, config -> {row: (value, records)}
+    most: int = 0                    # highest score of a judge
+
+
+BENCHMARKS = {
+    "mmie": Benchmark(mmie, (*MMIE_RUBRICS, "AVG"), PAPER_MMIE, "data.json", mmie_record,
+                      lambda question, config: ["score"], mmie_asks, mmie_rows, MMIE_MOST),
+    "interleavedbench": Benchmark(interleavedbench, (*ASPECTS, "AVG"), PAPER_INTERLEAVED, "predictions.json",
+                                  interleavedbench_record, aspects_of, interleavedbench_asks, interleavedbench_rows,
+                                  ASPECT_MOST),
+    # what the paper measured instead: MME-P, SEED-Bench and MM-Vet; GenEval
+    "understanding": Benchmark(understanding, ("accuracy", "MME-P", "SEED-Bench image", "MM-Vet"),
+                               {"paper full": (None, 1425.2, 59.2, 32.8)}),
+    "t2i": Benchmark(captions, ("visual reward", "GenEval"), {"paper full": (None, 0.46)}),
+}
+
+
+# -- answers and replies, one line each as they come, so that a killed run goes on
+
+def read_lines(file: Path) -> list[dict]:
+    """JSON lines as far as they are whole; what a kill left half-written is cut off."""
+    lines = []
+    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
+        try:
+            lines.append(json.loads(line))
+        except ValueError:
+            break
+    if file.exists():
+        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return lines
+
+
+def add_line(file: Path, line: dict) -> None:
+    with open(file, "a", encoding="utf-8") as lines:
+        lines.write(json.dumps(line) + "\n")
+
+
+def same_run(folder: Path, settings: dict) -> None:
+    """Write how the folder was made; raises UserError where it was made in another way."""
+    file = folder / "config.json"
+    for key, value in json.loads(file.read_text())["settings"].items() if file.exists() else ():
+        if settings.get(key) != value:
+            raise UserError(f"{folder}: was made with {key} {value}, not {settings.get(key)}: choose another --out, or "
+                            f"delete the folder")
+    (folder / "answers").mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps({"settings": settings, "command": " ".join(sys.argv), "torch": torch.__version__}, indent=1))
+
+
+def answer_questions(source: str, questions: list[Question], config: Config, folder: Path, left_out: LeftOut
+                     ) -> tuple[list[Question], dict[str, dict]]:
+    """One answer for each question that fits the model: {id: {"answer": [{"text", "image"}], ...}}, kept in
+    answers.jsonl, pictures in answers/.
+
+    A batch and its seed follow from the place in the list: a run that was killed goes on with the same answers."""
+    model = load(source, pick_device(config.device)).eval()
+    same_run(folder, {"benchmark": config.benchmark, "data": config.data, "model": source, "weights": fingerprint(model),
+                      **{name: getattr(config, name) for name in ("seed", "temperature", "top_k", "top_p", "guidance",
+                                                                  "budget", "batch")}})
+    codes = Codes(model)
+    questions = list(usable(questions, model, codes, left_out, config.budget))
+    told = {line["id"]: line for line in read_lines(folder / "answers.jsonl")}
+    greedy = config.benchmark == "understanding"                                # a short answer is right or wrong
+    sampling = Sampling(0.0) if greedy else Sampling(config.temperature, config.top_k, config.top_p, config.guidance)
+    done = sum(q.id in told for q in questions)
+    with tqdm(total=len(questions), initial=done, desc=f"answers of {folder.name}") as bar:
+        for start in range(0, len(questions), config.batch):
+            part = questions[start:start + config.batch]
+            if all(q.id in told for q in part):
+                continue
+            prompts = [model.prompt(q.prompt, codes(q.prompt_pictures), q.draw) for q in part]
+            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + start)
+            rows = model.generate(prompts, 1, config.budget, sampling, generator)
+            for question, row, answer in zip(part, rows, model.answers(rows)):
+                if question.id not in told:
+                    segments = as_segments(answer, question.id, folder)
+                    told[question.id] = {"id": question.id, "answer": segments, "layout": answer.layout,
+                                         "truncated": row.truncated}
+                    add_line(folder / "answers.jsonl", told[question.id])
+                    bar.update()
+    return questions, told
+
+
+def as_segments(answer: Answer, id: str, folder: Path) -> list[dict]:
+    """An answer in MMIE's schema, a text with the picture behind it; the pictures as files in answers/. Their names are
+    a hash of the id, which may hold anything."""
+    segments, name = [], hashlib.sha256(id.encode()).hexdigest()[:16]
+    for i, segment in enumerate(answer.segments):
+        if segment.picture is None:
+            segments.append({"text": segment.text, "image": None})
+            continue
+        if not segments or segments[-1]["image"]:
+            segments.append({"text": None, "image": None})
+        segments[-1]["image"] = f"answers/{name}_{i}.png"
+        Image.fromarray(segment.picture).save(folder / segments[-1]["image"])
+    return segments
+
+
+CRITIC_SIDE = 384                # pictures are shown to our critic at this size: one tile
+
+
+def ask_critic(critic: LlavaCritic, name: str, asks: list[tuple], folder: Path) -> dict[tuple[str, str], str]:
+    """[(id, aspect, message, pictures)] -> {(id, aspect): reply}, kept in replies.jsonl. A question beyond the critic's
+    context gets a reply that says so, without a score."""
+    replies = {(r["id"], r["aspect"]): r["reply"] for r in read_lines(folder / "replies.jsonl") if r["judge"] == name}
+
+    def reply(part: list[tuple]) -> list[str]:
+        shown = [[Image.open(p).convert("RGB") for p in pictures] for *_, pictures in part]
+        for picture in itertools.chain(*shown):
+            picture.thumbnail((CRITIC_SIDE, CRITIC_SIDE))
+        try:
+            return critic.replies([message for _, _, message, _ in part], shown,
+                                  repetition_penalty=critic.repetition_penalty)
+        except UserError as error:
+            return [f"(not asked: {error})"] if len(part) == 1 else [r for ask in part for r in reply([ask])]
+    todo = [ask for ask in asks if ask[:2] not in replies]
+    with tqdm(total=len(asks), initial=len(asks) - len(todo), desc=f"judging {folder.name}") as bar:
+        for start in range(0, len(todo), critic.BATCH):
+            part = todo[start:start + critic.BATCH]
+            for (id, aspect, *_), said in zip(part, reply(part)):
+                add_line(folder / "replies.jsonl", {"id": id, "aspect": aspect, "judge": name, "reply": said})
+                replies[id, aspect] = said
+                bar.update()
+    return replies
+
+
+def read_replies(file: Path) -> dict[tuple[str, str], str]:
+    """Replies that a judge gave elsewhere, {(id, aspect): reply}: MMIE's own eval_result.json ({"id", "gpt_feedback"}), or
+    a list or lines of {"id", "aspect", "reply"}; "aspect" may be missing where there is but one. A bare number is a
+    score."""
+    replies, left_out = {}, LeftOut()
+    for line, record in records(file, left_out):
+        with left_out.record(file, line, record.get("id", "") if isinstance(record, dict) else ""):
+            if not isinstance(record, dict) or not isinstance(record.get("id"), (str, int)):
+                raise Broken("id is missing")
+            said = record.get("reply", record.get("gpt_feedback"))
+            if not isinstance(said, (str, int, float)):
+                raise Broken("neither reply nor gpt_feedback")
+            key = str(record["id"]), record.get("aspect", "score")
+            if key in replies:
+                raise Broken("a second reply for one id and aspect")
+            replies[key] = said if isinstance(said, str) else f"### Score\n{said}"
+    return replies
+
+
+def find_score(reply: str, most: int) -> int | None:
+    """The first number after '### Score', rounded half to even, if it is 0..most (MMIE's main.py)."""
+    match = re.search(r"### Score.*?(-?\d{1,9}(?:\.\d+)?)", reply, re.DOTALL)
+    score = round(float(match[1])) if match else -1
+    return score if 0 <= score <= most else None
+
+
+def columns(rows: tuple[str, ...], ours: dict[str, dict], paper: dict[str, tuple]) -> str:
+    """Ours, with the records behind each value, then the paper's in columns of their own."""
+    lines = [f"{'':24}" + "".join(f"{name:>16}" for name in ours) + "  |" + "".join(f"{name:>13}" for name in paper)]
+    for i, row in enumerate(rows):
+        mine = [f"{of[row][0]:.2f} ({of[row][1]})" if row in of else "-" for of in ours.values()]
+        theirs = ["" if values[i] is None else f"{values[i]:.2f}" for values in paper.values()]
+        lines.append(f"{row:24}" + "".join(f"{c:>16}" for c in mine) + "  |" + "".join(f"{c:>13}" for c in theirs))
+    return "\n".join(lines)
+
+
+PAGE = 200                       # answers that the page shows
+
+
+def write_answers_page(folder: Path, title: str, table: str, questions: list[Question], told: dict[str, dict],
+                       replies: dict[tuple[str, str], str]) -> Path:
+    """answers.html: the table, then the first answers with what the judge said; pictures stay files beside it."""
+    def shown(path: Path) -> str:
+        return f'<img loading="lazy" src="{quote(os.path.relpath(path, folder))}">'
+    by_id = {}
+    for (id, aspect), said in replies.items():
+        by_id.setdefault(id, []).append(f"{aspect}: {said}")
+    body = [f"<h1>{html.escape(title)}</h1><pre>{html.escape(table)}</pre><p>The first {min(PAGE, len(questions))} of "
+            f"{len(questions)} answers.</p>"]
+    for q in questions[:PAGE]:
+        start = "".join(map(shown, q.prompt_pictures))
+        steps = "".join(f'<div class="step">{html.escape(s["text"] or "")}<br>'
+                        f'{shown(folder / s["image"]) if s["image"] else ""}</div>' for s in told[q.id]["answer"])
+        said = html.escape("\n".join(by_id.get(q.id, ())))
+        body.append(f'<div class="group"><div class="prompt">{html.escape(q.id)} · {html.escape(q.group)}<br>'
+                    f'{html.escape(q.prompt)}<br>{start}</div><div class="answer">{steps}</div>'
+                    + (f"<details><summary>judge</summary><pre>{said}</pre></details>" if said else "") + "</div>")
+    (folder / "answers.html").write_text(f"<!doctype html><meta charset='utf-8'><title>{html.escape(title)}</title>"
+                                         f"<style>{STYLE}.step img,.prompt img{{width:144px}}</style>" + "\n".join(body),
+                                         encoding="utf-8")
+    return folder / "answers.html"
+
+
+def scores_of(spec: Benchmark, questions: list[Question], replies: dict[tuple[str, str], str], config: Config,
+              left_out: LeftOut) -> dict[tuple[str, str], int | None]:
+    """{(id, aspect): score}; what has no valid score is None, and counted: it is left out of the means, never a 0."""
+    scores = {}
+    for question in questions:
+        for aspect in spec.aspects(question, config):
+            reply = replies.get((question.id, aspect))
+            with left_out.record(*question.origin):
+                score = scores[question.id, aspect] = None if reply is None else find_score(reply, spec.most)
+                if score is None:
+                    raise Broken("no reply" if reply is None else "no valid score in the reply", aspect)
+    return scores
+
+
+def run_benchmark(config: Config) -> None:
+    """Answers of --model (and of --before), then replies, scores, table, results.json and answers.html."""
+    spec, out, source = BENCHMARKS[config.benchmark], Path(config.out or f"out/{config.benchmark}"), ""
+    unread = LeftOut()
+    questions = list(spec.read(Path(config.data), unread))
+    if not questions:
+        raise UserError(f"--data {config.data}: no usable question in it")
+    if config.benchmark == "t2i" and config.visual_reward == "rules":
+        strange = next((q.prompt for q in questions if shapes.parse_caption(q.prompt) is None), None)
+        if strange:
+            raise UserError(f"--visual-reward rules: knows only the toy world's captions, not {strange[:60]!r}; choose "
+                            f"image-reward or clip-score")
+    given = read_replies(Path(config.judge.removeprefix("file:"))) if config.judge.startswith("file:") else {}
+    arms = {name: model for name, model in (("before", config.before), ("after", config.model)) if model}
+    answered, left = {}, {name: LeftOut() for name in arms}
+    for name, model in arms.items():
+        asked, told = answered[name] = answer_questions(model, questions, config, out / name, left[name])
+        if not asked:
+            raise UserError(f"--model {model}: no question of {config.data} fits it")
+        if spec.file:
+            made = [spec.record(q, told[q.id]["answer"], out / name, model) for q in asked]
+            (out / name / spec.file).write_text(json.dumps(made, indent=1, ensure_ascii=False), encoding="utf-8")
+    ours, said = {}, dict.fromkeys(arms, given)
+    device = pick_device(config.reward_device or config.device, "--reward-device" if config.reward_device else "--device")
+    if config.judge.startswith("llava-critic"):
+        critic = make_judges(config.judge, "rules", device, config.critic_quantize)[0]
+        for name, (asked, told) in answered.items():
+            asks = [(q.id, *ask) for q in asked for ask in spec.asks(q, told[q.id]["answer"], out / name, config)]
+            said[name] = ask_critic(critic, f"{config.judge} {config.critic_quantize}", asks, out / name)
+    visual = make_judges("rules", config.visual_reward, device)[1] if config.benchmark == "t2i" else None
+    for name, (asked, told) in answered.items():
+        if visual:
+            ours[name] = t2i_rows(told, asked, out / name, visual)
+        elif config.benchmark == "understanding":
+            ours[name] = understanding_rows(told, asked)
+        else:
+            scores = scores_of(spec, asked, said[name], config, left[name]) if config.judge else {}
+            ours[name] = spec.score(scores, asked, config)
+    reasons = {name: dict(Counter(unread.reasons()) + Counter(left[name].reasons())) for name in arms}
+    table = about(spec, config, arms, answered, reasons) + "\n\n" + columns(spec.rows, ours, spec.paper)
+    print(table)
+    (out / "results.json").write_text(json.dumps({
+        "benchmark": config.benchmark, "data": config.data, "judge": config.judge, "skip": config.skip, "models": arms,
+        "rows": {name: {row: {"value": v, "records": n} for row, (v, n) in of.items()} for name, of in ours.items()},
+        "left_out": reasons, "paper": {name: dict(zip(spec.rows, v)) for name, v in spec.paper.items()}}, indent=1))
+    for name, (asked, told) in answered.items():
+        print(f"answers: {write_answers_page(out / name, f'{config.benchmark}, {name}', table, asked, told, said[name])}")
+
+
+def about(spec: Benchmark, config: Config, arms: dict, answered: dict, reasons: dict) -> str:
+    """What has to stand above the numbers: whose they are, who judged, what was left out."""
+    lines = [f"{config.benchmark}, {config.data}", "left of the bar ours, with the records behind each value; right of "
+             "it the paper's own numbers: other models, other judges"]
+    if spec.asks:
+        lines.append("judge: " + (f"none; give {spec.file} to the official one and come back with --judge file:REPLIES"
+                                  if not config.judge else f"replies from {config.judge.removeprefix('file:')}"
+                                  if config.judge.startswith("file:") else "LLaVA-Critic, NOT the official judge"))
+    if config.benchmark == "interleavedbench":
+        tasks = {q.group for asked, _ in answered.values() for q in asked if len(aspects_of(q, config)) < len(ASPECTS)}
+        lines.append(f"--skip {config.skip}: text aspects do not count for {', '.join(sorted(tasks)) or 'any task here'}")
+    if config.benchmark == "t2i":
+        lines.append(f"visual reward: {config.visual_reward}")
+    for name, (asked, told) in answered.items():
+        forms = [format_reward(Answer(told[q.id]["layout"], [], None, None)) for q in asked]
+        lines.append(f"{name}: {arms[name]}, {len(asked)} answers"
+                     + f", {sum(forms) / len(forms):.1%} of them well-formed" * bool(spec.asks))
+        lines += [f"    {reason}: {count}" for reason, count in reasons[name].items()]
+    return "\n".join(lines)
+
+
+def check_benchmark(config: Config) -> None:
+    """Settings of --benchmark that cannot work, found before anything is loaded."""
+    problems = [
+        (config.benchmark not in BENCHMARKS, f"--benchmark {config.benchmark}: expected {' or '.join(BENCHMARKS)}"),
+        (not config.data, f"--benchmark {config.benchmark}: expected its files at --data as well"),
+        (bool(config.data) and not Path(config.data).exists(), f"--data {config.data}: there is no such path"),
+        (config.skip not in SKIPS, f"--skip {config.skip}: expected {' or '.join(SKIPS)}"),
+        (config.judge.partition("=")[0] not in ("", "llava-critic") and not config.judge.startswith("file:"),
+         f"--judge {config.judge}: expected llava-critic, llava-critic=FOLDER or file:REPLIES"),
+        (bool(config.judge) and config.benchmark in ("understanding", "t2i"),
+         f"--judge {config.judge}: {config.benchmark} has no judge to choose (t2i: --visual-reward)"),
+        (bool(config.before) and config.judge.startswith("file:"),
+         f"--judge {config.judge}: replies are to the answers of one model, so leave --before out"),
+    ]
+    for wrong, sentence in problems:
+        if wrong:
+            raise UserError(sentence)
+
+
 def main() -> None:
-    """Rate one model, or climb the ladder."""
-    config = parse_config(Config)
+    """Rate one model in the toy world, climb the ladder, or run a benchmark."""
+    config = parse_config(Config, presets={"paper": PAPER})
     if config.split not in ("heldout", "pairs", "train"):
         raise UserError(f"--split {config.split}: expected heldout, pairs or train")
-    if config.prompts < 1:
-        raise UserError(f"--prompts {config.prompts}: expected at least 1")
+    for name in ("prompts", "batch", "budget"):
+        if getattr(config, name) < 1:
+            raise UserError(f"--{name} {getattr(config, name)}: expected at least 1")
     check_judges(config.text_reward, config.visual_reward, config.critic_quantize)
     parse_weights(config.reward_weights)
+    if config.benchmark:
+        check_benchmark(config)
+        return run_benchmark(config)
     if config.ladder:
         return ladder(config)
     result = evaluate(load(config.model, pick_device(config.device)), config)

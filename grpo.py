@@ -33,8 +33,8 @@ from model import (Sampling, Trajectory, UnifiedModel, load, load_training, rest
                    trained_as)
 from rewards import Scores, check_judges, hybrid_rewards, judge, make_judges, parse_weights, wanted_steps
 from tokenizer import Answer, UserError, pad, parse_config, pick_device, run_main
-from warmup import (Codes, Run, Sample, by_modality, check_adapters, check_settings, optimizer_tensors, read_prompts,
-                    record, restore_optimizer, toy_prompt)
+from warmup import (PROMPT_READERS, Codes, LeftOut, Run, Sample, by_modality, check_adapters, check_settings,
+                    optimizer_tensors, read_prompts, read_sources, record, restore_optimizer, toy_prompt, usable)
 
 SPREAD = 1e-3         # a group whose rewards have a smaller standard deviation says nothing: exact zeros
 EPSILON = 1e-4        # added to the standard deviation in Eq. (4) and Eq. (6)
@@ -44,7 +44,7 @@ EPSILON = 1e-4        # added to the standard deviation in Eq. (4) and Eq. (6)
 class Config:
     model: str = "out/warmup"        # warm-up model: run directory, checkpoint folder or hub id; the KL's reference
     out: str = "out/grpo"            # run directory
-    prompts: str = ""                # prompts from disk (JSONL of "prompt" and "images"); empty: the toy world's
+    prompts: str = ""                # a JSONL of "prompt" and "images", or NAME=DIR,.. as warmup.py's --data; empty: toy
     edits: int = 3                   # edits a toy prompt asks for
     updates: int = 40                # optimizer updates of the run; with --epochs-per-rollout E there are E per rollout
     prompts_per_update: int = 16     # P: prompts a rollout
@@ -185,6 +185,36 @@ def grpo_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor, advantages: Tens
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Steps 1-4: prompts, rollout, rewards, advantages
+
+def prompt_pool(config: Config) -> tuple[list[Sample], LeftOut]:
+    """--prompts: a file of one's own, or the prompt side of published data; none for the toy world's. Raises UserError
+    for prompts that the rule judges cannot judge."""
+    left_out = LeftOut(strict="=" not in config.prompts or Path(config.prompts).is_file())
+    if left_out.strict:
+        pool = read_prompts(Path(config.prompts)) if config.prompts else []
+    else:
+        samples = read_sources(config.prompts, "--prompts", PROMPT_READERS, left_out)
+        pool = [sample for of in samples.values() for sample in of]
+    weights = parse_weights(config.reward_weights)
+    ruled = [w and name == "rules" for w, name in zip(weights, (config.text_reward, config.visual_reward))]
+    for sample in pool:
+        if any(ruled) and wanted_steps(sample.prompt) is None:
+            raise UserError(f"--prompts {config.prompts}: the rule judges know only the toy world's edits, not "
+                            f"{sample.prompt[:60]!r}; choose --text-reward and --visual-reward, or give them weight 0")
+    return pool, left_out
+
+
+def ready_pool(pool: list[Sample], left_out: LeftOut, policy: UnifiedModel, codes: Codes, config: Config,
+               world: int) -> list[Sample]:
+    """As many prompts as the run can draw, their pictures encoded. What cannot be used is left out (or refused, if the
+    file is one's own) before training."""
+    draws = config.updates // config.epochs_per_rollout * config.prompts_per_update * world
+    some = random.Random(config.seed).sample(pool, draws) if draws < len(pool) else pool
+    ready = list(usable(some, policy, codes, left_out, config.budget))
+    if pool and not ready:
+        raise UserError(f"--prompts {config.prompts}: no usable prompt is left")
+    return ready
+
 
 def draw_prompts(config: Config, update: int, rank: int, pool: list[Sample]) -> list[Sample]:
     """The prompts of one rollout: a function of seed, update and rank alone, so that a resumed run draws the same."""
@@ -384,18 +414,12 @@ def rollout_metrics(batch: Rollout, weights: tuple[float, float, float]) -> dict
             "no_score": mean(float(r is None) for s in batch.scores for r in s.steps)}
 
 
-def train(config: Config, rank: int, world: int, device: torch.device) -> None:
-    """Steps 1 to 7, from the last checkpoint on."""
+def train(config: Config, rank: int, world: int, device: torch.device) -> list[Sample]:
+    """Steps 1 to 7, from the last checkpoint on -> the pool of prompts, empty for the toy world's."""
     folder = Path(config.out)
     state, tensors = load_training(folder / "policy") if config.resume else (None, {})
     check_settings(folder, state, config)
-    pool = read_prompts(Path(config.prompts)) if config.prompts else []
-    weights = parse_weights(config.reward_weights)
-    ruled = [w and name == "rules" for w, name in zip(weights, (config.text_reward, config.visual_reward))]
-    for sample in pool:
-        if any(ruled) and wanted_steps(sample.prompt) is None:
-            raise UserError(f"--prompts {config.prompts}: the rule judges know only the toy world's edits, not "
-                            f"{sample.prompt[:60]!r}; choose --text-reward and --visual-reward, or give them weight 0")
+    pool, left_out = prompt_pool(config)
     policy = load(config.model, device, config.quantize)
     train_only(policy, config.lora_rank, config.lora_alpha, config.seed)
     # Choice: the KL's reference is the policy with its first values (see `trained_as`): of an adapter, no second base.
@@ -413,6 +437,7 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> None:
     judge_device = pick_device(config.reward_device, "--reward-device") if config.reward_device else device
     judges = make_judges(config.text_reward, config.visual_reward, judge_device, config.critic_quantize)
     codes, sampling = Codes(policy), sampling_of(config)
+    pool = ready_pool(pool, left_out, policy, codes, config, world)
     run = Run(config, state["lines"] if state else 0) if rank == 0 else None
     first, dead = state["step"] if state else 0, 0
     if rank == 0 and first >= config.updates:
@@ -435,8 +460,8 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> None:
                 group["lr"] = config.lr * min(1.0, (step + epoch + 1) / config.ramp)
             metrics = update(scorer, optimizer, batch, ref_logp, config)                                     # 5, 6
         now = time.perf_counter()
-        metrics = averaged({**rollout_metrics(batch, weights), **metrics, "seconds": now - began,
-                            "seconds/rollout": sampled - began - batch.judging, "seconds/reward": batch.judging,
+        looks = rollout_metrics(batch, parse_weights(config.reward_weights))
+        metrics = averaged({**looks, **metrics, "seconds": now - began, "seconds/rollout": sampled - began - batch.judging, "seconds/reward": batch.judging,
                             "seconds/reference": compared - sampled, "seconds/update": now - compared,
                             "peak_gib": peak_gib(device)}, world, device)
         done = step + config.epochs_per_rollout
@@ -459,6 +484,7 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> None:
                  optimizer_tensors(optimizer))
     if rank == 0 and first < config.updates and config.eval_prompts:
         show(policy, run, config, pool, judges, "999999_after", "After GRPO: the same prompts")
+    return pool
 
 
 def check_budget(policy: UnifiedModel, config: Config) -> None:
@@ -503,12 +529,12 @@ def main() -> None:
         warmup.warm_up(warmup.Config(device=config.device))
     if world > 1:
         dist.barrier()
-    train(config, rank, world, device)
+    pool = train(config, rank, world, device)
     if world > 1:
         dist.destroy_process_group()
     if rank == 0:
         from evaluate import before_and_after
-        before_and_after(config)
+        before_and_after(config, toy=all(wanted_steps(sample.prompt) for sample in pool))
 
 
 if __name__ == "__main__":

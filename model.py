@@ -469,9 +469,9 @@ class UnifiedModel(nn.Module):
         return np.concatenate(drawn)[index.cpu().numpy()]
 
     @torch.no_grad()
-    def codes(self, pictures: list[np.ndarray | Image.Image]) -> Tensor:
-        """Pictures of any size -> codes [n, N, D]."""
-        pixels = [torch.stack([preprocess(p, self.vision_config.image_size) for p in pictures[i:i + 64]])
+    def codes(self, pictures: list[np.ndarray | Image.Image], crop: bool = False) -> Tensor:
+        """Pictures of any size -> codes [n, N, D]; squashed or cropped to the square first."""
+        pixels = [torch.stack([preprocess(p, self.vision_config.image_size, crop) for p in pictures[i:i + 64]])
                   for i in range(0, len(pictures), 64)]
         dtype = self.projector[0].weight.dtype
         return torch.cat([self.vision.encode(p.to(self.device, dtype)).cpu() for p in pixels])

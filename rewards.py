@@ -644,6 +644,11 @@ def critic_chat(message: str) -> str:
             f"<|im_start|>user\n{message}<|im_end|>\n<|im_start|>assistant\n")
 
 
+def unmarked(text: str) -> str:
+    """Marks in what is judged taken out: it must not write the judge's turn, nor ask for pictures."""
+    return re.sub(r"<\|\w+\|>|<image>", " ", text)
+
+
 class LlavaCritic:
     """The text judge: (prompt, texts) -> a score 0..1 for each text, None where the reply holds none.
 
@@ -680,11 +685,9 @@ class LlavaCritic:
     def __call__(self, prompts: list[str], texts: list[list[str]]) -> list[list[float | None]]:
         """r_t of each text of each answer: the published pointwise question about all that was said up to it.
 
-        Choice: replies follow the published generation settings, so with their repetition penalty. Marks in what is
-        judged are taken out: it must not write the judge's turn, and pictures are not shown."""
-        def clean(text: str) -> str:
-            return re.sub(r"<\|\w+\|>|<image>", " ", text)
-        questions = [POINTWISE.format(question=clean(prompt), response="\n".join(map(clean, told[:k + 1])))
+        Choice: replies follow the published generation settings, so with their repetition penalty. Pictures are not
+        shown."""
+        questions = [POINTWISE.format(question=unmarked(prompt), response="\n".join(map(unmarked, told[:k + 1])))
                      for prompt, told in zip(prompts, texts) for k in range(len(told))]
         replies = self.replies(questions, [()] * len(questions), repetition_penalty=self.repetition_penalty)
         found = [parse_score(reply) for reply in replies]
@@ -722,16 +725,16 @@ def check_judges(text: str, visual: str, critic_quantize: str) -> None:
             raise UserError(f"{flag} {value}: expected {' or '.join(known)}")
 
 
-def parse_weights(text: str) -> tuple[float, float, float]:
-    """--reward-weights t,v,f -> three numbers of at least 0."""
+def parse_weights(text: str, flag: str = "--reward-weights", of: str = "text, visual, format"
+                  ) -> tuple[float, float, float]:
+    """A flag's a,b,c -> three numbers of at least 0."""
     try:
         weights = tuple(float(part) for part in text.split(","))
         if len(weights) == 3 and all(0 <= w < math.inf for w in weights) and any(weights):
             return weights
     except ValueError:
         pass
-    raise UserError(f"--reward-weights {text}: expected three numbers of at least 0, for text, visual and format, not "
-                    f"all 0")
+    raise UserError(f"{flag} {text}: expected three numbers of at least 0, for {of}, not all 0")
 
 
 def main() -> None:

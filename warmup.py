@@ -5,14 +5,21 @@
     3 warm-up           noisy interleaved stories mixed with the two single tasks, so that nothing is forgotten
 
 The loss of stages 2 and 3 is Eq. (1): the negative log-likelihood of every answer token, text or image code alike.
+Stage 3 learns from the toy world, or from the published files of the paper's own sources (--data, see READERS).
 
     python warmup.py          # two CPU cores: 3 minutes -> out/warmup/ (policy/, samples/, metrics.jsonl, report.html)
-    python warmup.py --preset paper --out out/warmup-7b      # stage 3 alone, QLoRA on the published VILA-U 7B (a GPU)
+    python warmup.py --preset paper --out out/warmup-7b \
+        --data activitynet=DIR,genhowto=DIR,openstory=DIR,emova=DIR,journeydb=DIR      # stage 3, QLoRA on VILA-U 7B (GPU)
 """
 import base64
+import csv
+import difflib
+import hashlib
 import io
+import itertools
 import json
 import math
+import os
 import platform
 import random
 import re
@@ -20,8 +27,11 @@ import sys
 import textwrap
 import time
 from collections import Counter
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
+from typing import Callable, Iterator
 
 import numpy as np
 import torch
@@ -30,8 +40,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 import shapes
-from model import DecoderConfig, DepthConfig, UnifiedModel, chat, load, load_training, save, train_only
-from rewards import RulesText, RulesVisual, Scores, judge
+from model import (DecoderConfig, DepthConfig, UnifiedModel, chat, load, load_training, open_tensors, save, train_only,
+                   write_tensors)
+from rewards import RulesText, RulesVisual, Scores, judge, parse_weights
 from tokenizer import (BYTE, CONTROL, IMAGE_END, IMAGE_START, NORMAL, SPACE, SPECIAL_TOKENS, THINK_END, THINK_START,
                        UNKNOWN, Answer, ImageTokenizer, TextTokenizer, UserError, VisionConfig, pad, parse_config,
                        pick_device, read_picture, run_main, write_field)
@@ -49,7 +60,9 @@ class Config:
     batch: int = 48                  # samples a step of stages 2 and 3
     lr: float = 2e-3                 # peak learning rate of stage 2
     warmup_lr: float = 1e-3          # peak learning rate of stage 3
-    mix: float = 0.5                 # share of interleaved stories in stage 3, the rest is half t2i, half i2t
+    data: str = ""                   # stage 3 from files: NAME=DIR,NAME=DIR (see READERS); empty: the toy world
+    mix: str = "2,1,1"               # ratio of interleaved, understanding and text-to-image samples in stage 3
+    cache: str = "out/codes"         # where the codes of --data's pictures are kept for later runs
     loss: str = "eq1"                # eq1: mean over all decisions; official: text mean + image mean, as VILA-U trains
     save_every: int = 100            # steps between checkpoints
     model: str = ""                  # start from this checkpoint (folder or hub id): stage 3 alone; empty: all stages
@@ -64,24 +77,29 @@ class Config:
 # --preset paper: what the paper states is marked so, the rest is ours and fits one GPU (the paper's QLoRA variant).
 PAPER = dict(
     model="mit-han-lab/vila-u-7b-256",                            # paper, 256 x 256 pictures
-    mix=0.3 / 2.3,                                                # paper: 0.3M interleaved, 1M and 1M others
+    mix="0.3,1,1",                                                # paper: 0.3M interleaved, 1M and 1M others
     lora_rank=64, lora_alpha=16.0, quantize="nf4", checkpointing=True,                         # ours
     warmup_steps=3000, batch=64, micro_batch=2, warmup_lr=1e-4, save_every=100,                # ours
 )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Data: one sample type, three kinds of samples
+# One sample type; the toy world's samples
+
+KINDS = ("interleaved", "understanding", "t2i")              # the hybrid mix, in the order of --mix
+
 
 @dataclass
 class Sample:
     """One supervised pair: a prompt with its pictures, an answer in written form with its pictures. `<image>` marks
-    say where pictures go."""
+    say where pictures go; a picture is uint8 [H, W, 3] or the path of a file."""
     prompt: str
     prompt_pictures: list
     answer: str = ""
     answer_pictures: list = field(default_factory=list)
     draw: bool = False               # text-to-image: the prompt ends in <im_start>
+    kind: str = "interleaved"        # one of KINDS, or words
+    origin: tuple = ()               # file, line and id of the record it was made from
 
 
 def written(steps: list[tuple[str, object]], fault: str | None = None, rng: random.Random | None = None
@@ -101,6 +119,11 @@ def written(steps: list[tuple[str, object]], fault: str | None = None, rng: rand
     return "".join(piece for part in parts for piece in part) + "</s>", pictures
 
 
+def drawing(caption: str, picture, origin: tuple = ()) -> Sample:
+    """Text to image: a caption, its picture."""
+    return Sample(caption, [], f"<image>{IMAGE_END}</s>", [picture], draw=True, kind="t2i", origin=origin)
+
+
 def toy_prompt(rng: random.Random, edits: int, split: str) -> Sample:
     """A prompt of the toy world, the answer left to the model."""
     prompt = shapes.sample_prompt(rng, edits, split)
@@ -117,82 +140,624 @@ def words_sample(rng: random.Random, edits: int) -> Sample:
     """The same task in words alone: stands for what a language model knows before it meets a picture."""
     prompt = toy_prompt(rng, rng.randint(1, edits + 1), "train").prompt
     captions = [shapes.caption(state) for state in shapes.states_of_prompt(prompt)[1:]]
-    return Sample(prompt.replace(" <image>", ""), [], ", ".join(captions) + "</s>")
+    return Sample(prompt.replace(" <image>", ""), [], ", ".join(captions) + "</s>", kind="words")
 
 
 def t2i_sample(rng: random.Random, edits: int = 0) -> Sample:
     """Text to image: a caption, its picture."""
     scene = rng.choice(shapes.SCENES)
-    return Sample(shapes.caption(scene), [], f"<image>{IMAGE_END}</s>", [shapes.render(scene)], draw=True)
+    return drawing(shapes.caption(scene), shapes.render(scene))
 
 
 def i2t_sample(rng: random.Random, edits: int = 0) -> Sample:
     """Image to text: a picture and a question, the caption."""
     scene = rng.choice(shapes.SCENES)
-    return Sample(f"<image> {I2T_QUESTION}", [shapes.render(scene)], f"{shapes.caption(scene)}</s>")
+    return Sample(f"<image> {I2T_QUESTION}", [shapes.render(scene)], f"{shapes.caption(scene)}</s>",
+                  kind="understanding")
 
 
 I2T_QUESTION = "what is it?"
 PRETRAINING = {words_sample: 0.5, t2i_sample: 0.25, i2t_sample: 0.25}
 
 
-def hybrid_mix(interleaved: float) -> dict:
-    """The warm-up's mix of kinds: interleaved, understanding and text-to-image."""
-    return {story_sample: interleaved, t2i_sample: (1 - interleaved) / 2, i2t_sample: (1 - interleaved) / 2}
+def toy_batches(shares: dict, config: Config, stage: str) -> Callable[[int], list[Sample]]:
+    """{sample function: share} -> the batch of every step, a function of seed, stage and step alone: a resumed run sees
+    what the uninterrupted one does."""
+    def batch(step: int) -> list[Sample]:
+        rng = random.Random(f"{config.seed}/{stage}/{step}")
+        return [kind(rng, config.edits) for kind in rng.choices(list(shares), list(shares.values()), k=config.batch)]
+    return batch
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The paper's sources: what is published, one reader each, all into `Sample`
+
+# The paper's query templates (data figure); {text} and {question} come from the data.
+EVENT_QUERY = ("In this task, you are given the first part of an event with both text and an image, and you need to "
+               "complete the subsequent parts of the event by generating text and images that are natural continuation "
+               "of the given first part. The input interleaved content is: <BEGIN> {text} <image>")
+HOWTO_QUERY = ("In this task, you are given a multimodal question consisting of both text and an image. Your goal is to "
+               "generate an interleaved text-image answer that demonstrates step-by-step multimodal reasoning. The "
+               "answer should include both textual and relevant visual content to support your reasoning process. "
+               "<BEGIN> {question} <image>")
+NEXT_STEP_QUERY = "{question} Predict the subsequent step. The previous steps are: {text} <image>"
+HOWTO_QUESTION = "What is done with the {name}, step by step?"     # ours: GenHowTo has a category, no question
+STORY = 5                        # parts of a story: its prompt and up to four steps, as OpenStory++ cuts its own
+SHORTEST_CAPTION = 5             # letters; as a public JourneyDB pipeline has it
+MARKS = re.compile("|".join(map(re.escape, ("<image>", "<s>", "</s>", "<unk>", *SPECIAL_TOKENS))))
+
+
+class Broken(ValueError):
+    """Why a record cannot be used: a reason that is the same for all of its kind, and its detail."""
+
+
+class LeftOut:
+    """Records that cannot be used: counted by file and reason, the first of each shown, listed with file, line and id.
+    strict: the first one is the user's mistake (a prompt file of one's own is better mended)."""
+    SHOWN, LISTED = 3, 1000          # of each file and reason: on the screen, in the list
+
+    def __init__(self, strict: bool = False):
+        self.strict, self.counts, self.list = strict, Counter(), []
+
+    def __call__(self, file: Path, line: int, id: object, reason: str, detail: object = "", verdict: str = "left out"
+                 ) -> None:
+        said = f"{reason}: {detail}" if str(detail) else reason
+        if self.strict:
+            raise UserError(f"{file}, line {line}: {said}")
+        self.counts[verdict, str(file), reason] += 1
+        count = self.counts[verdict, str(file), reason]
+        if count <= self.LISTED:
+            self.list.append({"file": str(file), "line": line, "id": str(id), "reason": said, "verdict": verdict})
+        if count <= self.SHOWN:
+            tqdm.write(f"{verdict}: {file}, line {line}, {id}: {said}{' (and so on)' * (count == self.SHOWN)}")
+
+    @contextmanager
+    def record(self, file: Path, line: int, id: object = ""):
+        """Around what is done with one record: Broken inside counts it, and it is passed over."""
+        try:
+            yield
+        except Broken as broken:
+            self(file, line, id, *broken.args)
+
+    def reasons(self) -> dict[str, int]:
+        """How many records for each reason, files together."""
+        total = Counter()
+        for (verdict, _, reason), count in self.counts.items():
+            total[f"{verdict}, {reason}"] += count
+        return dict(total)
+
+    def total(self) -> int:
+        return sum(count for (verdict, *_), count in self.counts.items() if verdict == "left out")
+
+
+def read_text(file: Path) -> str:
+    """A UTF-8 file, or UserError."""
+    try:
+        return file.read_text(encoding="utf-8-sig")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"{file}: cannot be read ({error})")
+
+
+def records(file: Path, left_out: LeftOut) -> Iterator[tuple[int, object]]:
+    """The records of a *.json file, a list or an object (then as (key, value)), or else of JSON lines, each with the
+    line it starts at. A broken line is left out; raises UserError for a file that cannot be read to its end."""
+    if file.suffix != ".json":
+        try:
+            with open(file, "rb") as lines:
+                for number, line in enumerate(lines, 1):
+                    with left_out.record(file, number):
+                        if line.strip():
+                            yield number, parse_json(line)
+        except OSError as error:
+            raise UserError(f"{file}: cannot be read ({error})")
+        return
+    text, at, number, counted, value_at = read_text(file), 0, 1, 0, json.JSONDecoder().raw_decode
+
+    def mark(*expected: str) -> str:                                    # punctuation, and the space around it
+        nonlocal at
+        found = re.compile(r"\s*([\[\]{},:]?)\s*").match(text, at)
+        if found[1] not in expected:
+            raise ValueError(f"expected {' or '.join(expected)}, found {text[found.start(1):][:20]!r}")
+        at = found.end()
+        return found[1]
+    try:
+        end = {"[": "]", "{": "}"}[mark("[", "{")]
+        while not text.startswith(end, at):
+            number, counted, key = number + text.count("\n", counted, at), at, None
+            if end == "}":
+                key, at = value_at(text, at)
+                mark(":")
+            value, at = value_at(text, at)
+            yield number, value if key is None else (key, value)
+            if mark(",", end) == end:
+                break
+    except ValueError as error:
+        raise UserError(f"{file}, line {number}: not JSON from here on ({error})")
+
+
+def parse_json(text: str | bytes) -> object:
+    """A JSON value, or Broken."""
+    try:
+        return json.loads(text)
+    except ValueError as error:
+        raise Broken("not JSON", f"{error}, in {text[:40]!r}")
+
+
+def need(record: object, key: str, kind: type | tuple[type, ...]):
+    """record[key], or Broken where it is missing or of another kind."""
+    value = record.get(key) if isinstance(record, dict) else None
+    if not isinstance(value, kind):
+        raise Broken(f"{key} is missing, or of another kind than published", repr(value)[:40])
+    return value
+
+
+def need_text(record: object, key: str) -> str:
+    """A text that is not empty, marks of ours taken out: data must not open pictures or end answers."""
+    text = MARKS.sub(" ", need(record, key, str)).strip()
+    if not text:
+        raise Broken(f"{key} is empty")
+    return text
+
+
+def picture_in(folder: Path, *names: object) -> Path:
+    """The first of `names` that there is in a folder, or Broken."""
+    for name in names:
+        if not isinstance(name, str) or not name:
+            raise Broken("the path of a picture is missing")
+        if (folder / name).is_file():
+            return folder / name
+    raise Broken("a picture is missing", folder / names[0])
+
+
+def frame_in(frames: Path, video: str, name: str, second: float) -> Path:
+    """FRAMES/<video>/<name>.jpg; else, where FRAMES/fps.txt tells the rate of a numbered dump (000001.jpg is second 0),
+    the frame of that second. PNGs are taken as well."""
+    names = [name]
+    if (frames / "fps.txt").is_file():
+        try:
+            names.append(f"{int(second * float((frames / 'fps.txt').read_text())) + 1:06d}")
+        except ValueError:
+            raise UserError(f"{frames / 'fps.txt'}: expected the frames a second, a number")
+    return picture_in(frames / video, *(name + suffix for name in names for suffix in (".jpg", ".jpeg", ".png")))
+
+
+def file_in(path: Path, *names: str) -> Path:
+    """The file itself, or the first of `names` that there is in a folder."""
+    for file in [path] if path.is_file() else [path / name for name in names]:
+        if file.is_file():
+            return file
+    raise UserError(f"{path}: expected {' or '.join(names)} there")
+
+
+def files_in(path: Path, *patterns: str) -> list[Path]:
+    """The file itself, or all that fit the patterns in a folder, by name."""
+    files = [path] if path.is_file() else sorted({f for pattern in patterns for f in path.glob(pattern)})
+    if not files:
+        raise UserError(f"{path}: expected {' or '.join(patterns)} there")
+    return files
+
+
+def event(parts: list[tuple[str, Path]], origin: tuple) -> Sample:
+    """The first part of an event is the prompt, the others are the answer's steps."""
+    (text, picture), *steps = parts
+    return Sample(EVENT_QUERY.replace("{text}", text), [picture], *written(steps), origin=origin)
+
+
+def activitynet(path: Path, left_out: LeftOut) -> Iterator[Sample]:
+    """ActivityNet Captions: train.json, {"v_ID": {"duration", "timestamps", "sentences"}}, or the flattened rows of its
+    mirrors as a list. frames/<v_ID>/<segment>.jpg shows a segment, or else the middle of it in a numbered dump
+    (see `frame_in`).
+
+    Choice: segments overlap and stand in any order; they are sorted by their start and cut into stories of STORY."""
+    file = file_in(path, "train.json", "train.jsonl")
+    for line, entry in records(file, left_out):
+        video, told = entry if isinstance(entry, tuple) else (None, entry)
+        with left_out.record(file, line, video or ""):
+            if video is None:
+                video, sentences = need(told, "video_id", str), need(told, "en_captions", list)
+                spans = list(zip(need(told, "captions_starts", list), need(told, "captions_ends", list)))
+            else:
+                sentences, spans = need(told, "sentences", list), need(told, "timestamps", list)
+            duration = need(told, "duration", (int, float)) if "duration" in told else math.inf
+            if len(spans) != len(sentences):
+                raise Broken("timestamps and sentences differ in number", f"{len(spans)} and {len(sentences)}")
+            parts = []
+            for i, (span, sentence) in enumerate(zip(spans, sentences)):
+                with left_out.record(file, line, f"{video}, segment {i}"):
+                    text = need_text({"sentence": sentence}, "sentence")
+                    if not (isinstance(span, (list, tuple)) and len(span) == 2
+                            and all(isinstance(t, (int, float)) for t in span)):
+                        raise Broken("a timestamp is no pair of seconds", span)
+                    start, stop = max(0, span[0]), min(duration, span[1])
+                    if not start < stop:
+                        raise Broken("a segment is empty", span)
+                    parts.append((start, stop, i, text))
+            parts.sort()
+            parts = [(text, frame_in(file.parent / "frames", video, str(i), (start + stop) / 2))
+                     for start, stop, i, text in parts]
+            for first in range(0, len(parts), STORY):
+                if len(parts[first:first + STORY]) > 1:
+                    yield event(parts[first:first + STORY], (file, line, video))
+                else:
+                    left_out(file, line, video, "a lone part is no story")
+
+
+def genhowto(path: Path, left_out: LeftOut, next_step: bool = False) -> Iterator[Sample]:
+    """GenHowTo: actions.*.txt and states.*.txt, joined by FILENAME, or triples of one's own with the same columns
+    (*.csv). frames/<VID_ID>/<second>.jpg shows a state, or see `frame_in`.
+
+    One row is two steps: the initial state in the prompt, then the action and the final state. next_step, for RL: the
+    action stands in the prompt as well, and the final state is asked for."""
+    needed = ("VID_ID", "DS_CAT_NAME", "FRAME_S1", "FRAME_AC", "FRAME_S2", "FILENAME")
+    rows, frames = {}, (path if path.is_dir() else path.parent) / "frames"
+    for file in files_in(path, "actions*.txt", "states*.txt", "*.csv"):
+        try:
+            with open(file, encoding="utf-8-sig", newline="") as lines:
+                table, seen = csv.DictReader(lines), set()
+                missing = [name for name in needed if name not in (table.fieldnames or ())]
+                if missing:
+                    raise UserError(f"{file}, line 1: expected a header with the column {missing[0]}")
+                for row in table:
+                    with left_out.record(file, table.line_num, row["VID_ID"] or ""):
+                        name = need_text(row, "FILENAME")
+                        if name in seen:
+                            raise Broken("FILENAME is there twice", name)
+                        seen.add(name)
+                        known = rows.setdefault(name, {"origin": (file, table.line_num, row["VID_ID"])})
+                        known.update({key: value for key, value in row.items() if value and isinstance(key, str)})
+        except (OSError, UnicodeDecodeError, csv.Error) as error:
+            raise UserError(f"{file}: cannot be read ({error})")
+    for row in rows.values():
+        with left_out.record(*row["origin"]):
+            action, state = need_text(row, "FRAME_AC_PROMPT"), need_text(row, "FRAME_S2_PROMPT")
+            try:
+                seconds = [float(need(row, name, str)) for name in ("FRAME_S1", "FRAME_AC", "FRAME_S2")]
+            except ValueError:
+                raise Broken("a frame's second is no number")
+            if sorted(seconds) != seconds:
+                raise Broken("initial, action and final frame are not in order", seconds)
+            first, middle, last = (frame_in(frames, need_text(row, "VID_ID"), f"{t:g}", t) for t in seconds)
+            question = HOWTO_QUESTION.replace("{name}", need_text(row, "DS_CAT_NAME"))
+            if next_step:
+                query = NEXT_STEP_QUERY.replace("{question}", question).replace("{text}", action)
+                yield Sample(query, [middle], *written([(state, last)]), origin=row["origin"])
+            else:
+                query = HOWTO_QUERY.replace("{question}", question)
+                yield Sample(query, [first], *written([(action, middle), (state, last)]), origin=row["origin"])
+
+
+def openstory(path: Path, left_out: LeftOut) -> Iterator[Sample]:
+    """OpenStory++: rows {"__key__", "json": {"caption"}} of its stories as *.jsonl or *.json; the frame of a row is
+    frames/<video>/<key>.jpg. A story is what its makers made one: neighbours of one video, STORY of them at most. Rows
+    whose key holds _override_ repeat their predecessor's frame and caption; they count for the cut, then they go."""
+    root = path if path.is_dir() else path.parent
+
+    def rows() -> Iterator[tuple]:
+        for file in files_in(path, "*.jsonl", "*.json"):
+            for line, record in records(file, left_out):
+                with left_out.record(file, line):
+                    key = need(record, "__key__", str)
+                    yield key.rpartition("_override_")[2], key, file, line, record
+    for video, same in itertools.groupby(rows(), lambda row: row[0][:11]):           # an id may hold _ and -
+        same = list(same)
+        for story in (sorted(same[i:i + STORY]) for i in range(0, len(same), STORY)):       # own key: by time stamp
+            own, _, file, line, _ = story[0]
+            with left_out.record(file, line, own):
+                parts = []
+                for _, key, *where, record in story:
+                    if "_override_" in key:
+                        left_out(*where, key, "repeats another frame (_override_)")
+                        continue
+                    told = need(record, "json", (dict, str))
+                    caption = need_text(parse_json(told) if isinstance(told, str) else told, "caption")
+                    parts.append((caption, picture_in(root, f"frames/{video}/{key}.jpg")))
+                if len(parts) < 2:
+                    raise Broken("a lone part is no story")
+                yield event(parts, (file, line, own))
+
+
+def emova(path: Path, left_out: LeftOut) -> Iterator[Sample]:
+    """EMOVA, and any other set of LLaVA conversations: annotations/*.json or *.jsonl, pictures relative to the folder.
+    Speech subsets are passed over.
+
+    Choice: a sample for each reply, what was said before it in its prompt (vicuna_v1's turns): Eq. (1) then counts
+    every reply once."""
+    root = path if path.is_dir() else path.parent.parent
+    for file in files_in(path, "annotations/*.json", "annotations/*.jsonl", "*.json", "*.jsonl"):
+        if re.search("asr|tts|speech", file.stem):
+            left_out(file, 1, file.stem, "a speech subset")
+            continue
+        for line, record in records(file, left_out):
+            with left_out.record(file, line, record.get("id", "") if isinstance(record, dict) else ""):
+                turns, names = need(record, "conversations", list), record.get("image") or []
+                names = names if isinstance(names, list) else [names]
+                pictures = [picture_in(root, name) for name in names]
+                said = []
+                for turn, speaker in zip(turns, itertools.cycle(("human", "gpt"))):
+                    if need(turn, "from", str) != speaker:
+                        raise Broken("human and gpt do not take turns", turn["from"])
+                    text = need(turn, "value", str)
+                    pieces = text.split("<image>") if speaker == "human" else [text]
+                    said.append("<image>".join(MARKS.sub(" ", piece) for piece in pieces).strip())
+                if len(said) < 2 or len(said) % 2 or not all(said):
+                    raise Broken("a turn is missing or empty")
+                if "".join(said).count("<image>") != len(pictures):
+                    raise Broken("<image> marks and pictures differ in number",
+                                 f"{''.join(said).count('<image>')} and {len(pictures)}")
+                prompt = ""
+                for question, reply in zip(said[::2], said[1::2]):
+                    prompt += question
+                    yield Sample(prompt, pictures[:prompt.count("<image>")], reply + "</s>", kind="understanding",
+                                 origin=(file, line, record.get("id", "")))
+                    prompt += f" ASSISTANT: {reply}</s>USER: "
+
+
+def journeydb(path: Path, left_out: LeftOut) -> Iterator[Sample]:
+    """JourneyDB: train/train_anno_realease_repath.jsonl (spelled so; the paths in train_anno.jsonl are others than the
+    archives') and train/imgs/<folder>/. A partial download is fine.
+
+    Choice: of the pictures of one prompt the first: many prompts were drawn from several times."""
+    file = file_in(path, "train/train_anno_realease_repath.jsonl", "train_anno_realease_repath.jsonl",
+                   "valid/valid_anno_repath.jsonl", "valid_anno_repath.jsonl")
+    folders = {f.name for f in (file.parent / "imgs").glob("*") if f.is_dir()}
+    seen = set()
+    for line, record in records(file, left_out):
+        name = record.get("img_path", "") if isinstance(record, dict) else ""
+        with left_out.record(file, line, name):
+            name = need(record, "img_path", str).removeprefix("./")
+            if name.partition("/")[0] not in folders:
+                raise Broken("its folder of pictures is not there", "imgs/" + name.partition("/")[0])
+            told, prompt = record.get("Task2"), record.get("prompt")
+            texts = [told.get("Caption") if isinstance(told, dict) else None,
+                     re.sub(r"\s*--\w.*", "", prompt, flags=re.DOTALL).rstrip(" ,") if isinstance(prompt, str) else None]
+            texts = [text for text in (MARKS.sub(" ", text).strip() for text in texts if isinstance(text, str))
+                     if len(text) >= SHORTEST_CAPTION]
+            if not texts:
+                raise Broken(f"no caption or prompt of {SHORTEST_CAPTION} letters")
+            picture = picture_in(file.parent / "imgs", name)
+            same = prompt if isinstance(prompt, str) and prompt else texts[0]
+            if same in seen:
+                raise Broken("another picture of a prompt that was there before")
+            seen.add(same)
+            yield drawing(texts[0], picture, (file, line, name))
+
+
+def plain(path: Path, left_out: LeftOut, with_steps: bool = True) -> Iterator[Sample]:
+    """Our own JSON lines: {"prompt": text, "images": [path, ...], "steps": [{"text", "image"}, ...]}. An `<image>` mark
+    in the prompt for each of "images"; paths relative to the file. Prompts alone need no steps."""
+    for line, record in records(path, left_out):
+        with left_out.record(path, line, record.get("id", "") if isinstance(record, dict) else ""):
+            prompt = need(record, "prompt", str)
+            if not prompt.strip():
+                raise Broken("the prompt is empty")
+            names = [] if record.get("images") is None else need(record, "images", list)
+            if prompt.count("<image>") != len(names):
+                raise Broken("<image> marks and images differ in number", f"{prompt.count('<image>')} and {len(names)}")
+            pictures = [picture_in(path.parent, name) for name in names]
+            steps = [(need_text(step, "text"), picture_in(path.parent, need(step, "image", str)))
+                     for step in (need(record, "steps", list) if with_steps else ())]
+            if with_steps and not steps:
+                raise Broken("no step in the answer")
+            answer = written(steps) if with_steps else ()
+            yield Sample(prompt, pictures, *answer, origin=(path, line, record.get("id", "")))
+
+
+READERS = {                      # name in --data -> reader, kind of its samples
+    "activitynet": (activitynet, "interleaved"),
+    "genhowto": (genhowto, "interleaved"),
+    "openstory": (openstory, "interleaved"),
+    "jsonl": (plain, "interleaved"),
+    "emova": (emova, "understanding"),
+    "journeydb": (journeydb, "t2i"),
+}
+PROMPT_READERS = READERS | {"genhowto": (partial(genhowto, next_step=True), "interleaved"),
+                            "jsonl": (partial(plain, with_steps=False), "interleaved")}
+
+
+def parse_sources(told: str, flag: str) -> list[tuple[str, Path]]:
+    """NAME=DIR,NAME=DIR -> (name, path) each. Raises UserError for a name that has no reader or a path that is not."""
+    sources = []
+    for part in told.split(","):
+        name, _, path = part.partition("=")
+        if name not in READERS:
+            near = difflib.get_close_matches(name, READERS, 1)
+            raise UserError(f"{flag} {part}: expected NAME=DIR with NAME one of {', '.join(READERS)}"
+                            + (f"; did you mean {near[0]}?" if near else ""))
+        if not path or not Path(path).exists():
+            raise UserError(f"{flag} {part}: there is no {path or 'path'}")
+        sources.append((name, Path(path)))
+    return sources
+
+
+def read_sources(told: str, flag: str, readers: dict, left_out: LeftOut) -> dict[str, list[Sample]]:
+    """All samples of NAME=DIR,NAME=DIR by kind, and a line of counts a source. Raises UserError for one without any."""
+    samples = {kind: [] for kind in KINDS}
+    for name, path in parse_sources(told, flag):
+        reader, kind = readers[name]
+        before = left_out.total()
+        found = list(tqdm(reader(path, left_out), desc=f"reading {name}", unit=" samples"))
+        tqdm.write(f"{name:12} {kind:14} {len(found):9,} samples, {left_out.total() - before:,} records left out")
+        if not found:
+            raise UserError(f"{flag} {name}={path}: no usable record in it")
+        samples[kind] += found
+    return samples
 
 
 def read_prompts(path: Path) -> list[Sample]:
-    """Prompts from disk: one {"prompt": text, "images": [path, ...]} a line, paths relative to the file. Raises
+    """Prompts of one's own: one {"prompt": text, "images": [path, ...]} a line, paths relative to the file. Raises
     UserError, naming file and line, for whatever is broken."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--prompts {path}: cannot be read ({error})")
-    samples = []
-    for number, line in enumerate(lines, 1):
-        where = f"{path}, line {number}"
-        if not line.strip():
-            continue
-        try:
-            entry = json.loads(line)
-            text, names = entry["prompt"], entry.get("images", [])
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise UserError(f'{where}: expected {{"prompt": text, "images": [paths]}}, found {line[:60]!r}')
-        if not isinstance(text, str) or not text.strip():
-            raise UserError(f"{where}: the prompt is empty")
-        if text.count("<image>") != len(names):
-            raise UserError(f"{where}: {text.count('<image>')} <image> marks but {len(names)} images")
-        samples.append(Sample(text, [read_picture(path.parent / name, where) for name in names]))
+    path = Path(path)
+    samples = list(plain(path, LeftOut(strict=True), with_steps=False))
+    for sample in samples:
+        for picture in sample.prompt_pictures:
+            read_picture(picture, f"{path}, line {sample.origin[1]}")
     if not samples:
         raise UserError(f"--prompts {path}: no prompt in it")
     return samples
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Samples -> batches: image codes, the mix, little padding
+
+def fingerprint(module: torch.nn.Module) -> str:
+    """A hash of a module's weights, types and names."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+        digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+    return digest.hexdigest()
+
+
 class Codes:
-    """Pictures -> codes, each distinct picture encoded once (the image tokenizer is fixed by now)."""
+    """Pictures -> codes, each distinct picture encoded once (the image tokenizer is fixed by now).
 
-    def __init__(self, model: UnifiedModel):
-        self.model, self.known = model, {}
+    With a folder the codes stay on disk for later runs, in FOLDER/<image tokenizer>/*.safetensors, under the hash of
+    the picture file's bytes; `keep` writes what is new."""
+    AT_ONCE = 4096               # codes a file
 
-    def __call__(self, pictures: list) -> list[Tensor]:
-        keys = [(p.shape, p.tobytes()) for p in pictures]
-        new = {key: picture for key, picture in zip(keys, pictures) if key not in self.known}
+    def __init__(self, model: UnifiedModel, folder: Path | None = None):
+        self.model, self.folder = model, folder and folder / fingerprint(model.vision)[:16]
+        self.known, self.on_disk, self.names, self.unreadable, self.encoded = {}, {}, {}, {}, 0
+        for file in sorted(self.folder.glob("*.safetensors")) if folder else ():
+            self._open(file)
+
+    def _open(self, file: Path) -> None:
+        tensors = open_tensors(file)
+        self.on_disk.update(dict.fromkeys(tensors.keys(), tensors))
+
+    def key(self, picture, crop: bool) -> str:
+        """The name a picture's codes go by. Paths are read once, then remembered."""
+        if isinstance(picture, Path):
+            if picture not in self.names:
+                self.names[picture] = hashlib.sha256(picture.read_bytes()).hexdigest()[:32]
+            name = self.names[picture]
+        else:
+            name = hashlib.sha256(f"{picture.shape}".encode() + picture.tobytes()).hexdigest()[:32]
+        return name + "-cropped" * crop
+
+    def learn(self, pictures: list, crop: bool = False) -> None:
+        """Encode what is new. A file that cannot be read goes into `unreadable` with the reason."""
+        new = {}
+        for picture in pictures:
+            try:
+                key = self.key(picture, crop)
+                if key not in self.known and key not in self.on_disk and key not in new:
+                    new[key] = read_picture(picture, "a picture") if isinstance(picture, Path) else picture
+            except (UserError, OSError) as error:
+                self.unreadable[picture] = str(error)
         if new:
-            self.known.update(zip(new, self.model.codes(list(new.values()))))
-        return [self.known[key] for key in keys]
+            self.known.update(zip(new, self.model.codes(list(new.values()), crop)))
+            self.encoded += len(new)
+        if self.folder and len(self.known) >= self.AT_ONCE:
+            self.keep()
+
+    def __call__(self, pictures: list, crop: bool = False) -> list[Tensor]:
+        """Pictures -> codes [N, D] each. Raises UserError for a file that cannot be read."""
+        self.learn(pictures, crop)
+        for picture in pictures:
+            if isinstance(picture, Path) and picture in self.unreadable:
+                raise UserError(self.unreadable[picture])
+        keys = [self.key(picture, crop) for picture in pictures]
+        return [self.known[key] if key in self.known else self.on_disk[key].get_tensor(key).long() for key in keys]
+
+    def keep(self) -> None:
+        """Write the codes that are not on disk yet, whole or not at all, as int32."""
+        if not self.known:
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        file = self.folder / (hashlib.sha256("".join(sorted(self.known)).encode()).hexdigest()[:16] + ".safetensors")
+        half = file.with_name(f"{file.stem}.{os.getpid()}.half")
+        write_tensors({key: codes.int() for key, codes in self.known.items()}, half)
+        half.replace(file)
+        self._open(file)
+        self.known = {}
 
 
-def batch_of(samples: list[Sample], model: UnifiedModel, codes: Codes) -> tuple[Tensor, Tensor, Tensor]:
-    """Samples -> tokens [B, T, D], is_image [B, T], mask [B, T, D]: True on the answers' decisions."""
-    D, tokens, is_image, mask = model.vision_config.depth, [], [], []
-    for s in samples:
-        prompt = model.prompt(s.prompt, codes(s.prompt_pictures), s.draw)
-        answer = model.sequence(s.answer, codes(s.answer_pictures))[1:]                    # without its <s>
-        row = prompt + answer
-        decisions = row.is_image[:, None] | (torch.arange(D) == 0)                         # D codes or one token
-        decisions[:len(prompt)] = False
-        tokens.append(row.tokens), is_image.append(row.is_image), mask.append(decisions)
-    return tuple(pad(rows).to(model.device) for rows in (tokens, is_image, mask))
+def usable(samples: list[Sample], model: UnifiedModel, codes: Codes, left_out: LeftOut, room: int = 0
+           ) -> Iterator[Sample]:
+    """The samples whose pictures can be read and that fit the decoder's context with `room` positions to spare, in
+    their order; their codes are known from here on."""
+    context = model.decoder.config.context
+    for start in range(0, len(samples), 64):
+        part = samples[start:start + 64]
+        codes.learn([p for s in part for p in s.prompt_pictures + s.answer_pictures * (not s.draw)])
+        codes.learn([p for s in part if s.draw for p in s.answer_pictures], crop=True)
+        for sample in part:
+            with left_out.record(*sample.origin or ("", 0)):
+                for picture in sample.prompt_pictures + sample.answer_pictures:
+                    if isinstance(picture, Path) and picture in codes.unreadable:
+                        raise Broken("a picture cannot be read", codes.unreadable[picture])
+                length = len(row_of(sample, model, codes)[0])
+                if length + room > context:
+                    raise Broken(f"longer than the decoder's context of {context}", f"{length} positions"
+                                 + f" and an answer of {room}" * (room > 0))
+                yield sample
+
+
+def published_batches(samples: dict[str, list[Sample]], model: UnifiedModel, config: Config, codes: Codes,
+                      left_out: LeftOut) -> tuple[Callable[[int], list[Sample]], dict]:
+    """Samples of files by kind -> the batch of every step, and counts to show. The kinds are drawn in the ratio --mix,
+    the samples of a kind in a shuffled order that starts over when it is through: a function of seed and step alone.
+
+    Only pictures that the run will show are encoded, now; broken ones are left out here, before training."""
+    weights = parse_weights(config.mix, "--mix", ", ".join(KINDS))
+    order = random.Random(f"{config.seed}/mix").choices(KINDS, weights, k=config.warmup_steps * config.batch)
+    kept, shown = {}, {}
+    for kind, draws in sorted(Counter(order).items()):
+        pool = random.Random(f"{config.seed}/{kind}").sample(samples[kind], len(samples[kind]))
+        found = itertools.islice(usable(pool, model, codes, left_out), draws)
+        kept[kind] = list(tqdm(found, desc=f"codes of {kind} samples", total=min(draws, len(pool))))
+        if not kept[kind]:
+            raise UserError(f"--data: no usable {kind} sample is left, but --mix {config.mix} asks for some")
+        shown[kind] = {"samples": len(kept[kind]), "draws": draws, "epochs": round(draws / len(kept[kind]), 2)}
+        tqdm.write(f"{kind:14} {len(kept[kind]):9,} samples for {draws:,} draws of {len(order):,}: "
+                   f"{shown[kind]['epochs']} epochs")
+    codes.keep()
+    tqdm.write(f"image codes: {codes.encoded:,} pictures encoded now, the others were in {codes.folder}")
+    place, places = Counter(), []
+    for kind in order:
+        places.append((kind, place[kind] % len(kept[kind])))
+        place[kind] += 1
+    return lambda step: [kept[kind][i] for kind, i in places[step * config.batch:(step + 1) * config.batch]], shown
+
+
+def row_of(sample: Sample, model: UnifiedModel, codes: Codes) -> tuple[Tensor, Tensor, Tensor]:
+    """A sample -> tokens [T, D], is_image [T], mask [T, D]: True on the answer's decisions.
+
+    Choice: pictures are squashed to the square, VILA-U's "resize", but for text-to-image: there they are cropped, as
+    VILA-U does with what it learns to draw. In a story, given and drawn pictures have to look alike."""
+    prompt = model.prompt(sample.prompt, codes(sample.prompt_pictures), sample.draw)
+    answer = model.sequence(sample.answer, codes(sample.answer_pictures, sample.draw))[1:]     # without its <s>
+    row = prompt + answer
+    decisions = row.is_image[:, None] | (torch.arange(row.tokens.shape[1]) == 0)               # D codes or one token
+    decisions[:len(prompt)] = False
+    return row.tokens, row.is_image, decisions
+
+
+WASTE = 0.1          # a micro-batch is at most this share padding
+
+
+def micro_batches(samples: list[Sample], model: UnifiedModel, codes: Codes, most: int
+                  ) -> tuple[list[tuple[Tensor, Tensor, Tensor]], float]:
+    """Samples -> padded tokens [B, T, D], is_image [B, T], mask [B, T, D] of at most `most` rows each, longest rows
+    first, and the share of padding. A row that would bring its micro-batch above WASTE opens the next: a picture's
+    question has a third of a story's length."""
+    groups = []
+    for row in sorted((row_of(s, model, codes) for s in samples), key=lambda row: -len(row[0])):
+        group = groups[-1] if groups else []
+        if group and len(group) < most and padding([*group, row]) <= WASTE:
+            group.append(row)
+        else:
+            groups.append([row])
+    lengths = [len(row[0]) for group in groups for row in group]
+    positions = sum(len(group) * len(group[0][0]) for group in groups)
+    return [tuple(pad(column).to(model.device) for column in zip(*group)) for group in groups], \
+        1 - sum(lengths) / positions
+
+
+def padding(rows: list[tuple]) -> float:
+    """Share of padding in a batch of rows, the longest first."""
+    return 1 - sum(len(row[0]) for row in rows) / (len(rows) * len(rows[0][0]))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -268,7 +833,8 @@ def record(sample: Sample, answers: list[Answer], scores: list[Scores], advantag
                  for s, r in zip(answer.segments, score.steps)]
         told.append({"steps": steps, "layout": answer.layout, "text": score.text, "visual": score.visual,
                      "format": score.format})
-    return {"prompt": sample.prompt, "pictures": [png(p) for p in sample.prompt_pictures], "answers": told}
+    shown = [read_picture(p, "a prompt") if isinstance(p, Path) else p for p in sample.prompt_pictures]
+    return {"prompt": sample.prompt, "pictures": [png(p) for p in shown], "answers": told}
 
 
 def draw_sheet(groups: list[dict], path: Path, size: int = 72) -> None:
@@ -352,8 +918,9 @@ def train_bpe(texts: list[str], vocab_size: int, path: Path) -> None:
     path.write_bytes(model + write_field(2, trainer) + write_field(3, normalizer))
 
 
-def miniature(seed: int, folder: Path) -> UnifiedModel:
+def miniature(seed: int, folder: Path, texts: list[str] = ()) -> UnifiedModel:
     """VILA-U's architecture in small: 24x24 pictures of 3x3 positions aligned with the board, a decoder of width 128.
+    `texts`, where it is to learn from other data than the toy world's, get words and a longer context.
 
     Choice: a codebook of 16 for each of the paper's 4 depths instead of one that they share. Both reconstruct every
     scene; this one gives each content of a cell exactly one tuple of codes.
@@ -361,13 +928,13 @@ def miniature(seed: int, folder: Path) -> UnifiedModel:
     torch.manual_seed(seed)
     folder.mkdir(parents=True, exist_ok=True)
     words = [shapes.caption(s) for s in shapes.SCENES] + [shapes.edit_words(e) for e in shapes.EDITS] + \
-        [chat(I2T_QUESTION, ""), "x, x. <BEGIN>"]
-    train_bpe(words, 512, folder / "tokenizer.model")
+        [chat(I2T_QUESTION, ""), "x, x. <BEGIN>", *(MARKS.sub(" ", text) for text in texts)]
+    train_bpe(words, 2048 if texts else 512, folder / "tokenizer.model")
     text = TextTokenizer(folder / "tokenizer.model")
     text.add(SPECIAL_TOKENS)
     model = UnifiedModel(
         DecoderConfig(hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4,
-                      vocab_size=text.vocab_size, context=256),
+                      vocab_size=text.vocab_size, context=2048 if texts else 256),
         DepthConfig(width=96, layers=2, heads=4),
         VisionConfig(image_size=24, patch_size=8, width=64, mlp_width=128, layers=1, codebook_size=16, depth=4,
                      shared_codebook=False, ch=32, ch_mult=(1, 1, 1, 1), num_res_blocks=0, attn_resolutions=(),
@@ -544,40 +1111,41 @@ def learning_rate(step: int, steps: int, peak: float) -> float:
     return peak * min((step + 1) / ramp, 0.55 + 0.45 * math.cos(math.pi * step / steps))
 
 
-def train_decoder(model: UnifiedModel, run: Run, config: Config, stage: str, steps: int, lr: float, kinds: dict,
-                  start: int, tensors: dict[str, Tensor]) -> None:
-    """Stages 2 and 3: Eq. (1) on batches of `kinds` ({sample function: share}). Step s sees data that depend on seed,
-    stage and s alone, so a resumed run is the uninterrupted one."""
+def train_decoder(model: UnifiedModel, run: Run, config: Config, stage: str, steps: int, lr: float,
+                  batch: Callable[[int], list[Sample]], codes: Codes, start: int, tensors: dict[str, Tensor]) -> None:
+    """Stages 2 and 3: Eq. (1) on the samples that `batch` gives for every step."""
     optimizer = torch.optim.AdamW(model.policy_parameters(), lr=lr, betas=(0.9, 0.95), weight_decay=0.0)
     restore_optimizer(optimizer, tensors)
-    codes, seen = Codes(model), dict.fromkeys((k.__name__ for k in kinds), 0)
+    seen, waste = Counter(), []
     bar = tqdm(range(start, steps), desc=stage, initial=start, total=steps)
     for step in bar:
         began = time.perf_counter()
-        rng = random.Random(f"{config.seed}/{stage}/{step}")
-        drawn = rng.choices(list(kinds), list(kinds.values()), k=config.batch)
-        for kind in drawn:
-            seen[kind.__name__] += 1
-        batch = batch_of([kind(rng, config.edits) for kind in drawn], model, codes)
-        counts, parts = tuple(d.sum() for d in by_modality(batch[2], batch[1])), Counter()
+        samples = batch(step)
+        seen.update(s.kind for s in samples)
+        parts, share = micro_batches(samples, model, codes, config.micro_batch)
+        decisions = [by_modality(mask, is_image) for _, is_image, mask in parts]
+        counts, losses = tuple(sum(d.sum() for d in of) for of in zip(*decisions)), Counter()
+        waste.append(share)
         optimizer.zero_grad()
-        for tokens, is_image, mask in zip(*(x.split(config.micro_batch) for x in batch)):
+        for tokens, is_image, mask in parts:
             logp = model.log_probs(tokens, is_image, mask)
             loss, part = warmup_loss(logp, mask, is_image, config.loss, counts)
             if not loss.isfinite():
                 raise UserError(f"{stage}: the loss became {loss.item()} at step {step}: lower --lr; the last good "
                                 f"checkpoint is intact")
             loss.backward()
-            parts.update(part)
+            losses.update(part)
         for group in optimizer.param_groups:
             group["lr"] = learning_rate(step, steps, lr)
         norm = torch.nn.utils.clip_grad_norm_(model.policy_parameters(), 1.0)
         optimizer.step()
-        run.log(stage=stage, step=step, **parts, grad_norm=norm.item(), seconds=time.perf_counter() - began)
-        bar.set_postfix({k: f"{v:.3f}" for k, v in parts.items()})
+        run.log(stage=stage, step=step, **losses, grad_norm=norm.item(), padding=share,
+                seconds=time.perf_counter() - began)
+        bar.set_postfix({k: f"{v:.3f}" for k, v in {**losses, "padding": share}.items()})
         if (step + 1) % config.save_every == 0 and step + 1 < steps:
             checkpoint(model, run, config, stage, step + 1, optimizer_tensors(optimizer))
-    tqdm.write(f"{stage}: samples by kind since the start or the last checkpoint: {seen}")
+    tqdm.write(f"{stage}: samples by kind since the start or the last checkpoint: {dict(seen)}; "
+               f"{sum(waste) / max(1, len(waste)):.1%} padding")
 
 
 def checkpoint(model: UnifiedModel, run: Run, config: Config, stage: str, step: int, tensors: dict) -> None:
@@ -593,13 +1161,16 @@ def warm_up(config: Config) -> None:
     folder, device = Path(config.out), pick_device(config.device)
     state, tensors = load_training(folder / "policy")
     check_settings(folder, state, config)
+    left_out = LeftOut()
+    samples = read_sources(config.data, "--data", READERS, left_out) if config.data else {}
     if state:
         model = load(folder / "policy", device)
     elif config.model:
         model = load(config.model, device, config.quantize)
         state = {"stage": "warmup", "step": 0, "lines": 0}
     else:
-        model = miniature(config.seed, folder / "text").to(device)
+        some = [s for of in samples.values() for s in random.Random(config.seed).sample(of, min(len(of), 1000))]
+        model = miniature(config.seed, folder / "text", [s.prompt + s.answer for s in some]).to(device)
         state = {"stage": "tokenizer", "step": 0, "lines": 0}
     train_only(model, config.lora_rank, config.lora_alpha, config.seed)
     model.decoder.checkpointing = config.checkpointing
@@ -611,31 +1182,48 @@ def warm_up(config: Config) -> None:
         if stage == "tokenizer":
             train_image_tokenizer(model, run, config, here, held)
         elif stage == "pretrain":
-            train_decoder(model, run, config, stage, config.pretrain_steps, config.lr, PRETRAINING, here, held)
+            train_decoder(model, run, config, stage, config.pretrain_steps, config.lr,
+                          toy_batches(PRETRAINING, config, stage), Codes(model), here, held)
         else:
-            show(model, run, "before", "before the warm-up: it cannot interleave")
-            train_decoder(model, run, config, stage, config.warmup_steps, config.warmup_lr, hybrid_mix(config.mix),
-                          here, held)
-            show(model, run, "after", "after the warm-up")
+            codes, batch = Codes(model), toy_batches(hybrid_mix(config.mix), config, stage)
+            if config.data:
+                codes = Codes(model, Path(config.cache))
+                batch, shown = published_batches(samples, model, config, codes, left_out)
+                told = {"kinds": shown, "left_out": left_out.reasons(), "records": left_out.list}
+                (run.folder / "data.json").write_text(json.dumps(told, indent=1))
+            show(model, run, "before", "before the warm-up: it cannot interleave", samples, codes)
+            train_decoder(model, run, config, stage, config.warmup_steps, config.warmup_lr, batch, codes, here, held)
+            show(model, run, "after", "after the warm-up", samples, codes)
         checkpoint(model, run, config, STAGES[STAGES.index(stage) + 1], 0, {})
 
 
-def show(model: UnifiedModel, run: Run, name: str, title: str) -> None:
-    """A sheet of answers to fixed prompts."""
-    rng = random.Random(0)
-    samples = [toy_prompt(rng, 2, "heldout") for _ in range(6)]
-    codes, budget = Codes(model), 2 * (model.vision_config.positions + 48)
-    trajectories = model.generate([model.prompt(s.prompt, codes(s.prompt_pictures)) for s in samples], 1, budget,
+def hybrid_mix(mix: str) -> dict:
+    """The toy world's mix of kinds, in the ratio --mix."""
+    return dict(zip((story_sample, i2t_sample, t2i_sample), parse_weights(mix, "--mix", ", ".join(KINDS))))
+
+
+def show(model: UnifiedModel, run: Run, name: str, title: str, samples: dict[str, list[Sample]], codes: Codes) -> None:
+    """A sheet of answers to fixed prompts: held-out ones of the toy world, or six of the data, whose texts and pictures
+    no rule can judge."""
+    rng, judges = random.Random(0), (RulesText(), RulesVisual())
+    prompts = [toy_prompt(rng, 2, "heldout") for _ in range(6)]
+    budget = 2 * (model.vision_config.positions + 48)
+    if samples:
+        prompts = list(itertools.islice(usable(samples["interleaved"], model, codes, LeftOut(), budget), 6))
+        judges = (lambda prompts, texts: [[None] * len(told) for told in texts], lambda texts, _: [None] * len(texts))
+    if not prompts:
+        return
+    trajectories = model.generate([model.prompt(s.prompt, codes(s.prompt_pictures)) for s in prompts], 1, budget,
                                   generator=torch.Generator().manual_seed(0))
     answers = model.answers(trajectories)
-    scores = judge([s.prompt for s in samples], answers, RulesText(), RulesVisual())
-    run.sample(name, title, [record(s, [a], [c]) for s, a, c in zip(samples, answers, scores)])
+    scores = judge([s.prompt for s in prompts], answers, *judges)
+    run.sample(name, title, [record(s, [a], [c]) for s, a, c in zip(prompts, answers, scores)])
 
 
 def check_settings(folder: Path, state: dict | None, config) -> None:
     """A checkpoint made with other settings is not gone on with: raises UserError naming the first that differs."""
     free = ("device", "reward_device", "save_every", "updates", "resume", "eval_prompts", "eval_guidance", "out",
-            "micro_batch", "checkpointing", "preset")
+            "micro_batch", "checkpointing", "preset", "cache")
     for key, value in (state or {}).get("settings", {}).items():
         if key not in free and getattr(config, key, value) != value:
             raise UserError(f"{folder}: was made with --{key.replace('_', '-')} {value}, not {getattr(config, key)}: "
@@ -657,8 +1245,14 @@ def check(config: Config) -> None:
     for name in ("edits", "tokenizer_steps", "pretrain_steps", "warmup_steps", "batch", "save_every", "micro_batch"):
         if getattr(config, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: expected at least 1")
-    if not 0 <= config.mix <= 1:
-        raise UserError(f"--mix {config.mix}: expected 0..1")
+    weights = dict(zip(KINDS, parse_weights(config.mix, "--mix", ", ".join(KINDS))))
+    if config.data:
+        kinds = {READERS[name][1] for name, _ in parse_sources(config.data, "--data")}
+        for kind in KINDS:
+            if weights[kind] and kind not in kinds:
+                fitting = " or ".join(name for name, (_, of) in READERS.items() if of == kind)
+                raise UserError(f"--mix {config.mix} asks for {kind} samples, but --data has no source of them: add "
+                                f"{fitting}, or give them weight 0")
     if config.loss not in ("eq1", "official"):
         raise UserError(f"--loss {config.loss}: expected eq1 or official")
     check_adapters(config)

@@ -77,9 +77,12 @@ def test_loading_in_4_bits_quantises_the_decoders_linear_layers_and_nothing_else
 def test_adapters_start_as_the_base_are_trained_alone_and_come_back(tmp_path, quantize):
     model = load(FOLDER, quantize=quantize)
     batch = some_batch(model)
-    before = model.log_probs(*batch)
+    hidden, dense = model(*batch[:2]), model.log_probs(*batch)
     train_only(model, 4, 8.0)
-    assert torch.equal(model.log_probs(*batch), before), "a fresh adapter changes nothing"
+    before = model.log_probs(*batch)
+    assert torch.equal(model(*batch[:2]), hidden), "a fresh adapter changes nothing"
+    # the two added rows of the text head are a product of their own: on some CPUs it rounds in another way
+    assert torch.equal(before[batch[1]], dense[batch[1]]) and torch.allclose(before, dense, rtol=0, atol=2e-5)
     first, frozen = trained(model), {k: v.clone() for k, v in model.state_dict().items() if k not in trained(model)}
     optimizer = torch.optim.Adam(model.policy_parameters(), lr=1e-2)
     for _ in range(3):
@@ -148,14 +151,15 @@ def test_a_bfloat16_checkpoint_is_trained_in_float32():
 
 
 def test_warm_up_micro_batches_do_not_change_the_gradient(warm):
-    model = load(warm)
-    batch = warmup.batch_of([warmup.story_sample(random.Random(i), 2) for i in range(5)], model,
-                            warmup.Codes(model))
-    counts, gradients = tuple(d.sum() for d in warmup.by_modality(batch[2], batch[1])), []
+    model, gradients = load(warm), []
+    samples = [warmup.story_sample(random.Random(i), 2) for i in range(5)]
     for kind in ("eq1", "official"):
         for size in (5, 2):
+            parts, _ = warmup.micro_batches(samples, model, warmup.Codes(model), size)
+            decisions = [warmup.by_modality(mask, is_image) for _, is_image, mask in parts]
+            counts = tuple(sum(d.sum() for d in of) for of in zip(*decisions))
             model.zero_grad()
-            for tokens, is_image, mask in zip(*(x.split(size) for x in batch)):
+            for tokens, is_image, mask in parts:
                 logp = model.log_probs(tokens, is_image, mask)
                 warmup.warmup_loss(logp, mask, is_image, kind, counts)[0].backward()
             gradients.append(torch.cat([p.grad.flatten() for p in model.policy_parameters()]))

@@ -263,7 +263,7 @@ def test_every_setting_is_read_somewhere():
     """Every flag changes something: its field is read in the script that declares it or where its config goes."""
     for script, readers in {"grpo.py": ["grpo.py", "evaluate.py", "tokenizer.py"],
                             "warmup.py": ["warmup.py", "tokenizer.py"],
-                            "evaluate.py": ["evaluate.py"], "model.py": ["model.py"]}.items():
+                            "evaluate.py": ["evaluate.py", "tokenizer.py"], "model.py": ["model.py"]}.items():
         source = (ROOT / script).read_text()
         block = re.search(r"^class Config:\n(.*?)\n\n\n", source, re.MULTILINE | re.DOTALL)[1]
         text = "".join((ROOT / r).read_text() for r in readers)

@@ -1,0 +1,490 @@
+"""The paper's warm-up sources: every reader on invented samples in the published schema, and every known pitfall."""
+import csv
+import json
+import random
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import grpo
+import published_samples
+import shapes
+import warmup
+from conftest import ROOT, RUN, SMALL, flags, killed_after, metrics, run, same
+from model import load, load_training
+from tokenizer import UserError
+from warmup import Codes, LeftOut, Sample, read_sources, records, usable
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory):
+    return published_samples.make(tmp_path_factory.mktemp("published"), 0.2)
+
+
+def sources(data: Path) -> str:
+    return ",".join(f"{name}={data / name}" for name in warmup.READERS if name != "jsonl") \
+        + f",jsonl={data / 'jsonl' / 'stories.jsonl'}"
+
+
+def shots(folder: Path, *names: str) -> None:
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (30, 20), (200, 30, 30)).save(folder / name)
+
+
+def write(path: Path, value: object) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = isinstance(value, list) and path.suffix == ".jsonl"
+    path.write_text("".join(json.dumps(v) + "\n" for v in value) if lines else
+                    value if isinstance(value, str) else json.dumps(value, indent=1))
+    return path
+
+
+def read(name: str, path: Path) -> tuple[list[Sample], LeftOut]:
+    left_out = LeftOut()
+    return list(warmup.READERS[name][0](path, left_out)), left_out
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Every source in its published schema
+
+def test_every_source_becomes_samples_of_its_kind(data):
+    left_out = LeftOut()
+    samples = read_sources(sources(data), "--data", warmup.READERS, left_out)
+    assert {kind: len(of) for kind, of in samples.items()} == {"interleaved": 6 + 6 + 4 + 4, "understanding": 25, "t2i": 20}
+    assert not left_out.counts
+    for kind, of in samples.items():
+        for s in of:
+            assert s.kind == kind and s.prompt.count("<image>") == len(s.prompt_pictures) and s.answer.endswith("</s>")
+            assert s.answer.count("<image>") == len(s.answer_pictures) and s.draw == (kind == "t2i")
+            assert all(p.is_file() for p in s.prompt_pictures + s.answer_pictures)
+            if kind == "interleaved":
+                form = re.fullmatch(r"(<think>[^<]+</think><im_start><image><im_end>)+</s>", s.answer)
+                assert form and len(s.prompt_pictures) == 1 and 1 <= len(s.answer_pictures) <= 4
+
+
+def test_the_papers_templates_are_filled():
+    query = warmup.event([("A dog {sits}.", Path("a")), ("It barks.", Path("b"))], ()).prompt
+    assert query == ("In this task, you are given the first part of an event with both text and an image, and you need to "
+                     "complete the subsequent parts of the event by generating text and images that are natural "
+                     "continuation of the given first part. The input interleaved content is: <BEGIN> A dog {sits}. "
+                     "<image>")
+    assert warmup.HOWTO_QUERY.startswith("In this task, you are given a multimodal question consisting of both text and an")
+    assert warmup.HOWTO_QUERY.endswith("<BEGIN> {question} <image>")
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# JSON files
+
+def test_records_know_their_line(tmp_path):
+    told = [{"id": 1, "text": "a\nb"}, {"id": 2}, [3], "four"]
+    file = write(tmp_path / "list.json", told)
+    found = list(records(file, LeftOut()))
+    text = file.read_text().splitlines()
+    assert [value for _, value in found] == told
+    assert all(text[line - 1].strip()[0] in '{["' for line, _ in found) and found[1][0] == 6
+    assert list(records(write(tmp_path / "map.json", '{"a": 1,\n"b": [2]}'), LeftOut())) == [(1, ("a", 1)), (2, ("b", [2]))]
+    assert list(records(write(tmp_path / "none.json", "[]"), LeftOut())) == []
+    (tmp_path / "bom.json").write_text('\ufeff[{"é": "ü"}]', encoding="utf-8")
+    assert list(records(tmp_path / "bom.json", LeftOut())) == [(1, {"é": "ü"})]
+
+
+def test_a_broken_line_is_named_and_the_others_are_read(tmp_path, capsys):
+    left_out, file = LeftOut(), tmp_path / "lines.jsonl"
+    file.write_bytes('{"a": "é"}\n{"a": \n\n\xff\xfe\n{"a": 2}'.encode("latin-1").replace(b"\xe9", "é".encode()))
+    assert [value for _, value in records(file, left_out)] == [{"a": "é"}, {"a": 2}]
+    assert [entry["line"] for entry in left_out.list] == [2, 4] and left_out.reasons() == {"left out, not JSON": 2}
+    assert "line 2" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("text, said", [("", "line 1"), ("  \n", "expected"), ('[{"a": 1},\n{"a": ', "line 2"),
+                                        ('{"a" 1}', "expected :"), ("7", "expected"), ('[1 2]', "expected")])
+def test_a_json_file_that_cannot_be_read_to_its_end_is_an_error(tmp_path, text, said):
+    with pytest.raises(UserError, match=re.escape(said)):
+        list(records(write(tmp_path / "cut.json", text), LeftOut()))
+
+
+def test_a_file_that_is_no_text_is_an_error(tmp_path):
+    (tmp_path / "bytes.json").write_bytes(b"\xff\xfe\xfa")
+    for path in (tmp_path / "bytes.json", tmp_path / "missing.json", tmp_path / "missing.jsonl"):
+        with pytest.raises(UserError, match="cannot be read"):
+            list(records(path, LeftOut()))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Pitfalls, source by source
+
+def test_activitynet_segments_overlap_come_in_any_order_and_may_be_empty(tmp_path):
+    video = "v_-_aaaaaaaaa"
+    write(tmp_path / "train.json", {
+        video: {"duration": 60.5, "timestamps": [[40, 99], [0.5, 15.25], [12, 44.75], [70, 80], [3, 3], [50, 55]],
+                "sentences": [" She serves über.", "A woman stands.", " She slices <image> a loaf.", "late", "empty", " "]},
+        "v_gone": {"duration": 9, "timestamps": [[0, 4], [4, 9]], "sentences": ["a b", "c d"]},
+        "v_counts": {"duration": 9, "timestamps": [[0, 4]], "sentences": ["a b", "c d"]},
+        "v_alone": {"duration": 9, "timestamps": [[0, 4]], "sentences": ["a b"]},
+        "v_null": None, "v_text": {"duration": 9, "timestamps": "0-4", "sentences": ["a"]}})
+    shots(tmp_path / "frames", *(f"{video}/{i}.jpg" for i in range(6)), "v_alone/0.jpg")
+    (sample,), left_out = read("activitynet", tmp_path)
+    assert "A woman stands. <image>" in sample.prompt and sample.prompt_pictures == [tmp_path / f"frames/{video}/1.jpg"]
+    assert sample.answer == ("<think>She slices   a loaf.</think><im_start><image><im_end>"
+                             "<think>She serves über.</think><im_start><image><im_end></s>")
+    assert [p.stem for p in sample.answer_pictures] == ["2", "0"]
+    ids = {entry["id"]: entry["reason"] for entry in left_out.list}
+    assert "empty" in ids[f"{video}, segment 3"] and "empty" in ids[f"{video}, segment 4"] \
+        and "empty" in ids[f"{video}, segment 5"]
+    assert "v_gone/0.jpg" in ids["v_gone"] and "differ" in ids["v_counts"] and "lone" in ids["v_alone"]
+    assert "v_null" in ids and "v_text" in ids and len(ids) == 8
+
+
+def test_activitynet_from_flattened_rows_and_a_numbered_dump(tmp_path):
+    write(tmp_path / "train.jsonl", [{"video_id": "v_a", "captions_starts": [0, 4], "captions_ends": [4, 9],
+                                      "en_captions": ["a b", "c d"]}, {"video_id": "v_b"}])
+    shots(tmp_path / "frames", "v_a/000011.jpg", "v_a/000033.png")               # seconds 2 and 6.5 at 5 a second
+    (tmp_path / "frames" / "fps.txt").write_text("5\n")
+    (sample,), left_out = read("activitynet", tmp_path)
+    assert [p.name for p in sample.prompt_pictures + sample.answer_pictures] == ["000011.jpg", "000033.png"]
+    assert sum(left_out.counts.values()) == 1
+    (tmp_path / "frames" / "fps.txt").write_text("five")
+    with pytest.raises(UserError, match="fps.txt"):
+        read("activitynet", tmp_path)
+
+
+def test_long_stories_are_cut_into_fives(tmp_path):
+    write(tmp_path / "train.json", {"v_long": {"duration": 70, "timestamps": [[i, i + 1] for i in range(11)],
+                                               "sentences": [f"part {i}" for i in range(11)]}})
+    shots(tmp_path / "frames", *(f"v_long/{i}.jpg" for i in range(11)))
+    samples, left_out = read("activitynet", tmp_path)
+    assert [len(s.answer_pictures) for s in samples] == [4, 4]
+    assert "part 5 <image>" in samples[1].prompt and left_out.reasons() == {"left out, a lone part is no story": 1}
+
+
+HEADER = "VID_ID,DS_CAT,DS_CAT_NAME,FRAME_S1,FRAME_S2,FRAME_AC,SCORE,{},FILENAME\n"
+
+
+def test_genhowto_lists_are_joined_by_filename(tmp_path):
+    write(tmp_path / "actions.test.txt", HEADER.format("FRAME_AC_PROMPT")
+          + '-aaaaaaaaaa,0,apple,12,48,30,0.9,"a person cutting an apple, on a board",f/0.jpg\n'
+            '-aaaaaaaaaa,0,apple,12,48,30,0.9,"the same frames, another row",f/1.jpg\n'
+            'bbbbbbbbbbb,0,apple,12,48,30,0.9,"no state row",f/2.jpg\n'
+            'ccccccccccc,0,apple,50,48,30,0.9,"out of order",f/3.jpg\n'
+            'ddddddddddd,0,apple,x,48,30,0.9,"no number",f/4.jpg\n'
+            'eeeeeeeeeee,0,apple,1,3,2,0.9,"no frames",f/5.jpg\n'
+            '-aaaaaaaaaa,0,apple,12,48,30,0.9,"twice",f/0.jpg\n'
+            'short\n')
+    rows = [("-aaaaaaaaaa", 12, 48, 30, 'an apple in "pieces", é', "f/0.jpg"), ("-aaaaaaaaaa", 12, 48, 30, "cut", "f/1.jpg"),
+            ("ccccccccccc", 50, 48, 30, "s", "f/3.jpg"), ("ddddddddddd", "x", 48, 30, "s", "f/4.jpg"),
+            ("eeeeeeeeeee", 1, 3, 2, "s", "f/5.jpg")]
+    with open(tmp_path / "states.test.txt", "w", newline="", encoding="utf-8") as file:
+        file.write(HEADER.format("FRAME_S2_PROMPT"))
+        csv.writer(file).writerows((v, 0, "apple", s1, s2, ac, 0.9, text, name) for v, s1, s2, ac, text, name in rows)
+    shots(tmp_path / "frames", *(f"-aaaaaaaaaa/{s}.jpg" for s in (12, 30, 48)))
+    samples, left_out = read("genhowto", tmp_path)
+    assert [s.origin[1] for s in samples] == [2, 3]
+    assert samples[0].answer.startswith("<think>a person cutting an apple, on a board</think>")
+    assert 'an apple in "pieces", é' in samples[0].answer and "apple, step by step? <image>" in samples[0].prompt
+    assert [p.stem for p in samples[0].prompt_pictures + samples[0].answer_pictures] == ["12", "30", "48"]
+    assert sorted(entry["line"] for entry in left_out.list) == [4, 5, 6, 7, 8, 9]
+    assert {entry["id"] for entry in left_out.list if "twice" in entry["reason"]} == {"-aaaaaaaaaa"}
+
+
+def test_genhowto_asks_for_the_next_step_in_rl(data):
+    reader, _ = warmup.PROMPT_READERS["genhowto"]
+    sample = next(reader(data / "genhowto", LeftOut()))
+    assert re.fullmatch(r"What is done with the ball, step by step\? Predict the subsequent step\. The previous steps are: "
+                        r"a \w+ \w+ at [\w ]+ <image>", sample.prompt)
+    assert [p.stem for p in sample.prompt_pictures + sample.answer_pictures] == ["30", "48"]
+
+
+def test_genhowto_takes_triples_of_ones_own_and_refuses_other_tables(tmp_path):
+    write(tmp_path / "mine.csv", HEADER.format("FRAME_AC_PROMPT,FRAME_S2_PROMPT") + "v,0,pan,1,3,2,1,heat it,hot pan,n\n")
+    shots(tmp_path / "frames", "v/1.jpg", "v/2.jpg", "v/3.jpg")
+    assert len(read("genhowto", tmp_path)[0]) == 1 == len(read("genhowto", tmp_path / "mine.csv")[0])
+    for text, said in (("", "line 1"), ("a,b\n1,2\n", "VID_ID")):
+        write(tmp_path / "mine.csv", text)
+        with pytest.raises(UserError, match=said):
+            read("genhowto", tmp_path)
+
+
+def story_row(video: str, second: int, caption: str, before: str = "") -> dict:
+    key = f"{video}_keyframe_00-00-{second:02d}-000"
+    return {"__key__": (before + "_override_" if before else "") + key, "json": {"caption": caption, "mask": []}}
+
+
+def test_openstory_groups_are_rebuilt_without_repeats(tmp_path):
+    a, b, c, d = "a_b-c_d-e_f", "-bbbbbbbbbb", "ccccccccccc", "ddddddddddd"
+    rows = [story_row(a, s, f"frame {s}") for s in range(7)]                                # 5 and 2
+    rows += [story_row(b, 1, "one"), story_row(b, 2, "x", f"{b}_keyframe_00-00-01-000"), story_row(b, 3, "three")]
+    rows += [story_row(c, 1, "x", f"{b}_keyframe_00-00-03-000"), story_row(c, 2, "alone")]   # a copy from another video
+    rows += [story_row(d, 2, "later"), story_row(d, 1, "sooner"), {"json": {}}, story_row("ggggggggggg", 1, "gone"),
+             story_row("ggggggggggg", 2, "gone too")]
+    rows[0]["json"] = json.dumps(rows[0]["json"])                                           # a string column
+    shots(tmp_path / "frames", *(f"{r['__key__'][:11]}/{r['__key__']}.jpg" for r in rows
+                                 if "__key__" in r and r["__key__"][0] != "g"))
+    write(tmp_path / "part.jsonl", rows)
+    samples, left_out = read("openstory", tmp_path)
+    assert [[s.prompt.split("<BEGIN> ")[1].removesuffix(" <image>"), *re.findall("<think>(.*?)<", s.answer)]
+            for s in samples] == [["frame 0", "frame 1", "frame 2", "frame 3", "frame 4"], ["frame 5", "frame 6"],
+                                  ["one", "three"], ["sooner", "later"]]
+    assert left_out.reasons() == {"left out, repeats another frame (_override_)": 2, "left out, a lone part is no story": 1,
+                                  "left out, __key__ is missing, or of another kind than published": 1,
+                                  "left out, a picture is missing": 1}
+
+
+def test_emova_conversations(tmp_path):
+    def talk(*values, **more):
+        return {"id": "7", "conversations": [{"from": ("human", "gpt")[i % 2], "value": v} for i, v in enumerate(values)],
+                **more}
+    shots(tmp_path, "web/0.png")
+    write(tmp_path / "annotations" / "web.json", [
+        talk("<image>\nWhich shop?", "The </s> bakery.", "Until when?", "Until <image> six.", image="web/0.png"),
+        talk("Name a prime.", "23"), talk("<image> and <image>", "Two.", image=["web/0.png", "web/0.png"]),
+        talk("none", "here", image=None), talk("<image>", "gone", image="web/1.png"), talk("no mark", "x", image="web/0.png"),
+        talk("<image> no picture", "x"), talk("only a question"), talk("empty", " "), talk(image="web/0.png"), None,
+        {"id": 1, "conversations": [{"from": "gpt", "value": "first"}, {"from": "human", "value": "x"}]}])
+    write(tmp_path / "annotations" / "more.jsonl", [talk("<image> what?", "A shop.", image="web/0.png")])
+    for name in ("librispeech-asr", "tts", "speech-chat"):
+        write(tmp_path / "annotations" / f"{name}.json", [talk("<speech_1>", "{}")])
+    samples, left_out = read("emova", tmp_path)
+    assert [(s.prompt, s.answer, len(s.prompt_pictures)) for s in samples] == [
+        ("<image> what?", "A shop.</s>", 1), ("<image>\nWhich shop?", "The   bakery.</s>", 1),
+        ("<image>\nWhich shop? ASSISTANT: The   bakery.</s>USER: Until when?", "Until   six.</s>", 1),
+        ("Name a prime.", "23</s>", 0), ("<image> and <image>", "Two.</s>", 2), ("none", "here</s>", 0)]
+    assert left_out.reasons() == {
+        "left out, a speech subset": 3, "left out, a picture is missing": 1, "left out, a turn is missing or empty": 3,
+        "left out, <image> marks and pictures differ in number": 2, "left out, human and gpt do not take turns": 1,
+        "left out, conversations is missing, or of another kind than published": 1}
+
+
+def test_earlier_turns_stand_in_the_prompt_as_vicuna_writes_them(tiny):
+    sample = Sample("one ASSISTANT: two</s>USER: three", [], "four</s>")
+    tokens, _, mask = warmup.row_of(sample, tiny, Codes(tiny))
+    assert tiny.text.decode(tokens[:, 0].tolist()) == "<s>  USER: one ASSISTANT: two</s>USER: three ASSISTANT: four</s>"
+    assert tiny.text.decode(tokens[mask[:, 0], 0].tolist()) == "four</s>"
+
+
+def test_journeydb_captions_and_partial_downloads(tmp_path):
+    def line(n, prompt="p", caption=None, folder="000"):
+        return {"img_path": f"./{folder}/{n}.jpg", "prompt": prompt, "Task2": {"Caption": caption} if caption else None}
+    train = tmp_path / "train"
+    shots(train / "imgs", *(f"000/{n}.jpg" for n in range(8)), "000/.hidden.jpg")
+    write(train / "train_anno_realease_repath.jsonl", [
+        line(0, "a tin robot --ar 3:2", "An elegant robot <s>"), line(1, "a tin robot --ar 3:2", "The same prompt"),
+        line(2, "a brass owl, studio light, --ar 3:2 --v 5"), line(3, "", "abc"), line(4, "--ar 3:2"),
+        line(5, "far away", folder="199"), line(99, "missing file"), {"prompt": "no path at all"},
+        {**line(6), "Task2": {"Caption": "Prompt is null"}, "prompt": None}, {**line(".hidden"), "prompt": "dots stay there"}])
+    samples, left_out = read("journeydb", tmp_path)
+    assert [s.prompt for s in samples] == ["An elegant robot", "a brass owl, studio light", "Prompt is null",
+                                           "dots stay there"]
+    assert all(s.draw and s.answer == "<image><im_end></s>" for s in samples)
+    assert sum(left_out.counts.values()) == 6 and left_out.reasons()["left out, its folder of pictures is not there"] == 1
+    (train / "train_anno_realease_repath.jsonl").rename(train / "train_anno.jsonl")
+    with pytest.raises(UserError, match="train_anno_realease_repath.jsonl"):
+        read("journeydb", tmp_path)
+
+
+def test_our_own_lines(tmp_path):
+    step = {"text": "Cut them.", "image": "a.png"}
+    shots(tmp_path, "a.png")
+    file = write(tmp_path / "mine.jsonl", [
+        {"prompt": "How? <image>", "images": ["a.png"], "steps": [step, step]}, {"prompt": "How?", "steps": []},
+        {"prompt": "How?", "steps": [{"text": "x", "image": None}]}, {"prompt": "How?", "steps": [{**step, "text": " "}]},
+        {"prompt": "How? <image>", "steps": [step]}, {"prompt": "How?"}, {"prompt": "How?", "steps": [step], "more": 1}])
+    samples, left_out = read("jsonl", file)
+    assert [s.origin[1] for s in samples] == [1, 7] and sum(left_out.counts.values()) == 5
+
+
+@pytest.mark.parametrize("told, said", [("emowa=.", "did you mean emova"), ("emova=no/such", "no/such"), ("emova", "emova"),
+                                        ("emova=tests", "annotations"), ("journeydb=tests", "train_anno_realease_repath")])
+def test_sources_that_are_not_there_are_named(told, said):
+    with pytest.raises(UserError, match=said):
+        read_sources(told, "--data", warmup.READERS, LeftOut())
+
+
+def test_a_source_without_a_usable_record_is_an_error(tmp_path):
+    for text in ("", '{"prompt": "x"}\n'):
+        file = write(tmp_path / "empty.jsonl", text)
+        with pytest.raises(UserError, match="no usable record"):
+            read_sources(f"jsonl={file}", "--data", warmup.READERS, LeftOut())
+
+
+def test_the_mix_needs_a_source_of_each_kind_it_asks_for(data):
+    with pytest.raises(UserError, match="understanding samples.*add emova"):
+        warmup.check(warmup.Config(data=f"genhowto={data / 'genhowto'}"))
+    warmup.check(warmup.Config(data=f"genhowto={data / 'genhowto'}", mix="1,0,0"))
+    for mix in ("1,1", "0,0,0", "1,-1,0", "a,b,c"):
+        with pytest.raises(UserError, match="--mix"):
+            warmup.check(warmup.Config(mix=mix))
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Codes, mix, padding
+
+def test_codes_are_kept_on_disk_by_tokenizer_and_bytes(tiny, tmp_path):
+    shots(tmp_path, "a.png", "b.png")
+    Image.new("RGB", (40, 24), (0, 90, 0)).save(tmp_path / "b.png")
+    paths = [tmp_path / "a.png", tmp_path / "b.png"]
+    first = Codes(tiny, tmp_path / "cache")
+    codes = first(paths) + first(paths, crop=True)
+    first.keep()
+    (tmp_path / "a.png").rename(tmp_path / "renamed.png")
+    second = Codes(tiny, tmp_path / "cache")
+    again = second([tmp_path / "renamed.png", paths[1]]) + second([tmp_path / "renamed.png", paths[1]], crop=True)
+    assert first.encoded == 4 and second.encoded == 0 and all(torch.equal(a, b) for a, b in zip(codes, again))
+    assert again[0].dtype == torch.int64 and not list((tmp_path / "cache").rglob("*.half"))
+    before = tiny.vision.quantizer.codebooks[0].weight.clone()
+    try:
+        with torch.no_grad():
+            tiny.vision.quantizer.codebooks[0].weight[0] += 1
+        assert Codes(tiny, tmp_path / "cache").folder != second.folder
+    finally:
+        with torch.no_grad():
+            tiny.vision.quantizer.codebooks[0].weight.copy_(before)
+
+
+def test_pictures_that_cannot_be_read_leave_their_samples_out(tiny, tmp_path):
+    shots(tmp_path, "good.png")
+    whole = (tmp_path / "good.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[:len(whole) // 2])
+    (tmp_path / "text.png").write_text("no picture")
+    samples = [Sample("<image>", [tmp_path / name], "x</s>", origin=(tmp_path, n, name))
+               for n, name in enumerate(("cut.png", "good.png", "text.png", "never.png"))]
+    samples.append(Sample("red " * 300, [], "x</s>", origin=(tmp_path, 9, "long")))
+    left_out, codes = LeftOut(), Codes(tiny)
+    assert list(usable(samples, tiny, codes, left_out)) == [samples[1]]
+    assert [entry["line"] for entry in left_out.list] == [0, 2, 3, 9] and "context" in left_out.list[-1]["reason"]
+    with pytest.raises(UserError, match="cut.png"):
+        codes([tmp_path / "cut.png"])
+
+
+def test_what_is_drawn_from_words_is_cropped_and_the_rest_is_squashed(tiny, tmp_path):
+    wide = Image.new("RGB", (72, 24), (250, 250, 250))
+    wide.paste((200, 0, 0), (24, 0, 48, 24))
+    wide.save(tmp_path / "wide.png")
+    Image.new("RGB", (24, 24), (200, 0, 0)).save(tmp_path / "middle.png")
+    codes = Codes(tiny)
+    red, = codes([tmp_path / "middle.png"])
+
+    def answer(sample):
+        tokens, is_image, mask = warmup.row_of(sample, tiny, codes)
+        return tokens[mask.all(1)]
+    assert torch.equal(answer(warmup.drawing("a", tmp_path / "wide.png")), red)
+    story = Sample("a", [], *warmup.written([("b", tmp_path / "wide.png")]))
+    assert torch.equal(answer(story), codes([tmp_path / "wide.png"])[0]) and not torch.equal(answer(story), red)
+
+
+def test_micro_batches_hold_every_row_once_with_little_padding(tiny):
+    rng, codes = random.Random(0), Codes(tiny)
+    for most in (1, 3, 48):
+        samples = [kind(rng, 3) for kind in (warmup.story_sample, warmup.i2t_sample, warmup.t2i_sample) for _ in range(7)]
+        parts, waste = warmup.micro_batches(samples, tiny, codes, most)
+        lengths = [len(warmup.row_of(s, tiny, codes)[0]) for s in samples]
+        assert sum(len(tokens) for tokens, *_ in parts) == 21 and max(len(tokens) for tokens, *_ in parts) <= most
+        assert 0 <= waste < 0.1 and waste == pytest.approx(1 - sum(lengths) / sum(t.shape[0] * t.shape[1] for t, *_ in parts))
+        decisions = sum(int(warmup.row_of(s, tiny, codes)[2].sum()) for s in samples)
+        assert decisions == sum(int(mask.sum()) for *_, mask in parts)
+
+
+def test_the_mix_is_drawn_in_its_ratio_and_goes_through_all_samples(tiny, data, tmp_path):
+    left_out = LeftOut()
+    samples = read_sources(sources(data), "--data", warmup.READERS, left_out)
+    config = warmup.Config(mix="0.3,1,1", batch=10, warmup_steps=60)
+    tiny.decoder.config.context, held = 4096, tiny.decoder.config.context
+    try:
+        batch, shown = warmup.published_batches(samples, tiny, config, Codes(tiny, tmp_path), left_out)
+        again, _ = warmup.published_batches(samples, tiny, config, Codes(tiny, tmp_path), left_out)
+    finally:
+        tiny.decoder.config.context = held
+    drawn = [s for step in range(60) for s in batch(step)]
+    count = Counter(s.kind for s in drawn)
+    assert count == {kind: of["draws"] for kind, of in shown.items()} and sum(count.values()) == 600
+    assert 50 < count["interleaved"] < 110 and 220 < count["understanding"] < 300 and 220 < count["t2i"] < 300
+    for kind, of in samples.items():                        # every sample as often as any other, give or take one
+        often = Counter(id(s) for s in drawn if s.kind == kind)
+        assert len(often) == len(of) and max(often.values()) - min(often.values()) <= 1
+    assert [s.origin for s in again(31)] == [s.origin for s in batch(31)]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The scripts
+
+def test_warm_up_on_published_data_is_killed_and_goes_on_bit_equal(data, tmp_path, monkeypatch):
+    shots(data / "emova" / "toy", "broken.png")
+    (data / "emova" / "toy" / "broken.png").write_text("no picture")
+    write(data / "emova" / "annotations" / "broken.jsonl", [
+        {"id": "b", "image": "toy/broken.png", "conversations": [{"from": "human", "value": "<image>?"},
+                                                                 {"from": "gpt", "value": "?"}]}])
+    small = {**SMALL, "warmup_steps": 10, "batch": 12}
+    told = run("warmup.py", "--data", sources(data), "--mix", "1,1,1", "--out", tmp_path / "whole", "--cache",
+               tmp_path / "cache", *flags(small))
+    assert "emova" in told and "26 samples" in told and "broken.jsonl, line 1, b: a picture cannot be read" in told
+    made = json.loads((tmp_path / "whole" / "data.json").read_text())
+    assert sum(of["draws"] for of in made["kinds"].values()) == 120 and made["kinds"]["understanding"]["samples"] == 25
+    assert made["left_out"] == {"left out, a picture cannot be read": 1} and made["records"][0]["id"] == "b"
+    logged = [line for line in metrics(tmp_path / "whole") if line["stage"] == "warmup"]
+    assert len(logged) == 10 and all(0 <= line["padding"] < 0.1 for line in logged)
+    assert all(line["loss/text"] > 0 and line["loss/image"] > 0 for line in logged)
+    torch.set_num_threads(1)
+    config = warmup.Config(data=sources(data), mix="1,1,1", out=str(tmp_path / "cut"), cache=str(tmp_path / "cache"),
+                           device="cpu", **small)
+    killed_after(10 + 6 + 5, lambda: warmup.warm_up(config), monkeypatch)
+    warmup.warm_up(config)
+    whole, cut = ({**load(tmp_path / n).state_dict(), **load_training(tmp_path / n / "policy")[1]} for n in ("whole", "cut"))
+    assert same(whole, cut) and metrics(tmp_path / "whole") == metrics(tmp_path / "cut")
+    assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 1, "the second run encoded nothing"
+
+
+def test_grpo_takes_the_prompt_side_of_published_data(warm, data, tmp_path, capsys):
+    def judges(*_):
+        return (lambda prompts, texts: [[0.3 * len(t) % 1 for t in told] for told in texts],
+                lambda texts, pictures: [p.mean() / 255 for p in pictures])
+    config = grpo.Config(model=str(warm), out=str(tmp_path / "g"), text_reward="llava-critic", visual_reward="clip-score",
+                         prompts=f"genhowto={data / 'genhowto'},jsonl={data / 'jsonl' / 'stories.jsonl'}",
+                         **{**RUN, "eval_prompts": 2})
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(grpo, "make_judges", judges)
+        pool = grpo.train(config, 0, 1, torch.device("cpu"))
+    # the toy vocabulary spells GenHowTo's question letter by letter: some of it is longer than the context
+    assert "samples" in capsys.readouterr().out and pool and len(metrics(tmp_path / "g")) == RUN["updates"]
+    assert all(isinstance(p, Path) for s in pool for p in s.prompt_pictures)
+    assert list((tmp_path / "g" / "samples").glob("*before.json"))
+    with pytest.raises(UserError, match="rule judges"):
+        grpo.prompt_pool(grpo.Config(prompts=f"genhowto={data / 'genhowto'}"))
+    pool, _ = grpo.prompt_pool(grpo.Config(prompts=str(data / "jsonl" / "stories.jsonl")))
+    assert len(pool) == 4 and all(shapes.states_of_prompt(s.prompt) for s in pool)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The README's way from parquet to JSON lines
+
+def readme_snippet(word: str) -> str:
+    blocks = re.findall(r"python - <<'EOF'\n(.*?)\n    EOF", (ROOT / "README.md").read_text(), re.DOTALL)
+    return next("\n".join(line.removeprefix("    ") for line in block.splitlines()) for block in blocks if word in block)
+
+
+def test_parquet_becomes_what_the_readers_read(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+    rows = published_samples.openstory_rows(tmp_path / "openstory", 3, random.Random(1))
+    (tmp_path / "openstory" / "story").mkdir()
+    for i, part in enumerate((rows[:4], rows[4:])):
+        table = pyarrow.Table.from_pylist([{**row, "png": b"\x89PNG"} for row in part])
+        pyarrow.parquet.write_table(table, tmp_path / "openstory" / "story" / f"train-0000{i}-of-00002.parquet")
+    shots(tmp_path, "shot.png")
+    picture = {"bytes": (tmp_path / "shot.png").read_bytes(), "path": "x.png"}
+    talk = [{"from": "human", "value": "<image>\nwhat?"}, {"from": "gpt", "value": "a brick"}]
+    for subset, more in (("websrc", {"image": picture}), ("words", {})):
+        (tmp_path / "emova" / subset).mkdir(parents=True)
+        rows = [{"id": "1", "conversations": talk if more else [{**t, "value": "hm"} for t in talk], **more}] * 2
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "emova" / subset / "train-0.parquet")
+    for word in ("openstory", "emova"):
+        subprocess.run([sys.executable, "-c", readme_snippet(word)], cwd=tmp_path, check=True)
+    samples, left_out = read("openstory", tmp_path / "openstory")
+    assert len(samples) == 3 and not left_out.counts
+    samples, left_out = read("emova", tmp_path / "emova")
+    assert [len(s.prompt_pictures) for s in samples] == [1, 1, 0, 0] and not left_out.counts
