@@ -44,10 +44,10 @@ from tqdm import tqdm
 import grpo
 import shapes
 from model import Sampling, UnifiedModel, load
-from rewards import (LlavaCritic, check_judges, format_reward, hybrid_rewards, judge, make_judges, own_text,
-                     parse_weights, unmarked)
+from rewards import (LlavaCritic, check_judges, format_reward, hybrid_rewards, judge, judge_device, make_judges,
+                     own_text, parse_weights, unmarked)
 from tokenizer import Answer, UserError, parse_config, pick_device, read_picture, run_main
-from warmup import (I2T_QUESTION, MARKS, Broken, Codes, LeftOut, Sample, file_in, fingerprint, need, need_text,
+from warmup import (I2T_QUESTION, MARKS, Broken, Codes, LeftOut, Sample, file_in, fingerprint, id_of, need, need_text,
                     picture_in, read_metrics, read_text, records, toy_prompt, usable)
 
 RATES = ("format", "text", "visual", "visual_true", "story")
@@ -133,7 +133,7 @@ def answer_all(model: UnifiedModel, samples: list[Sample], config: Config, sampl
 
 def evaluate(model: UnifiedModel, config: Config) -> dict:
     """All rates of a model, as the JSON file holds them."""
-    device = pick_device(config.reward_device, "--reward-device") if config.reward_device else model.device
+    device = judge_device(config.reward_device, config.device)
     judges = make_judges(config.text_reward, config.visual_reward, device, config.critic_quantize)
     weights = parse_weights(config.reward_weights)
     rng = random.Random(f"evaluate/{config.seed}")
@@ -264,8 +264,9 @@ LADDER = {      # rung -> GRPO settings, the rows of the paper's ablation
     "r_f + r_t + r_v": dict(credit="outcome"),
     "+ process": dict(credit="process"),
 }
-PAPER_LADDER = {"warm-up": (53.31, 1.97), "r_f": (53.56, 2.05), "r_f + r_t": (54.62, 2.30), "r_f + r_t + r_v": (57.83, 2.79),
-                "+ process": (59.50, 3.13)}        # MMIE, InterleavedBench as published: another model and another task
+PAPER_LADDER = {"warm-up": (53.31, 1.97), "r_f": (53.56, 2.05), "r_f + r_t": (54.62, 2.30),
+                "r_f + r_t + r_v": (57.83, 2.79), "+ process": (59.50, 3.13)}
+# MMIE, InterleavedBench as published: another model and another task
 
 
 def ladder(config: Config) -> None:
@@ -286,7 +287,8 @@ def ladder(config: Config) -> None:
         for arm in ("sampled", "greedy"):
             values = [[r[arm][rate][0] for r in results] for rate in RATES]
             cells = "".join(f"{np.mean(v):>6.3f} ({min(v):.2f}-{max(v):.2f})" for v in values)
-            print(f"{rung + ' ' + arm:24}{cells}" + ("{:>15} {:>8}".format(*PAPER_LADDER[rung]) if arm == "sampled" else ""))
+            paper = "{:>15} {:>8}".format(*PAPER_LADDER[rung]) if arm == "sampled" else ""
+            print(f"{rung + ' ' + arm:24}{cells}{paper}")
     if config.json:
         Path(config.json).write_text(json.dumps(rows, indent=1))
 
@@ -294,12 +296,32 @@ def ladder(config: Config) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 # Benchmarks: published questions -> answers in the published schema -> judges' replies -> the published averages
 
+Rows = dict[str, tuple[float, int]]      # row of the table -> its value and the records behind it
+
+
 @dataclass
 class Question(Sample):
     """One question of a benchmark: a prompt, and what its answer is judged by."""
     id: str = ""
     group: str = ""                  # MMIE: SA, PBL or MSR; InterleavedBench: the task
     record: dict = field(default_factory=dict)       # as published
+
+
+@dataclass
+class Answered:
+    """One model's answers to a benchmark, and what was said of them."""
+    model: str
+    folder: Path
+    left_out: LeftOut
+    questions: list[Question]
+    answers: dict[str, dict]         # id -> {"answer": [{"text", "image"}], "layout", "truncated"}
+    replies: dict[tuple[str, str], str] = field(default_factory=dict)               # (id, aspect) -> reply
+    scores: dict[tuple[str, str], int | None] = field(default_factory=dict)         # None: no valid one
+
+    def mean(self, ids: list[str], aspect: str) -> Rows:
+        """{aspect: (mean, records)} of the valid scores, nothing where there is none."""
+        found = [self.scores[id, aspect] for id in ids if self.scores.get((id, aspect)) is not None]
+        return {aspect: (sum(found) / len(found), len(found))} if found else {}
 
 
 def question_reader(reader):
@@ -317,48 +339,55 @@ def question_reader(reader):
 
 # -- MMIE (arXiv 2410.10139): its dataset.py, prompts.py and main.py
 
-MMIE_RUBRICS = {                 # the official criteria in our words; tested for in an id in this order
-    "SA": "You judge a story told in words and pictures. Look at the quality of the text (clear, correct, engaging), the "
-          "quality of the pictures, how well text and pictures fit together, consistency of the context (nothing "
+MMIE_RUBRICS = {                 # the official criteria in our words; looked for in an id in this order
+    "SA": "You judge a story told in words and pictures. Look at the quality of the text (clear, correct, engaging), "
+          "the quality of the pictures, how well text and pictures fit together, consistency of the context (nothing "
           "contradicts what came before), innovation, and, strictly, one style throughout. Take one point off for harm "
           "or negative emotion.",
-    "PBL": "You judge instructions given in words and pictures. Look at the quality of the text (clear, correct, easy to "
-           "follow), the quality of the pictures, how well text and pictures fit together, the quality and usefulness of "
-           "the method, creativity, and, strictly, one style throughout. Take one point off for harm or negative "
-           "emotion.",
-    "MSR": "You judge the solution of a problem. Look at whether the question's text is understood, whether its pictures "
-           "are understood, how clear the reasoning is, how much of it is right, whether the final answer is right, and "
-           "whether all is right and easy to follow. Compare with the correct answer.",
+    "PBL": "You judge instructions given in words and pictures. Look at the quality of the text (clear, correct, easy "
+           "to follow), the quality of the pictures, how well text and pictures fit together, the quality and "
+           "usefulness of the method, creativity, and, strictly, one style throughout. Take one point off for harm or "
+           "negative emotion.",
+    "MSR": "You judge the solution of a problem. Look at whether the question's text is understood, whether its "
+           "pictures are understood, how clear the reasoning is, how much of it is right, whether the final answer is "
+           "right, and whether all is right and easy to follow. Compare with the correct answer.",
 }
+JUDGE_FORM = ("Begin with '### Feedback' and your analysis; then write '### Score' and, below it, one integer from 0 "
+              "to {most}.")
 MMIE_MOST, MMIE_SHOWN, MMIE_PICTURES = 6, 3, 4       # highest score; pictures after which an answer is cut; at most
 
 
 def segments_of(value: object) -> list[dict]:
-    """A question or an answer in MMIE's schema: [{"text": str | null, "image": path | null}], or a plain text."""
-    value = [{"text": value, "image": None}] if isinstance(value, str) else value
+    """A question or an answer in MMIE's schema, [{"text": str | null, "image": path | null}], or a plain text -> the
+    schema with both keys in every segment."""
+    value = [{"text": value}] if isinstance(value, str) else value
     if not isinstance(value, list) or not all(isinstance(s, dict) for s in value):
         raise Broken("question or answer is no list of {text, image}", repr(value)[:40])
-    for segment in value:
-        if not all(isinstance(segment.get(key), (str, type(None))) for key in ("text", "image")):
+    segments = [{**s, "text": s.get("text"), "image": s.get("image")} for s in value]
+    for segment in segments:
+        if not all(isinstance(segment[key], (str, type(None))) for key in ("text", "image")):
             raise Broken("text or image is neither a text nor null", repr(segment)[:40])
-    return value
+    return segments
 
 
 @question_reader
 def mmie(path: Path, left_out: LeftOut) -> Iterator[Question]:
-    """data.json and images/: {"id", "question": [{"text", "image"}], "gt_answer": ...}, unknown keys kept. The category
-    stands in the id. Left out with more than four pictures, as the official loader does."""
+    """data.json and images/: {"id", "question": [{"text", "image"}], "gt_answer": the same}, unknown keys kept. The
+    category stands in the id. A record of the model "gt" may hold the reference as its answer. More than four pictures
+    are left out, as the official loader does."""
     file = file_in(path, "data.json")
     for line, record in records(file, left_out):
-        with left_out.record(file, line, record.get("id", "") if isinstance(record, dict) else ""):
+        with left_out.record(file, line, id_of(record)):
             id, words, pictures = need(record, "id", str), [], []
             group = next((name for name in MMIE_RUBRICS if name in id), None)
             if group is None:
                 raise Broken("its id names no category (SA, PBL or MSR)")
-            for segment in segments_of(record.get("question")):
-                if segment.get("text"):
+            asked = segments_of(record.get("question"))
+            reference = record.get("gt_answer") or record.get("model") == "gt" and record.get("answer") or [{}]
+            for segment in asked:
+                if segment["text"]:
                     words.append(MARKS.sub(" ", segment["text"]).strip())
-                if segment.get("image"):
+                if segment["image"]:
                     if Path(segment["image"]).is_absolute() or ".." in Path(segment["image"]).parts:
                         raise Broken("a picture's path leaves the folder", segment["image"])
                     pictures.append(picture_in(file.parent, segment["image"]))
@@ -367,20 +396,20 @@ def mmie(path: Path, left_out: LeftOut) -> Iterator[Question]:
                 raise Broken(f"more than {MMIE_PICTURES} pictures", len(pictures))
             if not words:
                 raise Broken("the question is empty")
-            yield Question(" ".join(words), pictures, id=id, group=group, record=record, origin=(file, line, id))
+            yield Question(" ".join(words), pictures, id=id, group=group, origin=(file, line, id),
+                           record={**record, "question": asked, "gt_answer": segments_of(reference)})
 
 
 def mmie_view(question: Question, answer: list[dict], folder: Path) -> tuple[str, str, list[Path]]:
     """What MMIE's judge sees: question and answer as lines, pictures numbered through both. Once three were shown the
     answer is cut, texts included; the text that stands beside the last one is kept."""
     told, pictures = {"question": "", "answer": ""}, []
-    for part, segments in (("question", segments_of(question.record["question"])), ("answer", segments_of(answer))):
+    for part, segments in (("question", question.record["question"]), ("answer", answer)):
         for segment in segments:
-            if segment.get("text") is not None:
+            full = part == "answer" and len(pictures) >= MMIE_SHOWN
+            if segment["text"] is not None:
                 told[part] += unmarked(segment["text"]) + "\n"
-            if part == "answer" and len(pictures) >= MMIE_SHOWN:
-                break
-            if segment.get("image") is not None:
+            if segment["image"] is not None and not full:
                 told[part] += f"Image-{len(pictures)}: <image>\n"
                 pictures.append(folder / segment["image"])
             if part == "answer" and len(pictures) >= MMIE_SHOWN:
@@ -388,41 +417,36 @@ def mmie_view(question: Question, answer: list[dict], folder: Path) -> tuple[str
     return told["question"], told["answer"], pictures
 
 
-def mmie_asks(question: Question, answer: list[dict], folder: Path, config: Config) -> list[tuple[str, str, list[Path]]]:
-    """[(aspect, message, pictures)] for a judge of ours."""
+def mmie_asks(question: Question, answer: list[dict], folder: Path, config: Config) -> list[tuple]:
+    """[(aspect, message, pictures)] for a judge of ours; only of problems it is told the right answer."""
     asked, told, pictures = mmie_view(question, answer, folder)
-    reference = ""
-    if question.group == "MSR":
-        first = next(iter(segments_of(question.record.get("gt_answer") or "not given")), {})
-        reference = f"### Correct Answer\n{unmarked(first.get('text') or 'not given')}\n"
-    return [("score", f"{MMIE_RUBRICS[question.group]} Begin with '### Feedback' and your analysis; then write '### Score' "
-                      f"and, below it, one integer from 0 to {MMIE_MOST}.\n### Question\n{asked}### Answer\n{told}"
-                      f"{reference}### Feedback\n", pictures)]
+    right = unmarked(question.record["gt_answer"][0]["text"] or "not given")
+    reference = f"### Correct Answer\n{right}\n" if question.group == "MSR" else ""
+    return [("score", f"{MMIE_RUBRICS[question.group]} {JUDGE_FORM.format(most=MMIE_MOST)}\n### Question\n{asked}"
+                      f"### Answer\n{told}{reference}### Feedback\n", pictures)]
 
 
 def mmie_record(question: Question, answer: list[dict], folder: Path, model: str) -> dict:
     """The record to be evaluated, and its question's pictures beside the answer's, so that the folder is whole for the
-    official judge. A published record of the model "gt" holds the reference as its answer."""
-    told = question.record
-    for segment in segments_of(told["question"]):
-        if segment.get("image") and not (folder / segment["image"]).exists():
+    official judge."""
+    for segment in question.record["question"]:
+        if segment["image"] and not (folder / segment["image"]).exists():
             (folder / segment["image"]).parent.mkdir(parents=True, exist_ok=True)
             shutil.copyfile(question.origin[0].parent / segment["image"], folder / segment["image"])
-    reference = told.get("gt_answer") or (told.get("answer") if told.get("model") == "gt" else None)
-    return {**told, "answer": answer, "model": model, "gt_answer": segments_of(reference or [{"text": None, "image": None}])}
+    return {**question.record, "answer": answer, "model": model}
 
 
-def mmie_rows(scores: dict[tuple[str, str], int | None], questions: list[Question], config: Config
-              ) -> dict[str, tuple[float, int]]:
-    """Scores -> {row: (value, records)}: x/6*100 of the valid ones; AVG over all records, not over the categories."""
-    groups = {name: [scores[q.id, "score"] for q in questions if q.group == name
-                     and scores.get((q.id, "score")) is not None] for name in MMIE_RUBRICS}
-    rows = {name: (100 / MMIE_MOST * sum(found) / len(found), len(found)) for name, found in groups.items() if found}
+def mmie_rows(answered: Answered, config: Config) -> Rows:
+    """x/6*100 of the valid scores; AVG over all records, so that the largest category weighs most."""
+    rows = {}
+    for group in MMIE_RUBRICS:
+        for mean, count in answered.mean([q.id for q in answered.questions if q.group == group], "score").values():
+            rows[group] = 100 / MMIE_MOST * mean, count
     return {**rows, **({"AVG": weighted_mean(rows)} if rows else {})}
 
 
-def weighted_mean(rows: dict[str, tuple[float, int]]) -> tuple[float, int]:
-    """{category: (mean, records)} -> the mean over all records."""
+def weighted_mean(rows: Rows) -> tuple[float, int]:
+    """Categories -> the mean over all their records."""
     count = sum(n for _, n in rows.values())
     return sum(mean * n for mean, n in rows.values()) / count, count
 
@@ -437,7 +461,7 @@ ASPECTS = {                      # InterleavedEval's five; the wording of its ju
     "text-image coherence": "texts and pictures: does each picture show what the text beside it says?",
     "helpfulness": "does the answer follow the instruction and serve the one who asked?",
 }
-ASPECT_MOST = 5
+ASPECT_MOST = 5                  # 0: missing or useless
 TEXT_ASPECTS = ("text quality", "text-image coherence")
 EDITING, COMPOSITION = r"(?<![a-z])edit|magic_?brush", r"multi_?concept|subject"
 SKIPS = {"both": f"{EDITING}|{COMPOSITION}", "editing": EDITING, "none": r"(?!)"}        # tasks without text aspects
@@ -445,12 +469,11 @@ SKIPS = {"both": f"{EDITING}|{COMPOSITION}", "editing": EDITING, "none": r"(?!)"
 
 @question_reader
 def interleavedbench(path: Path, left_out: LeftOut) -> Iterator[Question]:
-    """interleaved_bench.json and the unzipped folders of pictures beside it (or in zipped_images/): LLaVA conversations.
-    The human turn's first pictures are the prompt's, the others the reference's."""
+    """interleaved_bench.json and the unzipped folders of pictures beside it (or in zipped_images/): LLaVA
+    conversations. The first pictures are the human turn's, the others the reference's."""
     file = file_in(path, "interleaved_bench.json")
-    root = file.parent / "zipped_images" if (file.parent / "zipped_images").is_dir() else file.parent
     for line, record in records(file, left_out):
-        with left_out.record(file, line, record.get("id", "") if isinstance(record, dict) else ""):
+        with left_out.record(file, line, id_of(record)):
             if not isinstance(record, dict) or not isinstance(record.get("id"), (str, int)):
                 raise Broken("id is missing, or of another kind than published")
             id, task = str(record["id"]), need(record, "task_name", str)
@@ -470,8 +493,7 @@ def interleavedbench(path: Path, left_out: LeftOut) -> Iterator[Question]:
             pieces = [MARKS.sub(" ", piece) for piece in text.split("<image>")]
             shown = min(marks, len(names))
             prompt = "<image>".join(pieces[:shown + 1]) + " ".join(pieces[shown + 1:])
-            pictures = [picture_in(file.parent if isinstance(name, str) and (file.parent / name).is_file() else root, name)
-                        for name in names[:shown]]
+            pictures = [picture_in(file.parent, name, f"zipped_images/{name}") for name in names[:shown]]
             yield Question(prompt.strip(), pictures, id=id, group=task, record=record, origin=(file, line, id))
 
 
@@ -483,16 +505,15 @@ def aspects_of(question: Question, config: Config) -> list[str]:
     return [name for name in ASPECTS if not (skipped and name in TEXT_ASPECTS)]
 
 
-def interleavedbench_asks(question: Question, answer: list[dict], folder: Path, config: Config
-                          ) -> list[tuple[str, str, list[Path]]]:
+def interleavedbench_asks(question: Question, answer: list[dict], folder: Path, config: Config) -> list[tuple]:
     """[(aspect, message, pictures)] for a judge of ours."""
-    told = "".join((f"{unmarked(s['text'])}\n" if s["text"] else "") + ("<image>\n" if s["image"] else "") for s in answer)
+    told = "\n".join(unmarked(s["text"]) if kind == "text" else "<image>"
+                     for s in answer for kind in ("text", "image") if s[kind])
     asked = "<image>".join(unmarked(piece) for piece in question.prompt.split("<image>"))
     pictures = question.prompt_pictures + [folder / s["image"] for s in answer if s["image"]]
-    return [(name, f"You judge an answer that is made of texts and pictures, in one respect only: {ASPECTS[name]} Begin "
-                   f"with '### Feedback' and your analysis; then write '### Score' and, below it, one integer from 0 "
-                   f"(missing or useless) to {ASPECT_MOST} (nothing to improve).\n### Instruction\n{asked}\n### Answer\n"
-                   f"{told}### Feedback\n", pictures) for name in aspects_of(question, config)]
+    return [(name, f"You judge an answer that is made of texts and pictures, in one respect only: {ASPECTS[name]} "
+                   f"{JUDGE_FORM.format(most=ASPECT_MOST)}\n### Instruction\n{asked}\n### Answer\n{told}\n"
+                   f"### Feedback\n", pictures) for name in aspects_of(question, config)]
 
 
 def interleavedbench_record(question: Question, answer: list[dict], folder: Path, model: str) -> dict:
@@ -501,20 +522,16 @@ def interleavedbench_record(question: Question, answer: list[dict], folder: Path
     return {**question.record, "model": model, "prediction": typed}
 
 
-def interleavedbench_rows(scores: dict[tuple[str, str], int | None], questions: list[Question], config: Config
-                          ) -> dict[str, tuple[float, int]]:
-    """Scores -> {aspect: (mean, records)} over the records it applies to; AVG is the plain mean of the five."""
+def interleavedbench_rows(answered: Answered, config: Config) -> Rows:
+    """The mean of each aspect over the records it applies to; AVG is the plain mean of the five."""
     rows = {}
     for name in ASPECTS:
-        found = [scores[q.id, name] for q in questions if name in aspects_of(q, config)
-                 and scores.get((q.id, name)) is not None]
-        if found:
-            rows[name] = sum(found) / len(found), len(found)
+        rows |= answered.mean([q.id for q in answered.questions if name in aspects_of(q, config)], name)
     return {**rows, **({"AVG": plain_mean(rows)} if len(rows) == len(ASPECTS) else {})}
 
 
-def plain_mean(rows: dict[str, tuple[float, int]]) -> tuple[float, int]:
-    """{aspect: (mean, records)} -> the mean of the means."""
+def plain_mean(rows: Rows) -> tuple[float, int]:
+    """Aspects -> the mean of their means."""
     return sum(mean for mean, _ in rows.values()) / len(rows), max(n for _, n in rows.values())
 
 
@@ -526,7 +543,7 @@ def understanding(path: Path, left_out: LeftOut) -> Iterator[Question]:
     Pictures whose `<image>` marks the question lacks come first."""
     file = file_in(path, "questions.jsonl")
     for line, record in records(file, left_out):
-        with left_out.record(file, line, record.get("id", "") if isinstance(record, dict) else ""):
+        with left_out.record(file, line, id_of(record)):
             text = need(record, "question", str).strip()
             names, accepted = (value if isinstance(value, list) else [value] for value in (
                 record.get("image", record.get("images")) or [], record.get("answer", record.get("answers"))))
@@ -553,26 +570,28 @@ def captions(path: Path, left_out: LeftOut) -> Iterator[Question]:
     """A caption a line (*.txt), or JSON lines {"prompt"}."""
     file = file_in(path, "captions.txt", "captions.jsonl")
     lines = records(file, left_out) if file.suffix == ".jsonl" else (
-        (n, {"prompt": text}) for n, text in enumerate(read_text(file).splitlines(), 1) if text.strip())
+        (n, {"prompt": text}) for n, text in enumerate(read_text(file).split("\n"), 1) if text.strip())
     for line, record in lines:
         with left_out.record(file, line):
             yield Question(need_text(record, "prompt"), [], draw=True, kind="t2i", id=str(line), record=record,
                            origin=(file, line, ""))
 
 
-def understanding_rows(told: dict[str, dict], questions: list[Question]) -> dict[str, tuple[float, int]]:
-    """Answers -> accuracy in percent."""
-    right = [same_answer(" ".join(s["text"] or "" for s in told[q.id]["answer"]), q.record["accepted"])
-             for q in questions]
+def understanding_rows(answered: Answered, config: Config) -> Rows:
+    """Accuracy in percent."""
+    said = [" ".join(s["text"] or "" for s in answered.answers[q.id]["answer"]) for q in answered.questions]
+    right = [same_answer(text, q.record["accepted"]) for text, q in zip(said, answered.questions)]
     return {"accuracy": (100 * sum(right) / len(right), len(right))}
 
 
-def t2i_rows(told: dict[str, dict], questions: list[Question], folder: Path, judge) -> dict[str, tuple[float, int]]:
-    """Answers -> mean visual reward of the first picture for each caption; an answer without one counts 0."""
-    first = {q.id: next((s["image"] for s in told[q.id]["answer"] if s["image"]), None) for q in questions}
-    drawn = [q for q in questions if first[q.id]]
-    values = judge([q.prompt for q in drawn], [read_picture(folder / first[q.id], "an answer") for q in drawn])
-    return {"visual reward": (sum(values) / len(questions), len(questions))}
+def t2i_rows(answered: Answered, config: Config) -> Rows:
+    """Mean visual reward of the first picture for each caption; an answer without one counts 0."""
+    _, visual = make_judges("rules", config.visual_reward, judge_device(config.reward_device, config.device))
+    drawn = [(q.prompt, s["image"]) for q in answered.questions
+             for s in [s for s in answered.answers[q.id]["answer"] if s["image"]][:1]]
+    pictures = [read_picture(answered.folder / file, "an answer") for _, file in drawn]
+    values = visual([text for text, _ in drawn], pictures)
+    return {"visual reward": (sum(values) / len(answered.questions), len(answered.questions))}
 
 
 # -- the paper's own numbers (other models, the official judges), printed beside ours in columns of their own
@@ -587,44 +606,40 @@ PAPER_INTERLEAVED = {"MiniGPT-5": (*[None] * 5, 1.82), "EMU-2": (*[None] * 5, 1.
 
 @dataclass
 class Benchmark:
-    """How one benchmark is read, asked, written and scored."""
-    read: Callable
+    """How one benchmark is read, scored and, where it has a judge, written and asked."""
+    read: Callable                   # path, left_out -> questions
+    score: Callable                  # answered, config -> rows
     rows: tuple[str, ...]
     paper: dict[str, tuple]          # label -> a value a row
-    file: str = ""                   # answers in the published schema
-    record: Callable | None = None   # question, answer, folder, model -> what stands there
     aspects: Callable | None = None  # question, config -> what a judge gives scores for
     asks: Callable | None = None     # question, answer, folder, config -> [(aspect, message, pictures)]
-    score: Callable | None = None    # scores, questions, config -> {row: (value, records)}
     most: int = 0                    # highest score of a judge
+    file: str = ""                   # the answers in the published schema
+    record: Callable | None = None   # question, answer, folder, model -> what stands there
 
 
 BENCHMARKS = {
-    "mmie": Benchmark(mmie, (*MMIE_RUBRICS, "AVG"), PAPER_MMIE, "data.json", mmie_record,
-                      lambda question, config: ["score"], mmie_asks, mmie_rows, MMIE_MOST),
-    "interleavedbench": Benchmark(interleavedbench, (*ASPECTS, "AVG"), PAPER_INTERLEAVED, "predictions.json",
-                                  interleavedbench_record, aspects_of, interleavedbench_asks, interleavedbench_rows,
-                                  ASPECT_MOST),
-    # what the paper measured instead: MME-P, SEED-Bench and MM-Vet; GenEval
-    "understanding": Benchmark(understanding, ("accuracy", "MME-P", "SEED-Bench image", "MM-Vet"),
+    "mmie": Benchmark(mmie, mmie_rows, (*MMIE_RUBRICS, "AVG"), PAPER_MMIE, lambda question, config: ["score"],
+                      mmie_asks, MMIE_MOST, "data.json", mmie_record),
+    "interleavedbench": Benchmark(interleavedbench, interleavedbench_rows, (*ASPECTS, "AVG"), PAPER_INTERLEAVED,
+                                  aspects_of, interleavedbench_asks, ASPECT_MOST, "predictions.json",
+                                  interleavedbench_record),
+    # beside these the paper's other measures of the same abilities
+    "understanding": Benchmark(understanding, understanding_rows, ("accuracy", "MME-P", "SEED-Bench image", "MM-Vet"),
                                {"paper full": (None, 1425.2, 59.2, 32.8)}),
-    "t2i": Benchmark(captions, ("visual reward", "GenEval"), {"paper full": (None, 0.46)}),
+    "t2i": Benchmark(captions, t2i_rows, ("visual reward", "GenEval"), {"paper full": (None, 0.46)}),
 }
 
 
 # -- answers and replies, one line each as they come, so that a killed run goes on
 
 def read_lines(file: Path) -> list[dict]:
-    """JSON lines as far as they are whole; what a kill left half-written is cut off."""
-    lines = []
-    for line in file.read_text(encoding="utf-8").splitlines() if file.exists() else ():
-        try:
-            lines.append(json.loads(line))
-        except ValueError:
-            break
-    if file.exists():
-        file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    return lines
+    """JSON lines; half a line, left by a kill, is cut off."""
+    data = file.read_bytes() if file.exists() else b""
+    whole = data[:data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        os.truncate(file, len(whole))
+    return [json.loads(line) for line in whole.splitlines()]
 
 
 def add_line(file: Path, line: dict) -> None:
@@ -640,26 +655,27 @@ def same_run(folder: Path, settings: dict) -> None:
             raise UserError(f"{folder}: was made with {key} {value}, not {settings.get(key)}: choose another --out, or "
                             f"delete the folder")
     (folder / "answers").mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps({"settings": settings, "command": " ".join(sys.argv), "torch": torch.__version__}, indent=1))
+    made = {"settings": settings, "command": " ".join(sys.argv), "torch": torch.__version__}
+    file.write_text(json.dumps(made, indent=1))
 
 
-def answer_questions(source: str, questions: list[Question], config: Config, folder: Path, left_out: LeftOut
-                     ) -> tuple[list[Question], dict[str, dict]]:
-    """One answer for each question that fits the model: {id: {"answer": [{"text", "image"}], ...}}, kept in
-    answers.jsonl, pictures in answers/.
+def answer_questions(source: str, questions: list[Question], config: Config, folder: Path) -> Answered:
+    """One answer for each question that fits the model, kept in answers.jsonl, pictures in answers/.
 
     A batch and its seed follow from the place in the list: a run that was killed goes on with the same answers."""
-    model = load(source, pick_device(config.device)).eval()
-    same_run(folder, {"benchmark": config.benchmark, "data": config.data, "model": source, "weights": fingerprint(model),
-                      **{name: getattr(config, name) for name in ("seed", "temperature", "top_k", "top_p", "guidance",
-                                                                  "budget", "batch")}})
+    model, left_out = load(source, pick_device(config.device)).eval(), LeftOut()
+    how = ("benchmark", "data", "seed", "temperature", "top_k", "top_p", "guidance", "budget", "batch")
+    same_run(folder, {"model": source, "weights": fingerprint(model), **{name: getattr(config, name) for name in how}})
     codes = Codes(model)
     questions = list(usable(questions, model, codes, left_out, config.budget))
+    if not questions:
+        raise UserError(f"{source}: no question of {config.data} fits this model")
     told = {line["id"]: line for line in read_lines(folder / "answers.jsonl")}
-    greedy = config.benchmark == "understanding"                                # a short answer is right or wrong
-    sampling = Sampling(0.0) if greedy else Sampling(config.temperature, config.top_k, config.top_p, config.guidance)
+    sampling = Sampling(config.temperature, config.top_k, config.top_p, config.guidance)
+    if config.benchmark == "understanding":
+        sampling = Sampling(0.0)                                     # a short answer is right or wrong: greedy
     done = sum(q.id in told for q in questions)
-    with tqdm(total=len(questions), initial=done, desc=f"answers of {folder.name}") as bar:
+    with tqdm(total=len(questions), initial=done, desc=f"answers of {source}") as bar:
         for start in range(0, len(questions), config.batch):
             part = questions[start:start + config.batch]
             if all(q.id in told for q in part):
@@ -674,7 +690,7 @@ def answer_questions(source: str, questions: list[Question], config: Config, fol
                                          "truncated": row.truncated}
                     add_line(folder / "answers.jsonl", told[question.id])
                     bar.update()
-    return questions, told
+    return Answered(source, folder, left_out, questions, told)
 
 
 def as_segments(answer: Answer, id: str, folder: Path) -> list[dict]:
@@ -698,7 +714,8 @@ CRITIC_SIDE = 384                # pictures are shown to our critic at this size
 def ask_critic(critic: LlavaCritic, name: str, asks: list[tuple], folder: Path) -> dict[tuple[str, str], str]:
     """[(id, aspect, message, pictures)] -> {(id, aspect): reply}, kept in replies.jsonl. A question beyond the critic's
     context gets a reply that says so, without a score."""
-    replies = {(r["id"], r["aspect"]): r["reply"] for r in read_lines(folder / "replies.jsonl") if r["judge"] == name}
+    lines = read_lines(folder / "replies.jsonl")
+    replies = {(line["id"], line["aspect"]): line["reply"] for line in lines if line["judge"] == name}
 
     def reply(part: list[tuple]) -> list[str]:
         shown = [[Image.open(p).convert("RGB") for p in pictures] for *_, pictures in part]
@@ -721,12 +738,12 @@ def ask_critic(critic: LlavaCritic, name: str, asks: list[tuple], folder: Path) 
 
 
 def read_replies(file: Path) -> dict[tuple[str, str], str]:
-    """Replies that a judge gave elsewhere, {(id, aspect): reply}: MMIE's own eval_result.json ({"id", "gpt_feedback"}), or
-    a list or lines of {"id", "aspect", "reply"}; "aspect" may be missing where there is but one. A bare number is a
-    score."""
+    """Replies that a judge gave elsewhere, {(id, aspect): reply}: MMIE's own eval_result.json ({"id", "gpt_feedback"}),
+    or a list or lines of {"id", "aspect", "reply"}; where there is but one aspect it may be missing. A bare number is
+    a score."""
     replies, left_out = {}, LeftOut()
     for line, record in records(file, left_out):
-        with left_out.record(file, line, record.get("id", "") if isinstance(record, dict) else ""):
+        with left_out.record(file, line, id_of(record)):
             if not isinstance(record, dict) or not isinstance(record.get("id"), (str, int)):
                 raise Broken("id is missing")
             said = record.get("reply", record.get("gpt_feedback"))
@@ -746,7 +763,19 @@ def find_score(reply: str, most: int) -> int | None:
     return score if 0 <= score <= most else None
 
 
-def columns(rows: tuple[str, ...], ours: dict[str, dict], paper: dict[str, tuple]) -> str:
+def score_replies(spec: Benchmark, answered: Answered, config: Config) -> None:
+    """Replies -> scores. What has no valid one is counted: it is left out of the means, never a 0."""
+    for question in answered.questions:
+        for aspect in spec.aspects(question, config):
+            reply = answered.replies.get((question.id, aspect))
+            with answered.left_out.record(*question.origin):
+                score = None if reply is None else find_score(reply, spec.most)
+                answered.scores[question.id, aspect] = score
+                if score is None:
+                    raise Broken("no reply" if reply is None else "no valid score in the reply", aspect)
+
+
+def columns(rows: tuple[str, ...], ours: dict[str, Rows], paper: dict[str, tuple]) -> str:
     """Ours, with the records behind each value, then the paper's in columns of their own."""
     lines = [f"{'':24}" + "".join(f"{name:>16}" for name in ours) + "  |" + "".join(f"{name:>13}" for name in paper)]
     for i, row in enumerate(rows):
@@ -756,115 +785,97 @@ def columns(rows: tuple[str, ...], ours: dict[str, dict], paper: dict[str, tuple
     return "\n".join(lines)
 
 
+def about(spec: Benchmark, config: Config, arms: dict[str, Answered], reasons: dict[str, dict]) -> str:
+    """What has to stand above the numbers: whose they are, who judged, what was left out."""
+    lines = [f"{config.benchmark}, {config.data}", "left of the bar ours, with the records behind each value; right of "
+             "it the paper's own numbers: other models, other judges"]
+    if spec.asks:
+        judge = "LLaVA-Critic, NOT the official judge" if config.judge.startswith("llava-critic") else \
+            f"replies from {config.judge.removeprefix('file:')}" if config.judge else \
+            f"none; give {spec.file} to the official one and come back with --judge file:REPLIES"
+        lines.append(f"judge: {judge}")
+    if config.benchmark == "interleavedbench":
+        tasks = {q.group for of in arms.values() for q in of.questions if len(aspects_of(q, config)) < len(ASPECTS)}
+        lines.append(f"--skip {config.skip}: text aspects do not count for {', '.join(sorted(tasks)) or 'any task'}")
+    if config.benchmark == "t2i":
+        lines.append(f"visual reward: {config.visual_reward}")
+    for name, of in arms.items():
+        forms = [format_reward(Answer(of.answers[q.id]["layout"], [], None, None)) for q in of.questions]
+        lines.append(f"{name}: {of.model}, {len(forms)} answers"
+                     + f", {sum(forms) / len(forms):.1%} of them well-formed" * bool(spec.asks))
+        lines += [f"    {reason}: {count}" for reason, count in reasons[name].items()]
+    return "\n".join(lines)
+
+
 PAGE = 200                       # answers that the page shows
 
 
-def write_answers_page(folder: Path, title: str, table: str, questions: list[Question], told: dict[str, dict],
-                       replies: dict[tuple[str, str], str]) -> Path:
+def write_answers_page(of: Answered, title: str, table: str) -> Path:
     """answers.html: the table, then the first answers with what the judge said; pictures stay files beside it."""
     def shown(path: Path) -> str:
-        return f'<img loading="lazy" src="{quote(os.path.relpath(path, folder))}">'
-    by_id = {}
-    for (id, aspect), said in replies.items():
-        by_id.setdefault(id, []).append(f"{aspect}: {said}")
-    body = [f"<h1>{html.escape(title)}</h1><pre>{html.escape(table)}</pre><p>The first {min(PAGE, len(questions))} of "
-            f"{len(questions)} answers.</p>"]
-    for q in questions[:PAGE]:
+        return f'<img loading="lazy" src="{quote(os.path.relpath(path, of.folder))}">'
+    said = {}
+    for (id, aspect), reply in of.replies.items():
+        said[id] = said.get(id, "") + f"{aspect}: {reply}\n"
+    body = [f"<h1>{html.escape(title)}</h1><pre>{html.escape(table)}</pre>"
+            f"<p>The first {min(PAGE, len(of.questions))} of {len(of.questions)} answers.</p>"]
+    for q in of.questions[:PAGE]:
         start = "".join(map(shown, q.prompt_pictures))
         steps = "".join(f'<div class="step">{html.escape(s["text"] or "")}<br>'
-                        f'{shown(folder / s["image"]) if s["image"] else ""}</div>' for s in told[q.id]["answer"])
-        said = html.escape("\n".join(by_id.get(q.id, ())))
+                        f'{shown(of.folder / s["image"]) if s["image"] else ""}</div>'
+                        for s in of.answers[q.id]["answer"])
+        judged = f"<details><summary>judge</summary><pre>{html.escape(said.get(q.id, ''))}</pre></details>"
         body.append(f'<div class="group"><div class="prompt">{html.escape(q.id)} · {html.escape(q.group)}<br>'
                     f'{html.escape(q.prompt)}<br>{start}</div><div class="answer">{steps}</div>'
-                    + (f"<details><summary>judge</summary><pre>{said}</pre></details>" if said else "") + "</div>")
-    (folder / "answers.html").write_text(f"<!doctype html><meta charset='utf-8'><title>{html.escape(title)}</title>"
-                                         f"<style>{STYLE}.step img,.prompt img{{width:144px}}</style>" + "\n".join(body),
-                                         encoding="utf-8")
-    return folder / "answers.html"
-
-
-def scores_of(spec: Benchmark, questions: list[Question], replies: dict[tuple[str, str], str], config: Config,
-              left_out: LeftOut) -> dict[tuple[str, str], int | None]:
-    """{(id, aspect): score}; what has no valid score is None, and counted: it is left out of the means, never a 0."""
-    scores = {}
-    for question in questions:
-        for aspect in spec.aspects(question, config):
-            reply = replies.get((question.id, aspect))
-            with left_out.record(*question.origin):
-                score = scores[question.id, aspect] = None if reply is None else find_score(reply, spec.most)
-                if score is None:
-                    raise Broken("no reply" if reply is None else "no valid score in the reply", aspect)
-    return scores
+                    f'{judged * (q.id in said)}</div>')
+    page = f"<!doctype html><meta charset='utf-8'><title>{html.escape(title)}</title><style>{STYLE}" \
+           ".step img,.prompt img{width:144px}</style>" + "\n".join(body)
+    (of.folder / "answers.html").write_text(page, encoding="utf-8")
+    return of.folder / "answers.html"
 
 
 def run_benchmark(config: Config) -> None:
     """Answers of --model (and of --before), then replies, scores, table, results.json and answers.html."""
-    spec, out, source = BENCHMARKS[config.benchmark], Path(config.out or f"out/{config.benchmark}"), ""
+    spec, out = BENCHMARKS[config.benchmark], Path(config.out or f"out/{config.benchmark}")
     unread = LeftOut()
     questions = list(spec.read(Path(config.data), unread))
     if not questions:
         raise UserError(f"--data {config.data}: no usable question in it")
     if config.benchmark == "t2i" and config.visual_reward == "rules":
-        strange = next((q.prompt for q in questions if shapes.parse_caption(q.prompt) is None), None)
-        if strange:
-            raise UserError(f"--visual-reward rules: knows only the toy world's captions, not {strange[:60]!r}; choose "
-                            f"image-reward or clip-score")
+        for question in questions:
+            if shapes.parse_caption(question.prompt) is None:
+                raise UserError(f"--visual-reward rules: knows only the toy world's captions, not "
+                                f"{question.prompt[:60]!r}; choose image-reward or clip-score")
     given = read_replies(Path(config.judge.removeprefix("file:"))) if config.judge.startswith("file:") else {}
-    arms = {name: model for name, model in (("before", config.before), ("after", config.model)) if model}
-    answered, left = {}, {name: LeftOut() for name in arms}
-    for name, model in arms.items():
-        asked, told = answered[name] = answer_questions(model, questions, config, out / name, left[name])
-        if not asked:
-            raise UserError(f"--model {model}: no question of {config.data} fits it")
+    arms = {name: answer_questions(model, questions, config, out / name)
+            for name, model in (("before", config.before), ("model", config.model)) if model}
+    for of in arms.values():
         if spec.file:
-            made = [spec.record(q, told[q.id]["answer"], out / name, model) for q in asked]
-            (out / name / spec.file).write_text(json.dumps(made, indent=1, ensure_ascii=False), encoding="utf-8")
-    ours, said = {}, dict.fromkeys(arms, given)
-    device = pick_device(config.reward_device or config.device, "--reward-device" if config.reward_device else "--device")
+            made = [spec.record(q, of.answers[q.id]["answer"], of.folder, of.model) for q in of.questions]
+            (of.folder / spec.file).write_text(json.dumps(made, indent=1, ensure_ascii=False), encoding="utf-8")
+    critic = None
     if config.judge.startswith("llava-critic"):
-        critic = make_judges(config.judge, "rules", device, config.critic_quantize)[0]
-        for name, (asked, told) in answered.items():
-            asks = [(q.id, *ask) for q in asked for ask in spec.asks(q, told[q.id]["answer"], out / name, config)]
-            said[name] = ask_critic(critic, f"{config.judge} {config.critic_quantize}", asks, out / name)
-    visual = make_judges("rules", config.visual_reward, device)[1] if config.benchmark == "t2i" else None
-    for name, (asked, told) in answered.items():
-        if visual:
-            ours[name] = t2i_rows(told, asked, out / name, visual)
-        elif config.benchmark == "understanding":
-            ours[name] = understanding_rows(told, asked)
-        else:
-            scores = scores_of(spec, asked, said[name], config, left[name]) if config.judge else {}
-            ours[name] = spec.score(scores, asked, config)
-    reasons = {name: dict(Counter(unread.reasons()) + Counter(left[name].reasons())) for name in arms}
-    table = about(spec, config, arms, answered, reasons) + "\n\n" + columns(spec.rows, ours, spec.paper)
+        device = judge_device(config.reward_device, config.device)
+        critic, _ = make_judges(config.judge, "rules", device, config.critic_quantize)
+    for of in arms.values():
+        of.replies = given
+        if critic:
+            asks = [(q.id, *ask) for q in of.questions
+                    for ask in spec.asks(q, of.answers[q.id]["answer"], of.folder, config)]
+            of.replies = ask_critic(critic, f"{config.judge} {config.critic_quantize}", asks, of.folder)
+        if config.judge:
+            score_replies(spec, of, config)
+    ours = {name: spec.score(of, config) for name, of in arms.items()}
+    reasons = {name: dict(Counter(unread.reasons()) + Counter(of.left_out.reasons())) for name, of in arms.items()}
+    table = about(spec, config, arms, reasons) + "\n\n" + columns(spec.rows, ours, spec.paper)
     print(table)
     (out / "results.json").write_text(json.dumps({
-        "benchmark": config.benchmark, "data": config.data, "judge": config.judge, "skip": config.skip, "models": arms,
+        "benchmark": config.benchmark, "data": config.data, "judge": config.judge, "skip": config.skip,
+        "models": {name: of.model for name, of in arms.items()}, "left_out": reasons,
         "rows": {name: {row: {"value": v, "records": n} for row, (v, n) in of.items()} for name, of in ours.items()},
-        "left_out": reasons, "paper": {name: dict(zip(spec.rows, v)) for name, v in spec.paper.items()}}, indent=1))
-    for name, (asked, told) in answered.items():
-        print(f"answers: {write_answers_page(out / name, f'{config.benchmark}, {name}', table, asked, told, said[name])}")
-
-
-def about(spec: Benchmark, config: Config, arms: dict, answered: dict, reasons: dict) -> str:
-    """What has to stand above the numbers: whose they are, who judged, what was left out."""
-    lines = [f"{config.benchmark}, {config.data}", "left of the bar ours, with the records behind each value; right of "
-             "it the paper's own numbers: other models, other judges"]
-    if spec.asks:
-        lines.append("judge: " + (f"none; give {spec.file} to the official one and come back with --judge file:REPLIES"
-                                  if not config.judge else f"replies from {config.judge.removeprefix('file:')}"
-                                  if config.judge.startswith("file:") else "LLaVA-Critic, NOT the official judge"))
-    if config.benchmark == "interleavedbench":
-        tasks = {q.group for asked, _ in answered.values() for q in asked if len(aspects_of(q, config)) < len(ASPECTS)}
-        lines.append(f"--skip {config.skip}: text aspects do not count for {', '.join(sorted(tasks)) or 'any task here'}")
-    if config.benchmark == "t2i":
-        lines.append(f"visual reward: {config.visual_reward}")
-    for name, (asked, told) in answered.items():
-        forms = [format_reward(Answer(told[q.id]["layout"], [], None, None)) for q in asked]
-        lines.append(f"{name}: {arms[name]}, {len(asked)} answers"
-                     + f", {sum(forms) / len(forms):.1%} of them well-formed" * bool(spec.asks))
-        lines += [f"    {reason}: {count}" for reason, count in reasons[name].items()]
-    return "\n".join(lines)
+        "paper": {name: dict(zip(spec.rows, values)) for name, values in spec.paper.items()}}, indent=1))
+    for name, of in arms.items():
+        print(f"answers: {write_answers_page(of, f'{config.benchmark}, {name}', table)}")
 
 
 def check_benchmark(config: Config) -> None:

@@ -31,7 +31,8 @@ from tqdm import tqdm
 import warmup
 from model import (Sampling, Trajectory, UnifiedModel, load, load_training, restore, save, train_only, trained,
                    trained_as)
-from rewards import Scores, check_judges, hybrid_rewards, judge, make_judges, parse_weights, wanted_steps
+from rewards import (Scores, check_judges, hybrid_rewards, judge, judge_device, make_judges, parse_weights,
+                     wanted_steps)
 from tokenizer import Answer, UserError, pad, parse_config, pick_device, run_main
 from warmup import (PROMPT_READERS, Codes, LeftOut, Run, Sample, by_modality, check_adapters, check_settings,
                     optimizer_tensors, read_prompts, read_sources, record, restore_optimizer, toy_prompt, usable)
@@ -44,7 +45,7 @@ EPSILON = 1e-4        # added to the standard deviation in Eq. (4) and Eq. (6)
 class Config:
     model: str = "out/warmup"        # warm-up model: run directory, checkpoint folder or hub id; the KL's reference
     out: str = "out/grpo"            # run directory
-    prompts: str = ""                # a JSONL of "prompt" and "images", or NAME=DIR,.. as warmup.py's --data; empty: toy
+    prompts: str = ""                # JSONL of "prompt", "images", or NAME=DIR,.. as warmup.py --data; empty: toy world
     edits: int = 3                   # edits a toy prompt asks for
     updates: int = 40                # optimizer updates of the run; with --epochs-per-rollout E there are E per rollout
     prompts_per_update: int = 16     # P: prompts a rollout
@@ -434,8 +435,8 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> list[S
     if world > 1:
         # a rollout without a single picture leaves the image head out
         scorer = torch.nn.parallel.DistributedDataParallel(scorer, find_unused_parameters=True)
-    judge_device = pick_device(config.reward_device, "--reward-device") if config.reward_device else device
-    judges = make_judges(config.text_reward, config.visual_reward, judge_device, config.critic_quantize)
+    judges = make_judges(config.text_reward, config.visual_reward, judge_device(config.reward_device, device),
+                         config.critic_quantize)
     codes, sampling = Codes(policy), sampling_of(config)
     pool = ready_pool(pool, left_out, policy, codes, config, world)
     run = Run(config, state["lines"] if state else 0) if rank == 0 else None
@@ -461,7 +462,8 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> list[S
             metrics = update(scorer, optimizer, batch, ref_logp, config)                                     # 5, 6
         now = time.perf_counter()
         looks = rollout_metrics(batch, parse_weights(config.reward_weights))
-        metrics = averaged({**looks, **metrics, "seconds": now - began, "seconds/rollout": sampled - began - batch.judging, "seconds/reward": batch.judging,
+        metrics = averaged({**looks, **metrics, "seconds": now - began,
+                            "seconds/rollout": sampled - began - batch.judging, "seconds/reward": batch.judging,
                             "seconds/reference": compared - sampled, "seconds/update": now - compared,
                             "peak_gib": peak_gib(device)}, world, device)
         done = step + config.epochs_per_rollout

@@ -31,7 +31,7 @@ import shapes
 from model import (NAMES, Decoder, DecoderConfig, KVCache, open_tensors, place, read_json, read_tensor, rename,
                    snapshot, tensor_files)
 from tokenizer import (SIGLIP_HEADS, VISION_NAMES, Answer, Attention, Block, ClipText, QwenText, Segment, SiglipTower,
-                       TowerConfig, UserError, WordPiece, pad, preprocess, run_main)
+                       TowerConfig, UserError, WordPiece, pad, pick_device, preprocess, run_main)
 
 # A judge gives None where it has no opinion (a reply without a score): no reward information, never a 0.
 # A batch goes to a judge at once, so that a learned one can use its device well.
@@ -714,6 +714,11 @@ def make_judges(text: str, visual: str, device: str | torch.device, critic_quant
     return (RulesText() if text == "rules" else LlavaCritic(text_from, device, critic_quantize),
             RulesVisual() if visual == "rules" else {"image-reward": ImageReward, "clip-score": ClipScore}[visual](
                 visual_from, device))
+
+
+def judge_device(name: str, device: str | torch.device) -> torch.device:
+    """--reward-device, or where the policy is."""
+    return pick_device(name, "--reward-device") if name else pick_device(str(device))
 
 
 def check_judges(text: str, visual: str, critic_quantize: str) -> None:

@@ -9,7 +9,7 @@ Stage 3 learns from the toy world, or from the published files of the paper's ow
 
     python warmup.py          # two CPU cores: 3 minutes -> out/warmup/ (policy/, samples/, metrics.jsonl, report.html)
     python warmup.py --preset paper --out out/warmup-7b \
-        --data activitynet=DIR,genhowto=DIR,openstory=DIR,emova=DIR,journeydb=DIR      # stage 3, QLoRA on VILA-U 7B (GPU)
+        --data activitynet=DIR,genhowto=DIR,openstory=DIR,emova=DIR,journeydb=DIR   # stage 3, QLoRA on VILA-U 7B (GPU)
 """
 import base64
 import csv
@@ -176,8 +176,8 @@ def toy_batches(shares: dict, config: Config, stage: str) -> Callable[[int], lis
 EVENT_QUERY = ("In this task, you are given the first part of an event with both text and an image, and you need to "
                "complete the subsequent parts of the event by generating text and images that are natural continuation "
                "of the given first part. The input interleaved content is: <BEGIN> {text} <image>")
-HOWTO_QUERY = ("In this task, you are given a multimodal question consisting of both text and an image. Your goal is to "
-               "generate an interleaved text-image answer that demonstrates step-by-step multimodal reasoning. The "
+HOWTO_QUERY = ("In this task, you are given a multimodal question consisting of both text and an image. Your goal is "
+               "to generate an interleaved text-image answer that demonstrates step-by-step multimodal reasoning. The "
                "answer should include both textual and relevant visual content to support your reasoning process. "
                "<BEGIN> {question} <image>")
 NEXT_STEP_QUERY = "{question} Predict the subsequent step. The previous steps are: {text} <image>"
@@ -281,6 +281,11 @@ def parse_json(text: str | bytes) -> object:
         return json.loads(text)
     except ValueError as error:
         raise Broken("not JSON", f"{error}, in {text[:40]!r}")
+
+
+def id_of(record: object, key: str = "id") -> str:
+    """What a record calls itself, for reports."""
+    return str(record.get(key, "")) if isinstance(record, dict) else ""
 
 
 def need(record: object, key: str, kind: type | tuple[type, ...]):
@@ -468,7 +473,7 @@ def emova(path: Path, left_out: LeftOut) -> Iterator[Sample]:
             left_out(file, 1, file.stem, "a speech subset")
             continue
         for line, record in records(file, left_out):
-            with left_out.record(file, line, record.get("id", "") if isinstance(record, dict) else ""):
+            with left_out.record(file, line, id_of(record)):
                 turns, names = need(record, "conversations", list), record.get("image") or []
                 names = names if isinstance(names, list) else [names]
                 pictures = [picture_in(root, name) for name in names]
@@ -488,7 +493,7 @@ def emova(path: Path, left_out: LeftOut) -> Iterator[Sample]:
                 for question, reply in zip(said[::2], said[1::2]):
                     prompt += question
                     yield Sample(prompt, pictures[:prompt.count("<image>")], reply + "</s>", kind="understanding",
-                                 origin=(file, line, record.get("id", "")))
+                                 origin=(file, line, id_of(record)))
                     prompt += f" ASSISTANT: {reply}</s>USER: "
 
 
@@ -502,31 +507,30 @@ def journeydb(path: Path, left_out: LeftOut) -> Iterator[Sample]:
     folders = {f.name for f in (file.parent / "imgs").glob("*") if f.is_dir()}
     seen = set()
     for line, record in records(file, left_out):
-        name = record.get("img_path", "") if isinstance(record, dict) else ""
-        with left_out.record(file, line, name):
+        with left_out.record(file, line, id_of(record, "img_path")):
             name = need(record, "img_path", str).removeprefix("./")
             if name.partition("/")[0] not in folders:
                 raise Broken("its folder of pictures is not there", "imgs/" + name.partition("/")[0])
-            told, prompt = record.get("Task2"), record.get("prompt")
-            texts = [told.get("Caption") if isinstance(told, dict) else None,
-                     re.sub(r"\s*--\w.*", "", prompt, flags=re.DOTALL).rstrip(" ,") if isinstance(prompt, str) else None]
-            texts = [text for text in (MARKS.sub(" ", text).strip() for text in texts if isinstance(text, str))
-                     if len(text) >= SHORTEST_CAPTION]
-            if not texts:
+            told = record.get("Task2") if isinstance(record.get("Task2"), dict) else {}
+            prompt = record.get("prompt") if isinstance(record.get("prompt"), str) else ""
+            for text in (told.get("Caption"), re.sub(r"\s*--\w.*", "", prompt, flags=re.DOTALL).rstrip(" ,")):
+                text = MARKS.sub(" ", text).strip() if isinstance(text, str) else ""
+                if len(text) >= SHORTEST_CAPTION:
+                    break
+            else:
                 raise Broken(f"no caption or prompt of {SHORTEST_CAPTION} letters")
             picture = picture_in(file.parent / "imgs", name)
-            same = prompt if isinstance(prompt, str) and prompt else texts[0]
-            if same in seen:
+            if (prompt or text) in seen:
                 raise Broken("another picture of a prompt that was there before")
-            seen.add(same)
-            yield drawing(texts[0], picture, (file, line, name))
+            seen.add(prompt or text)
+            yield drawing(text, picture, (file, line, name))
 
 
 def plain(path: Path, left_out: LeftOut, with_steps: bool = True) -> Iterator[Sample]:
     """Our own JSON lines: {"prompt": text, "images": [path, ...], "steps": [{"text", "image"}, ...]}. An `<image>` mark
     in the prompt for each of "images"; paths relative to the file. Prompts alone need no steps."""
     for line, record in records(path, left_out):
-        with left_out.record(path, line, record.get("id", "") if isinstance(record, dict) else ""):
+        with left_out.record(path, line, id_of(record)):
             prompt = need(record, "prompt", str)
             if not prompt.strip():
                 raise Broken("the prompt is empty")
@@ -539,7 +543,7 @@ def plain(path: Path, left_out: LeftOut, with_steps: bool = True) -> Iterator[Sa
             if with_steps and not steps:
                 raise Broken("no step in the answer")
             answer = written(steps) if with_steps else ()
-            yield Sample(prompt, pictures, *answer, origin=(path, line, record.get("id", "")))
+            yield Sample(prompt, pictures, *answer, origin=(path, line, id_of(record)))
 
 
 READERS = {                      # name in --data -> reader, kind of its samples
@@ -678,8 +682,8 @@ def usable(samples: list[Sample], model: UnifiedModel, codes: Codes, left_out: L
     """The samples whose pictures can be read and that fit the decoder's context with `room` positions to spare, in
     their order; their codes are known from here on."""
     context = model.decoder.config.context
-    for start in range(0, len(samples), 64):
-        part = samples[start:start + 64]
+    for start in range(0, len(samples), 16):             # their pictures are in memory together
+        part = samples[start:start + 16]
         codes.learn([p for s in part for p in s.prompt_pictures + s.answer_pictures * (not s.draw)])
         codes.learn([p for s in part if s.draw for p in s.answer_pictures], crop=True)
         for sample in part:

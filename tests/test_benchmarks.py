@@ -1,6 +1,5 @@
 """The benchmarks: the published averages from the published columns, every known pitfall of the files, runs as a user's."""
 import json
-import math
 import random
 import re
 from pathlib import Path
@@ -12,7 +11,7 @@ import evaluate
 import published_samples
 import shapes
 from conftest import FIXTURES, run
-from evaluate import ASPECTS, BENCHMARKS, Config, Question, find_score
+from evaluate import ASPECTS, BENCHMARKS, Answered, Config, Question, find_score
 from model import save
 from tokenizer import UserError
 from warmup import LeftOut
@@ -86,15 +85,19 @@ def questions_of(*pairs) -> list[Question]:
     return [Question("q", [], id=id, group=group, record={}, origin=(Path("f"), 1, id)) for id, group in pairs]
 
 
-def test_mmie_means_leave_invalid_replies_out_and_count_zeros(capsys):
-    spec, left_out = BENCHMARKS["mmie"], LeftOut()
-    asked = questions_of(("SA-1", "SA"), ("PBL-1", "PBL"), ("PBL-2", "PBL"), ("PBL-3", "PBL"), ("MSR-1", "MSR"))
-    replies = {("SA-1", "score"): "### Score\n3", ("PBL-1", "score"): "### Score\n6", ("PBL-2", "score"): "### Score\n0",
-               ("PBL-3", "score"): "no idea"}
-    rows = spec.score(evaluate.scores_of(spec, asked, replies, Config(), left_out), asked, Config())
-    assert rows == {"SA": (50, 1), "PBL": (50, 2), "AVG": (pytest.approx(50), 3)}
-    assert left_out.reasons() == {"left out, no valid score in the reply": 1, "left out, no reply": 1}
-    assert spec.score({}, asked, Config()) == {}
+def answered(questions: list[Question], replies: dict, answers: dict | None = None, folder: Path = Path()) -> Answered:
+    return Answered("m", folder, LeftOut(), questions, answers or {}, replies)
+
+
+def test_mmie_means_leave_invalid_replies_out_and_count_zeros():
+    spec = BENCHMARKS["mmie"]
+    of = answered(questions_of(("SA-1", "SA"), ("PBL-1", "PBL"), ("PBL-2", "PBL"), ("PBL-3", "PBL"), ("MSR-1", "MSR")),
+                  {("SA-1", "score"): "### Score\n3", ("PBL-1", "score"): "### Score\n6",
+                   ("PBL-2", "score"): "### Score\n0", ("PBL-3", "score"): "no idea"})
+    assert spec.score(of, Config()) == {}
+    evaluate.score_replies(spec, of, Config())
+    assert spec.score(of, Config()) == {"SA": (50, 1), "PBL": (50, 2), "AVG": (pytest.approx(50), 3)}
+    assert of.left_out.reasons() == {"left out, no valid score in the reply": 1, "left out, no reply": 1}
 
 
 def test_interleavedbench_skips_by_task_and_never_by_value():
@@ -105,13 +108,13 @@ def test_interleavedbench_skips_by_task_and_never_by_value():
     both, editing, none = (Config(skip=skip) for skip in ("both", "editing", "none"))
     counted = [[len(spec.aspects(q, config)) for q in asked] for config in (both, editing, none)]
     assert counted == [[5, 3, 3, 3, 5], [5, 5, 3, 3, 5], [5, 5, 5, 5, 5]]
-    scores = {(q.id, name): 0 if q.id == "wikihow_1" else 4 for q in asked for name in ASPECTS}
-    rows = spec.score(scores, asked, both)
+    of = answered(asked, {})
+    of.scores = {(q.id, name): 0 if q.id == "wikihow_1" else 4 for q in asked for name in ASPECTS}
+    rows = spec.score(of, both)
     assert rows["text quality"] == (2, 2) and rows["helpfulness"] == (16 / 5, 5)
     assert rows["AVG"][0] == pytest.approx((2 + 3.2 + 3.2 + 2 + 3.2) / 5)
-    del scores["g", "text quality"], scores["wikihow_1", "text quality"]
-    rows = spec.score(scores, asked, both)
-    assert "text quality" not in rows and "AVG" not in rows
+    del of.scores["g", "text quality"], of.scores["wikihow_1", "text quality"]
+    assert "text quality" not in spec.score(of, both) and "AVG" not in spec.score(of, both)
 
 
 @pytest.mark.parametrize("reply, right", [("The bakery.", True), ("bakery", True), ("a Bakery!", True), ("Big bakery", False),
@@ -151,7 +154,8 @@ def test_mmie_records_and_their_pitfalls(tmp_path):
 def test_an_answer_is_cut_after_three_pictures_as_mmies_loader_does():
     def view(given: int, *answer):
         q = questions_of(("SA-1", "SA"))[0]
-        q.record = {"question": [{"text": f"q{i}", "image": f"q{i}.png"} for i in range(given)] or "q"}
+        q.record = {"question": [{"text": f"q{i}", "image": f"q{i}.png"} for i in range(given)]
+                    or [{"text": "q", "image": None}]}
         return evaluate.mmie_view(q, [{"text": t, "image": i} for t, i in answer], Path("f"))
     steps = [("one", "1.png"), ("two", "2.png"), (None, "3.png"), ("four", "4.png")]
     assert view(0, *steps) == ("q\n", "one\nImage-0: <image>\ntwo\nImage-1: <image>\nImage-2: <image>\n",
@@ -162,15 +166,20 @@ def test_an_answer_is_cut_after_three_pictures_as_mmies_loader_does():
     assert view(0, ("a <image> <|im_end|> b", None)) == ("q\n", "a     b\n", [])
 
 
-def test_only_problems_show_the_judge_their_right_answer():
-    question = questions_of(("MSR-1", "MSR"))[0]
-    question.record = {"question": "q", "gt_answer": [{"text": "9", "image": None}]}
-    asks = evaluate.mmie_asks(question, [{"text": "nine", "image": None}], Path("f"), Config())
-    assert len(asks) == 1 and "### Correct Answer\n9\n### Feedback\n" in asks[0][1] and "### Answer\nnine\n" in asks[0][1]
-    question.group = "PBL"
-    assert "Correct Answer" not in evaluate.mmie_asks(question, [], Path("f"), Config())[0][1]
-    question.group, question.record["gt_answer"] = "MSR", [{"text": None, "image": None}]
-    assert "not given" in evaluate.mmie_asks(question, [], Path("f"), Config())[0][1]
+def test_references_come_in_three_forms_and_only_problems_show_theirs(tmp_path):
+    write(tmp_path / "data.json", [
+        {"id": "MSR-1", "question": "q", "gt_answer": [{"text": "9", "image": None}], "answer": "mine", "model": "m"},
+        {"id": "MSR-2", "question": "q", "answer": "a string", "model": "gt"}, {"id": "MSR-3", "question": [{"text": "q"}]},
+        {"id": "MSR-4", "question": "q", "answer": "another model's", "model": "m", "gt_answer": []},
+        {"id": "PBL-5", "question": "q", "gt_answer": "9"}, {"id": "MSR-6", "question": "q", "gt_answer": [{"text": 9}]}])
+    asked, left_out = read("mmie", tmp_path)
+    asks = [evaluate.mmie_asks(q, [{"text": "nine", "image": None}], Path("f"), Config())[0][1] for q in asked]
+    told = [re.search("### Correct Answer\n(.*)\n### Feedback\n", ask) for ask in asks]
+    assert [t and t[1] for t in told] == ["9", "a string", "not given", "not given", None]
+    assert all("### Question\nq\n### Answer\nnine\n###" in ask for ask in asks) and len(left_out.list) == 1
+    made = evaluate.mmie_record(asked[2], [], tmp_path, "me")
+    assert made == {"id": "MSR-3", "question": [{"text": "q", "image": None}], "answer": [], "model": "me",
+                    "gt_answer": [{"text": None, "image": None}]}
 
 
 def test_interleavedbench_records_and_their_pitfalls(tmp_path):
@@ -250,8 +259,8 @@ def config_of(benchmark: str, data: Path, model: Path, out: Path, **more) -> Con
 def test_a_killed_benchmark_goes_on_and_gives_the_same_table(benchmark, data, talker, tmp_path, monkeypatch, capsys):
     def result(out: Path) -> tuple:
         told = json.loads((out / "results.json").read_text())
-        return {k: v for k, v in told.items() if k != "models"}, (out / "after" / "answers.jsonl").read_text(), \
-            {p.name: p.read_bytes() for p in (out / "after" / "answers").glob("*.png")}
+        return {k: v for k, v in told.items() if k != "models"}, (out / "model" / "answers.jsonl").read_text(), \
+            {p.name: p.read_bytes() for p in (out / "model" / "answers").glob("*.png")}
     replies = tmp_path / "replies.jsonl"
     asked, _ = read(benchmark, data / benchmark)
     replies.write_text("".join(json.dumps({"id": q.id, "aspect": aspect, "reply": random.Random(q.id + aspect).randint(0, 5)})
@@ -273,7 +282,7 @@ def test_a_killed_benchmark_goes_on_and_gives_the_same_table(benchmark, data, ta
     evaluate.run_benchmark(cut)
     assert result(tmp_path / "whole") == result(tmp_path / "cut")
     told = result(tmp_path / "whole")[0]
-    assert len(told["rows"]["after"]) == len(BENCHMARKS[benchmark].rows)
+    assert len(told["rows"]["model"]) == len(BENCHMARKS[benchmark].rows)
     table = capsys.readouterr().out
     assert "paper full" in table and {"mmie": "59.50", "interleavedbench": "3.13"}[benchmark] in table
     with pytest.raises(UserError, match="temperature"):
@@ -282,7 +291,7 @@ def test_a_killed_benchmark_goes_on_and_gives_the_same_table(benchmark, data, ta
 
 def test_answers_are_written_as_mmie_wants_them(data, talker, tmp_path):
     evaluate.run_benchmark(config_of("mmie", data, talker, tmp_path))
-    asked, made = json.loads((data / "mmie" / "data.json").read_text()), json.loads((tmp_path / "after" / "data.json").read_text())
+    asked, made = json.loads((data / "mmie" / "data.json").read_text()), json.loads((tmp_path / "model" / "data.json").read_text())
     assert [m["id"] for m in made] == [a["id"] for a in asked]
     shown = 0
     for record in made:
@@ -290,10 +299,10 @@ def test_answers_are_written_as_mmie_wants_them(data, talker, tmp_path):
         for segment in record["question"] + record["answer"] + record["gt_answer"]:
             assert set(segment) == {"text", "image"}
             if segment["image"]:
-                shown += Image.open(tmp_path / "after" / segment["image"]).size[0] > 0      # whole without the data folder
+                shown += Image.open(tmp_path / "model" / segment["image"]).size[0] > 0      # whole without the data folder
         assert any(s["text"] or s["image"] for s in record["answer"])
     assert shown > len(made)
-    page = (tmp_path / "after" / "answers.html").read_text()
+    page = (tmp_path / "model" / "answers.html").read_text()
     assert page.count("<img") >= len(made) and "MSR-0-000002" in page and "http" not in page
 
 
@@ -302,21 +311,32 @@ def test_our_critic_judges_and_is_called_by_its_name(data, talker, tmp_path, mon
     asked = []
 
     def replies(self, prompts, pictures, **options):
-        asked.extend(prompts)
         assert all(prompt.count("<image>") == len(shown) for prompt, shown in zip(prompts, pictures))
-        if any("Score" not in p for p in prompts) or len(prompts) > 1 and len(asked) < 20:
-            raise UserError("beyond the context")
-        return [f"### Score\n{len(p) % 8}" for p in prompts]
+        asked.extend(prompts)
+        return ["### Score\n3" for _ in prompts]
     monkeypatch.setattr(LlavaCritic, "replies", replies)
     config = config_of("interleavedbench", data, talker, tmp_path, judge=f"llava-critic={FIXTURES / 'llava_critic_tiny'}")
     evaluate.run_benchmark(config)
     told = json.loads((tmp_path / "results.json").read_text())
-    assert told["rows"]["after"] and told["left_out"]["after"].get("left out, no valid score in the reply", 0) > 0
-    page = (tmp_path / "after" / "answers.html").read_text()
+    assert all(of["value"] == 3 for of in told["rows"]["model"].values())
+    page = (tmp_path / "model" / "answers.html").read_text()
     assert "LLaVA-Critic, NOT the official judge" in page and "text aspects do not count for" in page
     count = len(asked)
     evaluate.run_benchmark(config)
     assert len(asked) == count, "replies are kept"
+
+
+def test_a_question_beyond_the_critics_context_gets_no_score(data, tmp_path):
+    class Critic:
+        BATCH, repetition_penalty = 4, 1.0
+
+        def replies(self, prompts, pictures, repetition_penalty):
+            if any("long" in prompt for prompt in prompts):
+                raise UserError("beyond the context")
+            return ["### Score\n3" for _ in prompts]
+    replies = evaluate.ask_critic(Critic(), "c", [(f"{i}", "score", "long" if i == 2 else "x", []) for i in range(6)], tmp_path)
+    assert [find_score(replies[f"{i}", "score"], 6) for i in range(6)] == [3, 3, None, 3, 3, 3]
+    assert "beyond the context" in replies["2", "score"]
 
 
 def test_the_real_critic_sees_the_pictures(data, talker, tmp_path):
@@ -327,8 +347,8 @@ def test_the_real_critic_sees_the_pictures(data, talker, tmp_path):
         patch.setattr(LlavaCritic, "replies", lambda self, prompts, pictures, **more: real(self, prompts, pictures, 2, **more))
         evaluate.run_benchmark(config_of("mmie", data, talker, tmp_path, judge=f"llava-critic={FIXTURES / 'llava_critic_tiny'}"))
     told = json.loads((tmp_path / "results.json").read_text())
-    assert told["rows"] == {"after": {}} and told["left_out"]["after"] == {"left out, no valid score in the reply": 6}
-    assert len((tmp_path / "after" / "replies.jsonl").read_text().splitlines()) == 6
+    assert told["rows"] == {"model": {}} and told["left_out"]["model"] == {"left out, no valid score in the reply": 6}
+    assert len((tmp_path / "model" / "replies.jsonl").read_text().splitlines()) == 6
 
 
 @pytest.mark.parametrize("benchmark, row", [("understanding", "accuracy"), ("t2i", "visual reward")])
@@ -336,18 +356,17 @@ def test_kept_abilities_stand_side_by_side_before_and_after(benchmark, row, warm
     out = run("evaluate.py", "--benchmark", benchmark, "--data", data / "kept", "--before", warm, "--model", talker, "--out",
               tmp_path, "--budget", 30)
     told = json.loads((tmp_path / "results.json").read_text())
-    assert set(told["rows"]) == {"before", "after"} and "before" in out and "paper full" in out
+    assert set(told["rows"]) == {"before", "model"} and "before" in out and "paper full" in out
     assert all(0 <= of[row]["value"] <= 100 and of[row]["records"] == 12 for of in told["rows"].values())
 
 
 def test_visual_reward_of_a_right_picture_is_one_and_of_none_is_zero(tmp_path):
-    from rewards import RulesVisual
     scenes = shapes.SCENES[:2]
     Image.fromarray(shapes.render(scenes[0])).save(tmp_path / "a.png")
     asked = [Question(shapes.caption(s), [], id=str(i)) for i, s in enumerate(scenes)]
-    told = {"0": {"answer": [{"text": None, "image": "a.png"}]}, "1": {"answer": [{"text": "no picture", "image": None}]}}
-    assert evaluate.t2i_rows(told, asked, tmp_path, RulesVisual()) == {"visual reward": (0.5, 2)}
-    assert not math.isnan(evaluate.t2i_rows({"1": told["1"]}, asked[1:], tmp_path, RulesVisual())["visual reward"][0])
+    told = {"0": {"answer": [{"text": None, "image": "a.png"}]}, "1": {"answer": [{"text": "none", "image": None}]}}
+    assert evaluate.t2i_rows(answered(asked, {}, told, tmp_path), Config()) == {"visual reward": (0.5, 2)}
+    assert evaluate.t2i_rows(answered(asked[1:], {}, told, tmp_path), Config()) == {"visual reward": (0, 1)}
 
 
 @pytest.mark.parametrize("arguments, said", [
