@@ -652,7 +652,7 @@ class Codes:
         if new:
             self.known.update(zip(new, self.model.codes(list(new.values()), crop)))
             self.encoded += len(new)
-        if self.folder and len(self.known) >= self.AT_ONCE:
+        if len(self.known) >= self.AT_ONCE:
             self.keep()
 
     def __call__(self, pictures: list, crop: bool = False) -> list[Tensor]:
@@ -666,7 +666,7 @@ class Codes:
 
     def keep(self) -> None:
         """Write the codes that are not on disk yet, whole or not at all, as int32."""
-        if not self.known:
+        if not self.folder or not self.known:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
         file = self.folder / (hashlib.sha256("".join(sorted(self.known)).encode()).hexdigest()[:16] + ".safetensors")
@@ -698,31 +698,38 @@ def usable(samples: list[Sample], model: UnifiedModel, codes: Codes, left_out: L
                 yield sample
 
 
-def published_batches(samples: dict[str, list[Sample]], model: UnifiedModel, config: Config, codes: Codes,
-                      left_out: LeftOut) -> tuple[Callable[[int], list[Sample]], dict]:
-    """Samples of files by kind -> the batch of every step, and counts to show. The kinds are drawn in the ratio --mix,
-    the samples of a kind in a shuffled order that starts over when it is through: a function of seed and step alone.
+def published_batches(samples: dict[str, list[Sample]], model: UnifiedModel, run: "Run", config: Config, codes: Codes,
+                      left_out: LeftOut) -> tuple[Callable[[int], list[Sample]], list[Sample]]:
+    """Samples of files by kind -> the batch of every step, and the interleaved samples. The kinds are drawn in the
+    ratio --mix, the samples of a kind in a shuffled order that starts over when it is through: a function of seed and
+    step alone.
 
-    Only pictures that the run will show are encoded, now; broken ones are left out here, before training."""
+    Only pictures that the run will show are encoded, now; broken ones are left out here, before training. Counts and
+    what was left out go to data.json."""
     weights = parse_weights(config.mix, "--mix", ", ".join(KINDS))
     order = random.Random(f"{config.seed}/mix").choices(KINDS, weights, k=config.warmup_steps * config.batch)
-    kept, shown = {}, {}
-    for kind, draws in sorted(Counter(order).items()):
+    kept, counts, seen, places = {kind: [] for kind in KINDS}, {}, Counter(), []
+    for kind in (kind for kind in KINDS if kind in order):
+        draws = order.count(kind)
         pool = random.Random(f"{config.seed}/{kind}").sample(samples[kind], len(samples[kind]))
         found = itertools.islice(usable(pool, model, codes, left_out), draws)
         kept[kind] = list(tqdm(found, desc=f"codes of {kind} samples", total=min(draws, len(pool))))
         if not kept[kind]:
             raise UserError(f"--data: no usable {kind} sample is left, but --mix {config.mix} asks for some")
-        shown[kind] = {"samples": len(kept[kind]), "draws": draws, "epochs": round(draws / len(kept[kind]), 2)}
-        tqdm.write(f"{kind:14} {len(kept[kind]):9,} samples for {draws:,} draws of {len(order):,}: "
-                   f"{shown[kind]['epochs']} epochs")
+        counts[kind] = {"samples": len(kept[kind]), "draws": draws, "epochs": round(draws / len(kept[kind]), 2)}
+        tqdm.write(f"{kind:14} {len(kept[kind]):9,} samples, {draws:,} of {len(order):,} draws: "
+                   f"{counts[kind]['epochs']} epochs")
     codes.keep()
     tqdm.write(f"image codes: {codes.encoded:,} pictures encoded now, the others were in {codes.folder}")
-    place, places = Counter(), []
+    told = {"kinds": counts, "left_out": left_out.reasons(), "records": left_out.list}
+    (run.folder / "data.json").write_text(json.dumps(told, indent=1))
     for kind in order:
-        places.append((kind, place[kind] % len(kept[kind])))
-        place[kind] += 1
-    return lambda step: [kept[kind][i] for kind, i in places[step * config.batch:(step + 1) * config.batch]], shown
+        places.append((kind, seen[kind] % len(kept[kind])))
+        seen[kind] += 1
+
+    def batch(step: int) -> list[Sample]:
+        return [kept[kind][i] for kind, i in places[step * config.batch:(step + 1) * config.batch]]
+    return batch, kept["interleaved"]
 
 
 def row_of(sample: Sample, model: UnifiedModel, codes: Codes) -> tuple[Tensor, Tensor, Tensor]:
@@ -1189,15 +1196,14 @@ def warm_up(config: Config) -> None:
             train_decoder(model, run, config, stage, config.pretrain_steps, config.lr,
                           toy_batches(PRETRAINING, config, stage), Codes(model), here, held)
         else:
-            codes, batch = Codes(model), toy_batches(hybrid_mix(config.mix), config, stage)
+            rng, codes, batch = random.Random(0), Codes(model), toy_batches(hybrid_mix(config.mix), config, stage)
+            prompts, judges = [toy_prompt(rng, 2, "heldout") for _ in range(6)], (RulesText(), RulesVisual())
             if config.data:
-                codes = Codes(model, Path(config.cache))
-                batch, shown = published_batches(samples, model, config, codes, left_out)
-                told = {"kinds": shown, "left_out": left_out.reasons(), "records": left_out.list}
-                (run.folder / "data.json").write_text(json.dumps(told, indent=1))
-            show(model, run, "before", "before the warm-up: it cannot interleave", samples, codes)
+                codes, judges = Codes(model, Path(config.cache)), (no_text_judge, no_visual_judge)
+                batch, prompts = published_batches(samples, model, run, config, codes, left_out)
+            show(model, run, "before", "before the warm-up: it cannot interleave", prompts[:6], codes, judges)
             train_decoder(model, run, config, stage, config.warmup_steps, config.warmup_lr, batch, codes, here, held)
-            show(model, run, "after", "after the warm-up", samples, codes)
+            show(model, run, "after", "after the warm-up", prompts[:6], codes, judges)
         checkpoint(model, run, config, STAGES[STAGES.index(stage) + 1], 0, {})
 
 
@@ -1206,19 +1212,23 @@ def hybrid_mix(mix: str) -> dict:
     return dict(zip((story_sample, i2t_sample, t2i_sample), parse_weights(mix, "--mix", ", ".join(KINDS))))
 
 
-def show(model: UnifiedModel, run: Run, name: str, title: str, samples: dict[str, list[Sample]], codes: Codes) -> None:
-    """A sheet of answers to fixed prompts: held-out ones of the toy world, or six of the data, whose texts and pictures
-    no rule can judge."""
-    rng, judges = random.Random(0), (RulesText(), RulesVisual())
-    prompts = [toy_prompt(rng, 2, "heldout") for _ in range(6)]
-    budget = 2 * (model.vision_config.positions + 48)
-    if samples:
-        prompts = list(itertools.islice(usable(samples["interleaved"], model, codes, LeftOut(), budget), 6))
-        judges = (lambda prompts, texts: [[None] * len(told) for told in texts], lambda texts, _: [None] * len(texts))
+def no_text_judge(prompts: list[str], texts: list[list[str]]) -> list[list[None]]:
+    """Published data has no rules to judge by."""
+    return [[None] * len(told) for told in texts]
+
+
+def no_visual_judge(texts: list[str], pictures: list) -> list[None]:
+    return [None] * len(texts)
+
+
+def show(model: UnifiedModel, run: Run, name: str, title: str, prompts: list[Sample], codes: Codes,
+         judges: tuple) -> None:
+    """A sheet of answers to fixed prompts."""
     if not prompts:
         return
-    trajectories = model.generate([model.prompt(s.prompt, codes(s.prompt_pictures)) for s in prompts], 1, budget,
-                                  generator=torch.Generator().manual_seed(0))
+    rows = [model.prompt(s.prompt, codes(s.prompt_pictures)) for s in prompts]
+    budget = min(2 * (model.vision_config.positions + 48), model.decoder.config.context - max(map(len, rows)))
+    trajectories = model.generate(rows, 1, budget, generator=torch.Generator().manual_seed(0))
     answers = model.answers(trajectories)
     scores = judge([s.prompt for s in prompts], answers, *judges)
     run.sample(name, title, [record(s, [a], [c]) for s, a, c in zip(prompts, answers, scores)])

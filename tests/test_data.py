@@ -393,13 +393,15 @@ def test_micro_batches_hold_every_row_once_with_little_padding(tiny):
 def test_the_mix_is_drawn_in_its_ratio_and_goes_through_all_samples(tiny, data, tmp_path):
     left_out = LeftOut()
     samples = read_sources(sources(data), "--data", warmup.READERS, left_out)
-    config = warmup.Config(mix="0.3,1,1", batch=10, warmup_steps=60)
+    config = warmup.Config(mix="0.3,1,1", batch=10, warmup_steps=60, out=str(tmp_path / "run"))
+    run_folder = warmup.Run(config)
     tiny.decoder.config.context, held = 4096, tiny.decoder.config.context
     try:
-        batch, shown = warmup.published_batches(samples, tiny, config, Codes(tiny, tmp_path), left_out)
-        again, _ = warmup.published_batches(samples, tiny, config, Codes(tiny, tmp_path), left_out)
+        (batch, stories), (again, _) = (warmup.published_batches(samples, tiny, run_folder, config, Codes(tiny), left_out)
+                                        for _ in range(2))
     finally:
         tiny.decoder.config.context = held
+    shown = json.loads((tmp_path / "run" / "data.json").read_text())["kinds"]
     drawn = [s for step in range(60) for s in batch(step)]
     count = Counter(s.kind for s in drawn)
     assert count == {kind: of["draws"] for kind, of in shown.items()} and sum(count.values()) == 600
@@ -407,6 +409,7 @@ def test_the_mix_is_drawn_in_its_ratio_and_goes_through_all_samples(tiny, data, 
     for kind, of in samples.items():                        # every sample as often as any other, give or take one
         often = Counter(id(s) for s in drawn if s.kind == kind)
         assert len(often) == len(of) and max(often.values()) - min(often.values()) <= 1
+    assert {id(s) for s in stories} == {id(s) for s in samples["interleaved"]}
     assert [s.origin for s in again(31)] == [s.origin for s in batch(31)]
 
 
