@@ -55,7 +55,7 @@ class Config:
     lr: float = 2e-4                 # Adam's
     ramp: int = 5                    # updates until lr is reached
     clip: float = 0.2                # eps in Eq. (2)
-    kl: float = 0.1                  # beta in Eq. (2)
+    kl: float = 0.2                  # beta in Eq. (2)
     text_reward: str = "rules"       # judge of r_t: rules (the toy world's) or llava-critic, also NAME=FOLDER
     visual_reward: str = "rules"     # judge of r_v: rules, image-reward or clip-score, also NAME=FOLDER
     reward_weights: str = "1,1,1"    # of r_t, r_v and r_f in Eq. (5); 0 leaves one out

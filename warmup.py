@@ -271,7 +271,7 @@ def records(file: Path, left_out: LeftOut) -> Iterator[tuple[int, object]]:
             yield number, value if key is None else (key, value)
             if mark(",", end) == end:
                 break
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file}, line {number}: not JSON from here on ({error})")
 
 
@@ -279,7 +279,7 @@ def parse_json(text: str | bytes) -> object:
     """A JSON value, or Broken."""
     try:
         return json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Broken("not JSON", f"{error}, in {text[:40]!r}")
 
 
@@ -309,9 +309,9 @@ def picture_in(folder: Path, *names: object) -> Path:
     for name in names:
         if not isinstance(name, str) or not name:
             raise Broken("the path of a picture is missing")
-        if (folder / name).is_file():
+        if os.path.isfile(folder / name):                   # False for a path that no system would take, too
             return folder / name
-    raise Broken("a picture is missing", folder / names[0])
+    raise Broken("a picture is missing", str(folder / names[0])[:200])
 
 
 def frame_in(frames: Path, video: str, name: str, second: float) -> Path:
@@ -374,7 +374,7 @@ def activitynet(path: Path, left_out: LeftOut) -> Iterator[Sample]:
                             and all(isinstance(t, (int, float)) for t in span)):
                         raise Broken("a timestamp is no pair of seconds", span)
                     start, stop = max(0, span[0]), min(duration, span[1])
-                    if not start < stop:
+                    if not start < stop < math.inf:
                         raise Broken("a segment is empty", span)
                     parts.append((start, stop, i, text))
             parts.sort()
@@ -415,10 +415,10 @@ def genhowto(path: Path, left_out: LeftOut, next_step: bool = False) -> Iterator
     for row in rows.values():
         with left_out.record(*row["origin"]):
             action, state = need_text(row, "FRAME_AC_PROMPT"), need_text(row, "FRAME_S2_PROMPT")
-            try:
-                seconds = [float(need(row, name, str)) for name in ("FRAME_S1", "FRAME_AC", "FRAME_S2")]
-            except ValueError:
-                raise Broken("a frame's second is no number")
+            told = [need_text(row, name) for name in ("FRAME_S1", "FRAME_AC", "FRAME_S2")]
+            if not all(re.fullmatch(r"\d+(\.\d+)?", text) for text in told):
+                raise Broken("a frame's second is no number", told)
+            seconds = [float(text) for text in told]
             if sorted(seconds) != seconds:
                 raise Broken("initial, action and final frame are not in order", seconds)
             first, middle, last = (frame_in(frames, need_text(row, "VID_ID"), f"{t:g}", t) for t in seconds)
@@ -467,9 +467,9 @@ def emova(path: Path, left_out: LeftOut) -> Iterator[Sample]:
 
     Choice: a sample for each reply, what was said before it in its prompt (vicuna_v1's turns): Eq. (1) then counts
     every reply once."""
-    root = path if path.is_dir() else path.parent.parent
+    root = path if path.is_dir() else path.parent.parent if path.parent.name == "annotations" else path.parent
     for file in files_in(path, "annotations/*.json", "annotations/*.jsonl", "*.json", "*.jsonl"):
-        if re.search("asr|tts|speech", file.stem):
+        if re.search("asr|tts|speech", file.stem, re.IGNORECASE):
             left_out(file, 1, file.stem, "a speech subset")
             continue
         for line, record in records(file, left_out):

@@ -1,7 +1,7 @@
 """Small invented samples in the schemas in which the paper's data and benchmarks are published.
 
-Nothing of the real sets is in here: pictures and words are the toy world's. What a person with the real files would have
-is what this writes, in small, so that the commands of the README run without them.
+Nothing of the real sets is in here: pictures and words are the toy world's. What a person with the real files would
+have is what this writes, in small, so that the commands of the README run without them.
 
     python tests/published_samples.py data           # data/activitynet, data/genhowto, ... 300 warm-up records in all
 """
@@ -40,8 +40,8 @@ def activitynet(folder: Path, count: int, rng: random.Random) -> None:
     told = {}
     for _ in range(count):
         video, (_, states) = "v_" + youtube_id(rng), chain(rng, rng.randint(2, 3))
-        starts = [10.0 * i for i in range(len(states))]
-        told[video] = {"duration": starts[-1] + 12.5, "timestamps": [[s, s + 12.5] for s in starts],       # they overlap
+        starts = [10.0 * i for i in range(len(states))]                     # segments overlap
+        told[video] = {"duration": starts[-1] + 12.5, "timestamps": [[s, s + 12.5] for s in starts],
                        "sentences": [" " * bool(i) + shapes.caption(s) for i, s in enumerate(states)]}
         for i, state in enumerate(states):
             picture(folder / "frames" / video / f"{i}.jpg", state)
@@ -73,7 +73,8 @@ def openstory_rows(folder: Path, count: int, rng: random.Random) -> list[dict]:
         for i, state in enumerate(states):
             key = f"{video}_keyframe_00-00-{10 + i:02d}-400"
             rows.append({"__key__": key, "video_id": video, "time_stamp": key[-12:], "json": {
-                "origin_caption": "a thing", "caption": shapes.caption(state), "mask": [{"value": 0, "label": "background"}]}})
+                "origin_caption": "a thing", "caption": shapes.caption(state),
+                "mask": [{"value": 0, "label": "background"}]}})
             picture(folder / "frames" / video / f"{key}.jpg", state)
     return rows
 
@@ -147,8 +148,8 @@ def kept(folder: Path, count: int, rng: random.Random) -> None:
     (folder / "captions.txt").write_text("".join(shapes.caption(scene) + "\n" for scene in scenes))
 
 
-SETS = {"activitynet": (activitynet, 30), "genhowto": (genhowto, 30), "openstory": (openstory, 20), "jsonl": (plain, 20),
-        "emova": (emova, 100), "journeydb": (journeydb, 100), "mmie": (mmie, 12),
+SETS = {"activitynet": (activitynet, 30), "genhowto": (genhowto, 30), "openstory": (openstory, 20),
+        "jsonl": (plain, 20), "emova": (emova, 100), "journeydb": (journeydb, 100), "mmie": (mmie, 12),
         "interleavedbench": (interleavedbench, 12), "kept": (kept, 24)}
 
 

@@ -1,4 +1,4 @@
-"""The benchmarks: the published averages from the published columns, every known pitfall of the files, runs as a user's."""
+"""The benchmarks: published averages from the published columns, every known pitfall of the files, runs as a user's."""
 import json
 import random
 import re
@@ -59,7 +59,8 @@ def test_mmie_average_of_the_papers_rows_is_weighted_by_records(columns, printed
         assert sum(columns) / 3 == pytest.approx(57.82, abs=0.01)
 
 
-@pytest.mark.parametrize("columns, printed", [((2.86, 3.58, 3.25, 3.02, 2.94), 3.13), ((2.33, 3.39, 3.01, 2.75, 2.85), 2.87)])
+@pytest.mark.parametrize("columns, printed",
+                         [((2.86, 3.58, 3.25, 3.02, 2.94), 3.13), ((2.33, 3.39, 3.01, 2.75, 2.85), 2.87)])
 def test_interleavedbench_average_is_the_plain_mean_of_five(columns, printed):
     rows = {name: (value, 100 + i) for i, (name, value) in enumerate(zip(ASPECTS, columns))}
     assert evaluate.plain_mean(rows)[0] == pytest.approx(printed, abs=0.005)
@@ -73,8 +74,9 @@ def test_the_papers_rows_stand_as_printed():
 
 
 @pytest.mark.parametrize("reply, score", [
-    ("### Feedback\nGood, 6 of 6.\n### Score\n4", 4), ("### Score: **5**/6", 5), ("### Score\n4.5", 4), ("### Score\n3.5", 4),
-    ("### Score\n2.51", 3), ("### Score\n0", 0), ("### Score\n7", None), ("### Score\n-1", None), ("### Score\nnone", None),
+    ("### Feedback\nGood, 6 of 6.\n### Score\n4", 4), ("### Score: **5**/6", 5), ("### Score\n4.5", 4),
+    ("### Score\n3.5", 4), ("### Score\n2.51", 3), ("### Score\n0", 0), ("### Score\n7", None),
+    ("### Score\n-1", None), ("### Score\nnone", None),
     ("Score: 5", None), ("", None), ("### Score\n\nThe answer earns 3 points, not 6", 3), ("### Score\n6.4", 6),
     ("### Score\n6.5", 6), ("### Score\n" + "9" * 400, None)])
 def test_the_first_number_behind_the_mark_is_the_score(reply, score):
@@ -117,7 +119,8 @@ def test_interleavedbench_skips_by_task_and_never_by_value():
     assert "text quality" not in spec.score(of, both) and "AVG" not in spec.score(of, both)
 
 
-@pytest.mark.parametrize("reply, right", [("The bakery.", True), ("bakery", True), ("a Bakery!", True), ("Big bakery", False),
+@pytest.mark.parametrize("reply, right",
+                         [("The bakery.", True), ("bakery", True), ("a Bakery!", True), ("Big bakery", False),
                                           ("", False), ("SHOP", True)])
 def test_short_answers_are_compared_without_case_articles_and_points(reply, right):
     assert evaluate.same_answer(reply, ["the bakery", "shop"]) == right
@@ -134,10 +137,12 @@ def test_mmie_records_and_their_pitfalls(tmp_path):
                 "gt_answer": [{"text": None, "image": None}], **more}
     images = [f"images/{i}.png" for i in range(5)]
     write(tmp_path / "data.json", [
-        record("PBL-0-000001", ("Wie heißt <image> das?", None), ("Step 1", images[0]), (None, images[1]), field="extra"),
+        record("PBL-0-000001", ("Wie heißt <image> das?", None), ("Step 1", images[0]), (None, images[1]),
+               field="extra"),
         record("-MSR-1", *((None, i) for i in images[:4])), record("MSR-2", *((None, i) for i in images)),
         record("SA-3", ("gone", "images/9.png")), record("X-4", ("no category", None)), record("SA-5", (None, None)),
-        record("SA-6", ("out", "../data.json")), record("SA-7", ("out", "/etc/hostname")), record("PBL-0-000001", ("twice", None)),
+        record("SA-6", ("out", "../data.json")), record("SA-7", ("out", "/etc/hostname")),
+        record("PBL-0-000001", ("twice", None)),
         {"id": "SA-8", "question": "a plain text"}, {"id": "SA-9"}, record("SA-10", (7, None)), {"question": []}, None,
         record("SA-PBL-11", ("first wins", None))])
     asked, left_out = read("mmie", tmp_path)
@@ -169,9 +174,11 @@ def test_an_answer_is_cut_after_three_pictures_as_mmies_loader_does():
 def test_references_come_in_three_forms_and_only_problems_show_theirs(tmp_path):
     write(tmp_path / "data.json", [
         {"id": "MSR-1", "question": "q", "gt_answer": [{"text": "9", "image": None}], "answer": "mine", "model": "m"},
-        {"id": "MSR-2", "question": "q", "answer": "a string", "model": "gt"}, {"id": "MSR-3", "question": [{"text": "q"}]},
+        {"id": "MSR-2", "question": "q", "answer": "a string", "model": "gt"},
+        {"id": "MSR-3", "question": [{"text": "q"}]},
         {"id": "MSR-4", "question": "q", "answer": "another model's", "model": "m", "gt_answer": []},
-        {"id": "PBL-5", "question": "q", "gt_answer": "9"}, {"id": "MSR-6", "question": "q", "gt_answer": [{"text": 9}]}])
+        {"id": "PBL-5", "question": "q", "gt_answer": "9"},
+        {"id": "MSR-6", "question": "q", "gt_answer": [{"text": 9}]}])
     asked, left_out = read("mmie", tmp_path)
     asks = [evaluate.mmie_asks(q, [{"text": "nine", "image": None}], Path("f"), Config())[0][1] for q in asked]
     told = [re.search("### Correct Answer\n(.*)\n### Feedback\n", ask) for ask in asks]
@@ -192,7 +199,8 @@ def test_interleavedbench_records_and_their_pitfalls(tmp_path):
     write(tmp_path / "interleaved_bench.json", [
         talk("-whole", "Steps <BEGIN> fold <image> über <image>", wiki, "then <image>", goal="g", category=["c"]),
         {"id": "record-level", "image": [], "task_name": "t", "instruction": "Explain tides."},
-        {"id": "turn-level", "image": None, "task_name": "t", "conversations": [{"from": "human", "instruction": "Say it."}]},
+        {"id": "turn-level", "image": None, "task_name": "t",
+         "conversations": [{"from": "human", "instruction": "Say it."}]},
         talk("more-marks", "<image> a <image> b <image> c", ["multi_concept_images/a.png"]),
         talk("other-count", "a <image> b", wiki[:2], "c <image> d <image>"), talk("one", "a <image>", wiki[0]),
         talk("gone", "a <image>", ["wiki_images_test/9.png"]), talk("no-text", "", []), talk(5, "a number as id", []),
@@ -200,7 +208,8 @@ def test_interleavedbench_records_and_their_pitfalls(tmp_path):
         talk("dictionary", "", [], **{"conversations": {"value": "x"}}), talk("one", "again", [])])
     asked, left_out = read("interleavedbench", tmp_path)
     assert [(q.id, q.prompt, [p.name for p in q.prompt_pictures]) for q in asked] == [
-        ("-whole", "Steps <BEGIN> fold <image> über <image>", ["0.png", "1.png"]), ("record-level", "Explain tides.", []),
+        ("-whole", "Steps <BEGIN> fold <image> über <image>", ["0.png", "1.png"]),
+        ("record-level", "Explain tides.", []),
         ("turn-level", "Say it.", []), ("more-marks", "<image> a  b   c", ["a.png"]),
         ("other-count", "a <image> b", ["0.png"]), ("one", "a <image>", ["0.png"]), ("5", "a number as id", [])]
     noted = {entry["id"]: entry for entry in left_out.list if entry["verdict"] == "noted"}
@@ -210,8 +219,10 @@ def test_interleavedbench_records_and_their_pitfalls(tmp_path):
 
 def test_questions_and_captions_of_ones_own(tmp_path):
     shots(tmp_path, "a.png")
-    lines = [{"id": 1, "image": "a.png", "question": "what?", "answer": "A"}, {"question": "2+2?", "answers": ["4", "four"]},
-             {"images": ["a.png", "a.png"], "question": "<image> or <image>?", "answer": "b"}, {"question": "", "answer": "x"},
+    lines = [{"id": 1, "image": "a.png", "question": "what?", "answer": "A"},
+             {"question": "2+2?", "answers": ["4", "four"]},
+             {"images": ["a.png", "a.png"], "question": "<image> or <image>?", "answer": "b"},
+             {"question": "", "answer": "x"},
              {"question": "no answer"}, {"image": "b.png", "question": "x", "answer": "y"}, {"question": 1},
              {"image": ["a.png", "a.png"], "question": "<image>?", "answer": "y"}]
     file = tmp_path / "questions.jsonl"
@@ -222,7 +233,8 @@ def test_questions_and_captions_of_ones_own(tmp_path):
     assert sum(left_out.counts.values()) == 6
     (tmp_path / "captions.txt").write_text("a fox\n\n snow <image> \n", encoding="utf-8")
     (tmp_path / "c.jsonl").write_text('{"prompt": "é"}\n{"caption": "x"}\n')
-    assert [q.prompt for q in read("t2i", tmp_path)[0]] == ["a fox", "snow"] and len(read("t2i", tmp_path / "c.jsonl")[0]) == 1
+    assert [q.prompt for q in read("t2i", tmp_path)[0]] == ["a fox", "snow"]
+    assert [q.prompt for q in read("t2i", tmp_path / "c.jsonl")[0]] == ["é"]
 
 
 @pytest.mark.parametrize("benchmark, file", [("mmie", "data.json"), ("interleavedbench", "interleaved_bench.json"),
@@ -243,7 +255,8 @@ def test_replies_from_elsewhere_are_read_in_their_schemas(tmp_path):
     official = [{"id": "SA-1", "model": "m", "question": "q", "gpt_feedback": "### Score\n5"}, {"id": "SA-2"}, 3,
                 {"id": "SA-1", "gpt_feedback": "twice"}]
     assert evaluate.read_replies(write(tmp_path / "eval_result.json", official)) == {("SA-1", "score"): "### Score\n5"}
-    (tmp_path / "r.jsonl").write_text('{"id": 7, "aspect": "helpfulness", "reply": 4}\n{"id": "a", "aspect": "x", "reply": "r"}\n')
+    (tmp_path / "r.jsonl").write_text('{"id": 7, "aspect": "helpfulness", "reply": 4}\n'
+                                      '{"id": "a", "aspect": "x", "reply": "r"}\n')
     assert evaluate.read_replies(tmp_path / "r.jsonl") == {("7", "helpfulness"): "### Score\n4", ("a", "x"): "r"}
 
 
@@ -251,8 +264,8 @@ def test_replies_from_elsewhere_are_read_in_their_schemas(tmp_path):
 # Runs
 
 def config_of(benchmark: str, data: Path, model: Path, out: Path, **more) -> Config:
-    return Config(benchmark=benchmark, data=str(data / benchmark), model=str(model), out=str(out), device="cpu", batch=2,
-                  budget=40, **more)
+    return Config(benchmark=benchmark, data=str(data / benchmark), model=str(model), out=str(out), device="cpu",
+                  batch=2, budget=40, **more)
 
 
 @pytest.mark.parametrize("benchmark", ["mmie", "interleavedbench"])
@@ -263,9 +276,11 @@ def test_a_killed_benchmark_goes_on_and_gives_the_same_table(benchmark, data, ta
             {p.name: p.read_bytes() for p in (out / "model" / "answers").glob("*.png")}
     replies = tmp_path / "replies.jsonl"
     asked, _ = read(benchmark, data / benchmark)
-    replies.write_text("".join(json.dumps({"id": q.id, "aspect": aspect, "reply": random.Random(q.id + aspect).randint(0, 5)})
+    replies.write_text("".join(json.dumps({"id": q.id, "aspect": aspect,
+                                           "reply": random.Random(q.id + aspect).randint(0, 5)})
                                + "\n" for q in asked for aspect in BENCHMARKS[benchmark].aspects(q, Config())))
-    whole, cut = (config_of(benchmark, data, talker, tmp_path / name, judge=f"file:{replies}") for name in ("whole", "cut"))
+    whole, cut = (config_of(benchmark, data, talker, tmp_path / name, judge=f"file:{replies}")
+                  for name in ("whole", "cut"))
     evaluate.run_benchmark(whole)
     add, count = evaluate.add_line, []
 
@@ -291,7 +306,7 @@ def test_a_killed_benchmark_goes_on_and_gives_the_same_table(benchmark, data, ta
 
 def test_answers_are_written_as_mmie_wants_them(data, talker, tmp_path):
     evaluate.run_benchmark(config_of("mmie", data, talker, tmp_path))
-    asked, made = json.loads((data / "mmie" / "data.json").read_text()), json.loads((tmp_path / "model" / "data.json").read_text())
+    asked, made = (json.loads((folder / "data.json").read_text()) for folder in (data / "mmie", tmp_path / "model"))
     assert [m["id"] for m in made] == [a["id"] for a in asked]
     shown = 0
     for record in made:
@@ -299,7 +314,8 @@ def test_answers_are_written_as_mmie_wants_them(data, talker, tmp_path):
         for segment in record["question"] + record["answer"] + record["gt_answer"]:
             assert set(segment) == {"text", "image"}
             if segment["image"]:
-                shown += Image.open(tmp_path / "model" / segment["image"]).size[0] > 0      # whole without the data folder
+                Image.open(tmp_path / "model" / segment["image"]).load()        # whole without the data folder
+                shown += 1
         assert any(s["text"] or s["image"] for s in record["answer"])
     assert shown > len(made)
     page = (tmp_path / "model" / "answers.html").read_text()
@@ -315,7 +331,8 @@ def test_our_critic_judges_and_is_called_by_its_name(data, talker, tmp_path, mon
         asked.extend(prompts)
         return ["### Score\n3" for _ in prompts]
     monkeypatch.setattr(LlavaCritic, "replies", replies)
-    config = config_of("interleavedbench", data, talker, tmp_path, judge=f"llava-critic={FIXTURES / 'llava_critic_tiny'}")
+    config = config_of("interleavedbench", data, talker, tmp_path,
+                       judge=f"llava-critic={FIXTURES / 'llava_critic_tiny'}")
     evaluate.run_benchmark(config)
     told = json.loads((tmp_path / "results.json").read_text())
     assert all(of["value"] == 3 for of in told["rows"]["model"].values())
@@ -334,7 +351,8 @@ def test_a_question_beyond_the_critics_context_gets_no_score(data, tmp_path):
             if any("long" in prompt for prompt in prompts):
                 raise UserError("beyond the context")
             return ["### Score\n3" for _ in prompts]
-    replies = evaluate.ask_critic(Critic(), "c", [(f"{i}", "score", "long" if i == 2 else "x", []) for i in range(6)], tmp_path)
+    replies = evaluate.ask_critic(Critic(), "c", [(f"{i}", "score", "long" if i == 2 else "x", []) for i in range(6)],
+                                  tmp_path)
     assert [find_score(replies[f"{i}", "score"], 6) for i in range(6)] == [3, 3, None, 3, 3, 3]
     assert "beyond the context" in replies["2", "score"]
 
@@ -344,8 +362,9 @@ def test_the_real_critic_sees_the_pictures(data, talker, tmp_path):
     from rewards import LlavaCritic
     with pytest.MonkeyPatch.context() as patch:
         real = LlavaCritic.replies
-        patch.setattr(LlavaCritic, "replies", lambda self, prompts, pictures, **more: real(self, prompts, pictures, 2, **more))
-        evaluate.run_benchmark(config_of("mmie", data, talker, tmp_path, judge=f"llava-critic={FIXTURES / 'llava_critic_tiny'}"))
+        patch.setattr(LlavaCritic, "replies", lambda self, *asked, **more: real(self, *asked, 2, **more))
+        evaluate.run_benchmark(config_of("mmie", data, talker, tmp_path,
+                                         judge=f"llava-critic={FIXTURES / 'llava_critic_tiny'}"))
     told = json.loads((tmp_path / "results.json").read_text())
     assert told["rows"] == {"model": {}} and told["left_out"]["model"] == {"left out, no valid score in the reply": 6}
     assert len((tmp_path / "model" / "replies.jsonl").read_text().splitlines()) == 6
@@ -353,8 +372,8 @@ def test_the_real_critic_sees_the_pictures(data, talker, tmp_path):
 
 @pytest.mark.parametrize("benchmark, row", [("understanding", "accuracy"), ("t2i", "visual reward")])
 def test_kept_abilities_stand_side_by_side_before_and_after(benchmark, row, warm, talker, data, tmp_path):
-    out = run("evaluate.py", "--benchmark", benchmark, "--data", data / "kept", "--before", warm, "--model", talker, "--out",
-              tmp_path, "--budget", 30)
+    out = run("evaluate.py", "--benchmark", benchmark, "--data", data / "kept", "--before", warm, "--model", talker,
+              "--out", tmp_path, "--budget", 30)
     told = json.loads((tmp_path / "results.json").read_text())
     assert set(told["rows"]) == {"before", "model"} and "before" in out and "paper full" in out
     assert all(0 <= of[row]["value"] <= 100 and of[row]["records"] == 12 for of in told["rows"].values())
@@ -370,7 +389,8 @@ def test_visual_reward_of_a_right_picture_is_one_and_of_none_is_zero(tmp_path):
 
 
 @pytest.mark.parametrize("arguments, said", [
-    (["--benchmark", "mmmie"], "mmmie"), (["--benchmark", "mmie"], "--data"), (["--benchmark", "mmie", "--data", "no/such"], "no/such"),
+    (["--benchmark", "mmmie"], "mmmie"), (["--benchmark", "mmie"], "--data"),
+    (["--benchmark", "mmie", "--data", "no/such"], "no/such"),
     (["--benchmark", "mmie", "--data", "tests", "--judge", "gpt"], "--judge gpt"),
     (["--benchmark", "t2i", "--data", "tests", "--judge", "file:x"], "--visual-reward"),
     (["--benchmark", "mmie", "--data", "tests", "--skip", "some"], "--skip some"),

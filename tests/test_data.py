@@ -1,6 +1,7 @@
 """The paper's warm-up sources: every reader on invented samples in the published schema, and every known pitfall."""
 import csv
 import json
+import math
 import random
 import re
 import subprocess
@@ -57,7 +58,8 @@ def read(name: str, path: Path) -> tuple[list[Sample], LeftOut]:
 def test_every_source_becomes_samples_of_its_kind(data):
     left_out = LeftOut()
     samples = read_sources(sources(data), "--data", warmup.READERS, left_out)
-    assert {kind: len(of) for kind, of in samples.items()} == {"interleaved": 6 + 6 + 4 + 4, "understanding": 25, "t2i": 20}
+    assert {kind: len(of) for kind, of in samples.items()} == {"interleaved": 6 + 6 + 4 + 4, "understanding": 25,
+                                                               "t2i": 20}
     assert not left_out.counts
     for kind, of in samples.items():
         for s in of:
@@ -71,11 +73,11 @@ def test_every_source_becomes_samples_of_its_kind(data):
 
 def test_the_papers_templates_are_filled():
     query = warmup.event([("A dog {sits}.", Path("a")), ("It barks.", Path("b"))], ()).prompt
-    assert query == ("In this task, you are given the first part of an event with both text and an image, and you need to "
-                     "complete the subsequent parts of the event by generating text and images that are natural "
-                     "continuation of the given first part. The input interleaved content is: <BEGIN> A dog {sits}. "
+    assert query == ("In this task, you are given the first part of an event with both text and an image, and you "
+                     "need to complete the subsequent parts of the event by generating text and images that are "
+                     "natural continuation of the given first part. The input interleaved content is: <BEGIN> A dog {sits}. "
                      "<image>")
-    assert warmup.HOWTO_QUERY.startswith("In this task, you are given a multimodal question consisting of both text and an")
+    assert warmup.HOWTO_QUERY.startswith("In this task, you are given a multimodal question consisting of both text")
     assert warmup.HOWTO_QUERY.endswith("<BEGIN> {question} <image>")
 
 
@@ -89,7 +91,8 @@ def test_records_know_their_line(tmp_path):
     text = file.read_text().splitlines()
     assert [value for _, value in found] == told
     assert all(text[line - 1].strip()[0] in '{["' for line, _ in found) and found[1][0] == 6
-    assert list(records(write(tmp_path / "map.json", '{"a": 1,\n"b": [2]}'), LeftOut())) == [(1, ("a", 1)), (2, ("b", [2]))]
+    file = write(tmp_path / "map.json", '{"a": 1,\n"b": [2]}')
+    assert list(records(file, LeftOut())) == [(1, ("a", 1)), (2, ("b", [2]))]
     assert list(records(write(tmp_path / "none.json", "[]"), LeftOut())) == []
     (tmp_path / "bom.json").write_text('\ufeff[{"é": "ü"}]', encoding="utf-8")
     assert list(records(tmp_path / "bom.json", LeftOut())) == [(1, {"é": "ü"})]
@@ -104,10 +107,16 @@ def test_a_broken_line_is_named_and_the_others_are_read(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("text, said", [("", "line 1"), ("  \n", "expected"), ('[{"a": 1},\n{"a": ', "line 2"),
-                                        ('{"a" 1}', "expected :"), ("7", "expected"), ('[1 2]', "expected")])
+                                        ('{"a" 1}', "expected :"), ("7", "expected"), ('[1 2]', "expected"), ("[" * 100_000, "recursion")])
 def test_a_json_file_that_cannot_be_read_to_its_end_is_an_error(tmp_path, text, said):
     with pytest.raises(UserError, match=re.escape(said)):
         list(records(write(tmp_path / "cut.json", text), LeftOut()))
+
+
+def test_a_path_that_no_system_would_take_is_a_missing_picture(tmp_path):
+    for name in ("x" * 5000, "a\0b", "..", ""):
+        with pytest.raises(warmup.Broken):
+            warmup.picture_in(tmp_path, name)
 
 
 def test_a_file_that_is_no_text_is_an_error(tmp_path):
@@ -124,10 +133,12 @@ def test_activitynet_segments_overlap_come_in_any_order_and_may_be_empty(tmp_pat
     video = "v_-_aaaaaaaaa"
     write(tmp_path / "train.json", {
         video: {"duration": 60.5, "timestamps": [[40, 99], [0.5, 15.25], [12, 44.75], [70, 80], [3, 3], [50, 55]],
-                "sentences": [" She serves über.", "A woman stands.", " She slices <image> a loaf.", "late", "empty", " "]},
+                "sentences": [" She serves über.", "A woman stands.", " She slices <image> a loaf.", "late", "empty",
+                              " "]},
         "v_gone": {"duration": 9, "timestamps": [[0, 4], [4, 9]], "sentences": ["a b", "c d"]},
         "v_counts": {"duration": 9, "timestamps": [[0, 4]], "sentences": ["a b", "c d"]},
         "v_alone": {"duration": 9, "timestamps": [[0, 4]], "sentences": ["a b"]},
+        "v_endless": {"duration": math.inf, "timestamps": [[0, math.inf], [math.nan, 4]], "sentences": ["a b", "c d"]},
         "v_null": None, "v_text": {"duration": 9, "timestamps": "0-4", "sentences": ["a"]}})
     shots(tmp_path / "frames", *(f"{video}/{i}.jpg" for i in range(6)), "v_alone/0.jpg")
     (sample,), left_out = read("activitynet", tmp_path)
@@ -139,7 +150,7 @@ def test_activitynet_segments_overlap_come_in_any_order_and_may_be_empty(tmp_pat
     assert "empty" in ids[f"{video}, segment 3"] and "empty" in ids[f"{video}, segment 4"] \
         and "empty" in ids[f"{video}, segment 5"]
     assert "v_gone/0.jpg" in ids["v_gone"] and "differ" in ids["v_counts"] and "lone" in ids["v_alone"]
-    assert "v_null" in ids and "v_text" in ids and len(ids) == 8
+    assert "v_null" in ids and "v_text" in ids and "v_endless, segment 1" in ids and len(ids) == 10
 
 
 def test_activitynet_from_flattened_rows_and_a_numbered_dump(tmp_path):
@@ -177,7 +188,8 @@ def test_genhowto_lists_are_joined_by_filename(tmp_path):
             'eeeeeeeeeee,0,apple,1,3,2,0.9,"no frames",f/5.jpg\n'
             '-aaaaaaaaaa,0,apple,12,48,30,0.9,"twice",f/0.jpg\n'
             'short\n')
-    rows = [("-aaaaaaaaaa", 12, 48, 30, 'an apple in "pieces", é', "f/0.jpg"), ("-aaaaaaaaaa", 12, 48, 30, "cut", "f/1.jpg"),
+    rows = [("-aaaaaaaaaa", 12, 48, 30, 'an apple in "pieces", é', "f/0.jpg"),
+            ("-aaaaaaaaaa", 12, 48, 30, "cut", "f/1.jpg"),
             ("ccccccccccc", 50, 48, 30, "s", "f/3.jpg"), ("ddddddddddd", "x", 48, 30, "s", "f/4.jpg"),
             ("eeeeeeeeeee", 1, 3, 2, "s", "f/5.jpg")]
     with open(tmp_path / "states.test.txt", "w", newline="", encoding="utf-8") as file:
@@ -196,13 +208,14 @@ def test_genhowto_lists_are_joined_by_filename(tmp_path):
 def test_genhowto_asks_for_the_next_step_in_rl(data):
     reader, _ = warmup.PROMPT_READERS["genhowto"]
     sample = next(reader(data / "genhowto", LeftOut()))
-    assert re.fullmatch(r"What is done with the ball, step by step\? Predict the subsequent step\. The previous steps are: "
-                        r"a \w+ \w+ at [\w ]+ <image>", sample.prompt)
+    assert re.fullmatch(r"What is done with the ball, step by step\? Predict the subsequent step\. The previous steps "
+                        r"are: a \w+ \w+ at [\w ]+ <image>", sample.prompt)
     assert [p.stem for p in sample.prompt_pictures + sample.answer_pictures] == ["30", "48"]
 
 
 def test_genhowto_takes_triples_of_ones_own_and_refuses_other_tables(tmp_path):
-    write(tmp_path / "mine.csv", HEADER.format("FRAME_AC_PROMPT,FRAME_S2_PROMPT") + "v,0,pan,1,3,2,1,heat it,hot pan,n\n")
+    write(tmp_path / "mine.csv",
+          HEADER.format("FRAME_AC_PROMPT,FRAME_S2_PROMPT") + "v,0,pan,1,3,2,1,heat it,hot pan,n\n")
     shots(tmp_path / "frames", "v/1.jpg", "v/2.jpg", "v/3.jpg")
     assert len(read("genhowto", tmp_path)[0]) == 1 == len(read("genhowto", tmp_path / "mine.csv")[0])
     for text, said in (("", "line 1"), ("a,b\n1,2\n", "VID_ID")):
@@ -231,20 +244,23 @@ def test_openstory_groups_are_rebuilt_without_repeats(tmp_path):
     assert [[s.prompt.split("<BEGIN> ")[1].removesuffix(" <image>"), *re.findall("<think>(.*?)<", s.answer)]
             for s in samples] == [["frame 0", "frame 1", "frame 2", "frame 3", "frame 4"], ["frame 5", "frame 6"],
                                   ["one", "three"], ["sooner", "later"]]
-    assert left_out.reasons() == {"left out, repeats another frame (_override_)": 2, "left out, a lone part is no story": 1,
+    assert left_out.reasons() == {"left out, repeats another frame (_override_)": 2,
+                                  "left out, a lone part is no story": 1,
                                   "left out, __key__ is missing, or of another kind than published": 1,
                                   "left out, a picture is missing": 1}
 
 
 def test_emova_conversations(tmp_path):
     def talk(*values, **more):
-        return {"id": "7", "conversations": [{"from": ("human", "gpt")[i % 2], "value": v} for i, v in enumerate(values)],
+        return {"id": "7",
+                "conversations": [{"from": ("human", "gpt")[i % 2], "value": v} for i, v in enumerate(values)],
                 **more}
     shots(tmp_path, "web/0.png")
     write(tmp_path / "annotations" / "web.json", [
         talk("<image>\nWhich shop?", "The </s> bakery.", "Until when?", "Until <image> six.", image="web/0.png"),
         talk("Name a prime.", "23"), talk("<image> and <image>", "Two.", image=["web/0.png", "web/0.png"]),
-        talk("none", "here", image=None), talk("<image>", "gone", image="web/1.png"), talk("no mark", "x", image="web/0.png"),
+        talk("none", "here", image=None), talk("<image>", "gone", image="web/1.png"),
+        talk("no mark", "x", image="web/0.png"),
         talk("<image> no picture", "x"), talk("only a question"), talk("empty", " "), talk(image="web/0.png"), None,
         {"id": 1, "conversations": [{"from": "gpt", "value": "first"}, {"from": "human", "value": "x"}]}])
     write(tmp_path / "annotations" / "more.jsonl", [talk("<image> what?", "A shop.", image="web/0.png")])
@@ -277,12 +293,13 @@ def test_journeydb_captions_and_partial_downloads(tmp_path):
         line(0, "a tin robot --ar 3:2", "An elegant robot <s>"), line(1, "a tin robot --ar 3:2", "The same prompt"),
         line(2, "a brass owl, studio light, --ar 3:2 --v 5"), line(3, "", "abc"), line(4, "--ar 3:2"),
         line(5, "far away", folder="199"), line(99, "missing file"), {"prompt": "no path at all"},
-        {**line(6), "Task2": {"Caption": "Prompt is null"}, "prompt": None}, {**line(".hidden"), "prompt": "dots stay there"}])
+        {**line(6), "Task2": {"Caption": "Prompt is null"}, "prompt": None},
+        {**line(".hidden"), "prompt": "dots stay there"}])
     samples, left_out = read("journeydb", tmp_path)
     assert [s.prompt for s in samples] == ["An elegant robot", "a brass owl, studio light", "Prompt is null",
                                            "dots stay there"]
     assert all(s.draw and s.answer == "<image><im_end></s>" for s in samples)
-    assert sum(left_out.counts.values()) == 6 and left_out.reasons()["left out, its folder of pictures is not there"] == 1
+    assert left_out.total() == 6 and left_out.reasons()["left out, its folder of pictures is not there"] == 1
     (train / "train_anno_realease_repath.jsonl").rename(train / "train_anno.jsonl")
     with pytest.raises(UserError, match="train_anno_realease_repath.jsonl"):
         read("journeydb", tmp_path)
@@ -293,14 +310,17 @@ def test_our_own_lines(tmp_path):
     shots(tmp_path, "a.png")
     file = write(tmp_path / "mine.jsonl", [
         {"prompt": "How? <image>", "images": ["a.png"], "steps": [step, step]}, {"prompt": "How?", "steps": []},
-        {"prompt": "How?", "steps": [{"text": "x", "image": None}]}, {"prompt": "How?", "steps": [{**step, "text": " "}]},
-        {"prompt": "How? <image>", "steps": [step]}, {"prompt": "How?"}, {"prompt": "How?", "steps": [step], "more": 1}])
+        {"prompt": "How?", "steps": [{"text": "x", "image": None}]},
+        {"prompt": "How?", "steps": [{**step, "text": " "}]},
+        {"prompt": "How? <image>", "steps": [step]}, {"prompt": "How?"},
+        {"prompt": "How?", "steps": [step], "more": 1}])
     samples, left_out = read("jsonl", file)
     assert [s.origin[1] for s in samples] == [1, 7] and sum(left_out.counts.values()) == 5
 
 
-@pytest.mark.parametrize("told, said", [("emowa=.", "did you mean emova"), ("emova=no/such", "no/such"), ("emova", "emova"),
-                                        ("emova=tests", "annotations"), ("journeydb=tests", "train_anno_realease_repath")])
+@pytest.mark.parametrize("told, said",
+                         [("emowa=.", "did you mean emova"), ("emova=no/such", "no/such"), ("emova", "emova"),
+                          ("emova=tests", "annotations"), ("journeydb=tests", "train_anno_realease_repath")])
 def test_sources_that_are_not_there_are_named(told, said):
     with pytest.raises(UserError, match=said):
         read_sources(told, "--data", warmup.READERS, LeftOut())
@@ -381,11 +401,13 @@ def test_what_is_drawn_from_words_is_cropped_and_the_rest_is_squashed(tiny, tmp_
 def test_micro_batches_hold_every_row_once_with_little_padding(tiny):
     rng, codes = random.Random(0), Codes(tiny)
     for most in (1, 3, 48):
-        samples = [kind(rng, 3) for kind in (warmup.story_sample, warmup.i2t_sample, warmup.t2i_sample) for _ in range(7)]
+        samples = [kind(rng, 3) for kind in (warmup.story_sample, warmup.i2t_sample, warmup.t2i_sample)
+                   for _ in range(7)]
         parts, waste = warmup.micro_batches(samples, tiny, codes, most)
         lengths = [len(warmup.row_of(s, tiny, codes)[0]) for s in samples]
         assert sum(len(tokens) for tokens, *_ in parts) == 21 and max(len(tokens) for tokens, *_ in parts) <= most
-        assert 0 <= waste < 0.1 and waste == pytest.approx(1 - sum(lengths) / sum(t.shape[0] * t.shape[1] for t, *_ in parts))
+        positions = sum(tokens.shape[0] * tokens.shape[1] for tokens, *_ in parts)
+        assert 0 <= waste < 0.1 and waste == pytest.approx(1 - sum(lengths) / positions)
         decisions = sum(int(warmup.row_of(s, tiny, codes)[2].sum()) for s in samples)
         assert decisions == sum(int(mask.sum()) for *_, mask in parts)
 
@@ -397,8 +419,8 @@ def test_the_mix_is_drawn_in_its_ratio_and_goes_through_all_samples(tiny, data, 
     run_folder = warmup.Run(config)
     tiny.decoder.config.context, held = 4096, tiny.decoder.config.context
     try:
-        (batch, stories), (again, _) = (warmup.published_batches(samples, tiny, run_folder, config, Codes(tiny), left_out)
-                                        for _ in range(2))
+        (batch, stories), (again, _) = (
+            warmup.published_batches(samples, tiny, run_folder, config, Codes(tiny), left_out) for _ in range(2))
     finally:
         tiny.decoder.config.context = held
     shown = json.loads((tmp_path / "run" / "data.json").read_text())["kinds"]
@@ -437,7 +459,8 @@ def test_warm_up_on_published_data_is_killed_and_goes_on_bit_equal(data, tmp_pat
                            device="cpu", **small)
     killed_after(10 + 6 + 5, lambda: warmup.warm_up(config), monkeypatch)
     warmup.warm_up(config)
-    whole, cut = ({**load(tmp_path / n).state_dict(), **load_training(tmp_path / n / "policy")[1]} for n in ("whole", "cut"))
+    whole, cut = ({**load(tmp_path / n).state_dict(), **load_training(tmp_path / n / "policy")[1]}
+                  for n in ("whole", "cut"))
     assert same(whole, cut) and metrics(tmp_path / "whole") == metrics(tmp_path / "cut")
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 1, "the second run encoded nothing"
 
@@ -446,7 +469,8 @@ def test_grpo_takes_the_prompt_side_of_published_data(warm, data, tmp_path, caps
     def judges(*_):
         return (lambda prompts, texts: [[0.3 * len(t) % 1 for t in told] for told in texts],
                 lambda texts, pictures: [p.mean() / 255 for p in pictures])
-    config = grpo.Config(model=str(warm), out=str(tmp_path / "g"), text_reward="llava-critic", visual_reward="clip-score",
+    config = grpo.Config(model=str(warm), out=str(tmp_path / "g"), text_reward="llava-critic",
+                         visual_reward="clip-score",
                          prompts=f"genhowto={data / 'genhowto'},jsonl={data / 'jsonl' / 'stories.jsonl'}",
                          **{**RUN, "eval_prompts": 2})
     with pytest.MonkeyPatch.context() as patch:
@@ -467,7 +491,8 @@ def test_grpo_takes_the_prompt_side_of_published_data(warm, data, tmp_path, caps
 
 def readme_snippet(word: str) -> str:
     blocks = re.findall(r"python - <<'EOF'\n(.*?)\n    EOF", (ROOT / "README.md").read_text(), re.DOTALL)
-    return next("\n".join(line.removeprefix("    ") for line in block.splitlines()) for block in blocks if word in block)
+    return next("\n".join(line.removeprefix("    ") for line in block.splitlines())
+                for block in blocks if word in block)
 
 
 def test_parquet_becomes_what_the_readers_read(tmp_path):
