@@ -371,10 +371,10 @@ def activitynet(path: Path, left_out: LeftOut) -> Iterator[Sample]:
                 with left_out.record(file, line, f"{video}, segment {i}"):
                     text = need_text({"sentence": sentence}, "sentence")
                     if not (isinstance(span, (list, tuple)) and len(span) == 2
-                            and all(isinstance(t, (int, float)) for t in span)):
+                            and all(isinstance(t, (int, float)) and math.isfinite(t) for t in span)):
                         raise Broken("a timestamp is no pair of seconds", span)
                     start, stop = max(0, span[0]), min(duration, span[1])
-                    if not start < stop < math.inf:
+                    if not start < stop:
                         raise Broken("a segment is empty", span)
                     parts.append((start, stop, i, text))
             parts.sort()
