@@ -75,8 +75,8 @@ def test_the_papers_templates_are_filled():
     query = warmup.event([("A dog {sits}.", Path("a")), ("It barks.", Path("b"))], ()).prompt
     assert query == ("In this task, you are given the first part of an event with both text and an image, and you "
                      "need to complete the subsequent parts of the event by generating text and images that are "
-                     "natural continuation of the given first part. The input interleaved content is: <BEGIN> A dog {sits}. "
-                     "<image>")
+                     "natural continuation of the given first part. The input interleaved content is: <BEGIN> A dog "
+                     "{sits}. <image>")
     assert warmup.HOWTO_QUERY.startswith("In this task, you are given a multimodal question consisting of both text")
     assert warmup.HOWTO_QUERY.endswith("<BEGIN> {question} <image>")
 
@@ -106,8 +106,9 @@ def test_a_broken_line_is_named_and_the_others_are_read(tmp_path, capsys):
     assert "line 2" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("text, said", [("", "line 1"), ("  \n", "expected"), ('[{"a": 1},\n{"a": ', "line 2"),
-                                        ('{"a" 1}', "expected :"), ("7", "expected"), ('[1 2]', "expected"), ("[" * 100_000, "recursion")])
+@pytest.mark.parametrize("text, said", [
+    ("", "line 1"), ("  \n", "expected"), ('[{"a": 1},\n{"a": ', "line 2"), ('{"a" 1}', "expected :"),
+    ("7", "expected"), ('[1 2]', "expected"), ("[" * 100_000, "recursion")])
 def test_a_json_file_that_cannot_be_read_to_its_end_is_an_error(tmp_path, text, said):
     with pytest.raises(UserError, match=re.escape(said)):
         list(records(write(tmp_path / "cut.json", text), LeftOut()))

@@ -259,6 +259,22 @@ def test_the_readmes_equation_map_is_true():
         assert f"Eq. ({number})" in body[0], f"{file}: {name} does not cite Eq. ({number})"
 
 
+def test_every_command_in_the_readme_names_real_flags():
+    """Every --flag behind a script's name, in code blocks and in running text, is a field of its Config."""
+    import importlib
+    from dataclasses import fields
+    text = re.sub(r"\\\n\s*|\n {6,}", " ", (ROOT / "README.md").read_text())           # continued commands in one line
+    commands = re.findall(r"(?:python|nproc_per_node=2) (warmup|grpo|evaluate|model)\.py((?:(?!python )[^\n`#;&])*)",
+                          text)
+    found = 0
+    for script, arguments in commands:
+        names = {f.name.replace("_", "-") for f in fields(importlib.import_module(script).Config)}
+        for flag in re.findall(r"--([a-z-]+)", arguments):
+            assert flag.removeprefix("no-") in names, f"{script}.py has no --{flag}"
+            found += 1
+    assert len(commands) > 15 and found > 40, (len(commands), found)
+
+
 def test_every_setting_is_read_somewhere():
     """Every flag changes something: its field is read in the script that declares it or where its config goes."""
     for script, readers in {"grpo.py": ["grpo.py", "evaluate.py", "tokenizer.py"],
