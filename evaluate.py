@@ -28,7 +28,6 @@ import json
 import os
 import random
 import re
-import shutil
 import sys
 from collections import Counter
 from dataclasses import dataclass, field, replace
@@ -329,7 +328,7 @@ def question_reader(reader):
     def read(path: Path, left_out: LeftOut) -> Iterator[Question]:
         seen = set()
         for question in reader(path, left_out):
-            with left_out.record(*question.origin):
+            with left_out.guard(*question.origin):
                 if question.id in seen:
                     raise Broken("an id that was there before")
                 seen.add(question.id)
@@ -377,13 +376,18 @@ def mmie(path: Path, left_out: LeftOut) -> Iterator[Question]:
     are left out, as the official loader does."""
     file = file_in(path, "data.json")
     for line, record in records(file, left_out):
-        with left_out.record(file, line, id_of(record)):
+        with left_out.guard(file, line, id_of(record)):
             id, words, pictures = need(record, "id", str), [], []
             group = next((name for name in MMIE_RUBRICS if name in id), None)
             if group is None:
                 raise Broken("its id names no category (SA, PBL or MSR)")
             asked = segments_of(record.get("question"))
-            reference = record.get("gt_answer") or record.get("model") == "gt" and record.get("answer") or [{}]
+            references = [segments_of(record.get("gt_answer") or [{}])]
+            if record.get("model") == "gt":
+                references.append(segments_of(record.get("answer") or [{}]))
+            reference = next((r for r in references if r[0]["text"]), references[0])
+            if group == "MSR" and not reference[0]["text"]:
+                left_out(file, line, id, "a problem without its right answer", verdict="noted")
             for segment in asked:
                 if segment["text"]:
                     words.append(MARKS.sub(" ", segment["text"]).strip())
@@ -397,13 +401,13 @@ def mmie(path: Path, left_out: LeftOut) -> Iterator[Question]:
             if not words:
                 raise Broken("the question is empty")
             yield Question(" ".join(words), pictures, id=id, group=group, origin=(file, line, id),
-                           record={**record, "question": asked, "gt_answer": segments_of(reference)})
+                           record={**record, "question": asked, "gt_answer": reference})
 
 
 def mmie_view(question: Question, answer: list[dict], folder: Path) -> tuple[str, str, list[Path]]:
     """What MMIE's judge sees: question and answer as lines, pictures numbered through both. Once three were shown the
     answer is cut, texts included; the text that stands beside the last one is kept."""
-    told, pictures = {"question": "", "answer": ""}, []
+    told, pictures, given = {"question": "", "answer": ""}, [], iter(question.prompt_pictures)
     for part, segments in (("question", question.record["question"]), ("answer", answer)):
         for segment in segments:
             full = part == "answer" and len(pictures) >= MMIE_SHOWN
@@ -411,7 +415,7 @@ def mmie_view(question: Question, answer: list[dict], folder: Path) -> tuple[str
                 told[part] += unmarked(segment["text"]) + "\n"
             if segment["image"] is not None and not full:
                 told[part] += f"Image-{len(pictures)}: <image>\n"
-                pictures.append(folder / segment["image"])
+                pictures.append(next(given) if part == "question" else folder / segment["image"])
             if part == "answer" and len(pictures) >= MMIE_SHOWN:
                 break
     return told["question"], told["answer"], pictures
@@ -431,8 +435,7 @@ def mmie_record(question: Question, answer: list[dict], folder: Path, model: str
     official judge."""
     for segment in question.record["question"]:
         if segment["image"] and not (folder / segment["image"]).exists():
-            (folder / segment["image"]).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copyfile(question.origin[0].parent / segment["image"], folder / segment["image"])
+            write_whole(folder / segment["image"], (question.origin[0].parent / segment["image"]).read_bytes())
     return {**question.record, "answer": answer, "model": model}
 
 
@@ -473,7 +476,7 @@ def interleavedbench(path: Path, left_out: LeftOut) -> Iterator[Question]:
     conversations. The first pictures are the human turn's, the others the reference's."""
     file = file_in(path, "interleaved_bench.json")
     for line, record in records(file, left_out):
-        with left_out.record(file, line, id_of(record)):
+        with left_out.guard(file, line, id_of(record)):
             if not isinstance(record, dict) or not isinstance(record.get("id"), (str, int)):
                 raise Broken("id is missing, or of another kind than published")
             id, task = str(record["id"]), need(record, "task_name", str)
@@ -543,7 +546,7 @@ def understanding(path: Path, left_out: LeftOut) -> Iterator[Question]:
     Pictures whose `<image>` marks the question lacks come first."""
     file = file_in(path, "questions.jsonl")
     for line, record in records(file, left_out):
-        with left_out.record(file, line, id_of(record)):
+        with left_out.guard(file, line, id_of(record)):
             text = need(record, "question", str).strip()
             names, accepted = (value if isinstance(value, list) else [value] for value in (
                 record.get("image", record.get("images")) or [], record.get("answer", record.get("answers"))))
@@ -559,20 +562,22 @@ def understanding(path: Path, left_out: LeftOut) -> Iterator[Question]:
 
 
 def same_answer(reply: str, accepted: list[str]) -> bool:
-    """Equal but for case, punctuation and articles, as VQA accuracy has it."""
+    """Equal but for case, punctuation and articles, as VQA accuracy has it; numbers keep sign and point, and an answer
+    that is nothing but an article (option A) stays."""
     def bare(text: str) -> list[str]:
-        return [w for w in re.sub(r"[^\w\s]", "", text.lower()).split() if w not in ("a", "an", "the")]
+        words = re.sub(r"(?!-\d)(?!(?<=\d)\.\d)[^\w\s]", "", text.lower()).split()
+        return [w for w in words if w not in ("a", "an", "the")] or words
     return bare(reply) in map(bare, accepted)
 
 
 @question_reader
 def captions(path: Path, left_out: LeftOut) -> Iterator[Question]:
-    """A caption a line (*.txt), or JSON lines {"prompt"}."""
+    """A caption a line (*.txt), or records {"prompt"} (*.jsonl, *.json)."""
     file = file_in(path, "captions.txt", "captions.jsonl")
-    lines = records(file, left_out) if file.suffix == ".jsonl" else (
+    lines = records(file, left_out) if file.suffix != ".txt" else (
         (n, {"prompt": text}) for n, text in enumerate(read_text(file).split("\n"), 1) if text.strip())
     for line, record in lines:
-        with left_out.record(file, line):
+        with left_out.guard(file, line):
             yield Question(need_text(record, "prompt"), [], draw=True, kind="t2i", id=str(line), record=record,
                            origin=(file, line, ""))
 
@@ -642,6 +647,14 @@ def read_lines(file: Path) -> list[dict]:
     return [json.loads(line) for line in whole.splitlines()]
 
 
+def write_whole(file: Path, data: bytes) -> None:
+    """A file that is there whole or not at all, also where the run is killed."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    half = file.with_name(file.name + ".half")
+    half.write_bytes(data)
+    half.replace(file)
+
+
 def add_line(file: Path, line: dict) -> None:
     with open(file, "a", encoding="utf-8") as lines:
         lines.write(json.dumps(line) + "\n")
@@ -656,7 +669,7 @@ def same_run(folder: Path, settings: dict) -> None:
                             f"delete the folder")
     (folder / "answers").mkdir(parents=True, exist_ok=True)
     made = {"settings": settings, "command": " ".join(sys.argv), "torch": torch.__version__}
-    file.write_text(json.dumps(made, indent=1))
+    write_whole(file, json.dumps(made, indent=1).encode())
 
 
 def answer_questions(source: str, questions: list[Question], config: Config, folder: Path) -> Answered:
@@ -664,6 +677,8 @@ def answer_questions(source: str, questions: list[Question], config: Config, fol
 
     A batch and its seed follow from the place in the list: a run that was killed goes on with the same answers."""
     model, left_out = load(source, pick_device(config.device)).eval(), LeftOut()
+    if config.benchmark != "understanding":
+        grpo.check_budget(model, config.budget, source)
     how = ("benchmark", "data", "seed", "temperature", "top_k", "top_p", "guidance", "budget", "batch")
     same_run(folder, {"model": source, "weights": fingerprint(model), **{name: getattr(config, name) for name in how}})
     codes = Codes(model)
@@ -743,7 +758,7 @@ def read_replies(file: Path) -> dict[tuple[str, str], str]:
     a score."""
     replies, left_out = {}, LeftOut()
     for line, record in records(file, left_out):
-        with left_out.record(file, line, id_of(record)):
+        with left_out.guard(file, line, id_of(record)):
             if not isinstance(record, dict) or not isinstance(record.get("id"), (str, int)):
                 raise Broken("id is missing")
             said = record.get("reply", record.get("gpt_feedback"))
@@ -768,7 +783,7 @@ def score_replies(spec: Benchmark, answered: Answered, config: Config) -> None:
     for question in answered.questions:
         for aspect in spec.aspects(question, config):
             reply = answered.replies.get((question.id, aspect))
-            with answered.left_out.record(*question.origin):
+            with answered.left_out.guard(*question.origin):
                 score = None if reply is None else find_score(reply, spec.most)
                 answered.scores[question.id, aspect] = score
                 if score is None:
@@ -852,7 +867,7 @@ def run_benchmark(config: Config) -> None:
     for of in arms.values():
         if spec.file:
             made = [spec.record(q, of.answers[q.id]["answer"], of.folder, of.model) for q in of.questions]
-            (of.folder / spec.file).write_text(json.dumps(made, indent=1, ensure_ascii=False), encoding="utf-8")
+            write_whole(of.folder / spec.file, json.dumps(made, indent=1, ensure_ascii=False).encode())
     critic = None
     if config.judge.startswith("llava-critic"):
         device = judge_device(config.reward_device, config.device)
@@ -895,6 +910,8 @@ def check_benchmark(config: Config) -> None:
     for wrong, sentence in problems:
         if wrong:
             raise UserError(sentence)
+    if config.judge.startswith("llava-critic"):
+        check_judges(config.judge, config.visual_reward, config.critic_quantize)
 
 
 def main() -> None:

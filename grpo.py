@@ -12,6 +12,7 @@
     torchrun --nproc_per_node=2 grpo.py                 # the same on two processes, each with prompts of its own
     python grpo.py --preset paper                       # the paper's settings, QLoRA on VILA-U 7B (a GPU)
 """
+import itertools
 import math
 import os
 import random
@@ -35,7 +36,7 @@ from rewards import (Scores, check_judges, hybrid_rewards, judge, judge_device, 
                      wanted_steps)
 from tokenizer import Answer, UserError, pad, parse_config, pick_device, run_main
 from warmup import (PROMPT_READERS, Codes, LeftOut, Run, Sample, by_modality, check_adapters, check_settings,
-                    optimizer_tensors, read_prompts, read_sources, record, restore_optimizer, toy_prompt, usable)
+                    optimizer_tensors, read_prompts, read_sources, restore_optimizer, shown_group, toy_prompt, usable)
 
 SPREAD = 1e-3         # a group whose rewards have a smaller standard deviation says nothing: exact zeros
 EPSILON = 1e-4        # added to the standard deviation in Eq. (4) and Eq. (6)
@@ -195,7 +196,7 @@ def prompt_pool(config: Config) -> tuple[list[Sample], LeftOut]:
         pool = read_prompts(Path(config.prompts)) if config.prompts else []
     else:
         samples = read_sources(config.prompts, "--prompts", PROMPT_READERS, left_out)
-        pool = [sample for of in samples.values() for sample in of]
+        pool = [Sample(s.prompt, s.prompt_pictures, origin=s.origin) for of in samples.values() for s in of]
     weights = parse_weights(config.reward_weights)
     ruled = [w and name == "rules" for w, name in zip(weights, (config.text_reward, config.visual_reward))]
     for sample in pool:
@@ -207,21 +208,23 @@ def prompt_pool(config: Config) -> tuple[list[Sample], LeftOut]:
 
 def ready_pool(pool: list[Sample], left_out: LeftOut, policy: UnifiedModel, codes: Codes, config: Config,
                world: int) -> list[Sample]:
-    """As many prompts as the run can draw, their pictures encoded. What cannot be used is left out (or refused, if the
-    file is one's own) before training."""
+    """The prompts in a shuffled order, as many as the run can draw, their pictures encoded. What cannot be used is left
+    out (or refused, if the file is one's own) before training."""
     draws = config.updates // config.epochs_per_rollout * config.prompts_per_update * world
-    some = random.Random(config.seed).sample(pool, draws) if draws < len(pool) else pool
-    ready = list(usable(some, policy, codes, left_out, config.budget))
+    order = random.Random(config.seed).sample(pool, len(pool))
+    ready = list(itertools.islice(usable(order, policy, codes, left_out, config.budget), draws))
     if pool and not ready:
         raise UserError(f"--prompts {config.prompts}: no usable prompt is left")
     return ready
 
 
-def draw_prompts(config: Config, update: int, rank: int, pool: list[Sample]) -> list[Sample]:
-    """The prompts of one rollout: a function of seed, update and rank alone, so that a resumed run draws the same."""
-    rng = random.Random(f"{config.seed}/{update}/{rank}")
+def draw_prompts(config: Config, update: int, rank: int, pool: list[Sample], world: int = 1) -> list[Sample]:
+    """The prompts of one rollout: the next of the pool, from its start again when it is through, or the toy world's. A
+    function of seed, update and rank alone, so that a resumed run draws the same."""
     if pool:
-        return [rng.choice(pool) for _ in range(config.prompts_per_update)]
+        first = (update // config.epochs_per_rollout * world + rank) * config.prompts_per_update
+        return [pool[(first + i) % len(pool)] for i in range(config.prompts_per_update)]
+    rng = random.Random(f"{config.seed}/{update}/{rank}")
     return [toy_prompt(rng, config.edits, "train") for _ in range(config.prompts_per_update)]
 
 
@@ -428,7 +431,7 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> list[S
     if state:
         restore(policy, folder / "policy")
     policy.decoder.checkpointing = config.checkpointing
-    check_budget(policy, config)
+    check_budget(policy, config.budget, config.model)
     optimizer = torch.optim.Adam(policy.policy_parameters(), lr=config.lr, betas=(0.9, 0.95))
     restore_optimizer(optimizer, tensors)
     scorer = Scorer(policy)
@@ -439,6 +442,8 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> list[S
                          config.critic_quantize)
     codes, sampling = Codes(policy), sampling_of(config)
     pool = ready_pool(pool, left_out, policy, codes, config, world)
+    if pool and rank == 0:
+        print("\n".join([f"{len(pool):,} prompts are ready", *(f"{k}: {n:,}" for k, n in left_out.reasons().items())]))
     run = Run(config, state["lines"] if state else 0) if rank == 0 else None
     first, dead = state["step"] if state else 0, 0
     if rank == 0 and first >= config.updates:
@@ -450,7 +455,7 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> list[S
     for step in bar:
         began = time.perf_counter()
         generator = torch.Generator().manual_seed((config.seed * 1_000_003 + step) * 1_009 + rank)
-        batch = rollout(policy, draw_prompts(config, step, rank, pool), config, judges, codes, generator)   # 1-4
+        batch = rollout(policy, draw_prompts(config, step, rank, pool, world), config, judges, codes, generator)   # 1-4
         sampled = time.perf_counter()
         with torch.no_grad(), trained_as(policy, reference):
             parts = zip(*(x.split(config.micro_batch) for x in (batch.tokens, batch.is_image, batch.mask)))
@@ -479,9 +484,9 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> list[S
                           "format": "reward/format", "kl/image": "kl/image"}.items()})
         if done // config.save_every > step // config.save_every or done == config.updates:
             G = config.group_size
-            run.sample(f"{done:06d}", f"Rollout of update {done}", [
-                record(s, batch.answers[i * G:i * G + G], batch.scores[i * G:i * G + G],
-                       batch.by_answer[i * G:i * G + G]) for i, s in enumerate(batch.samples[:3])], said_by(judges))
+            groups = [shown_group(s, batch.answers[i * G:i * G + G], batch.scores[i * G:i * G + G],
+                                  batch.by_answer[i * G:i * G + G]) for i, s in enumerate(batch.samples[:3])]
+            run.sample(f"{done:06d}", f"Rollout of update {done}", groups, said_by(judges))
             save(policy, folder / "policy", {"step": done, "lines": run.lines, "settings": asdict(config)},
                  optimizer_tensors(optimizer))
     if rank == 0 and first < config.updates and config.eval_prompts:
@@ -489,11 +494,11 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> list[S
     return pool
 
 
-def check_budget(policy: UnifiedModel, config: Config) -> None:
+def check_budget(policy: UnifiedModel, budget: int, name: str) -> None:
     """An answer has to have room for an image."""
-    if config.budget < policy.vision_config.positions:
-        raise UserError(f"--budget {config.budget}: one image of {config.model} takes {policy.vision_config.positions} "
-                        f"positions, expected more than that for each step")
+    if budget < policy.vision_config.positions:
+        raise UserError(f"--budget {budget}: one image of {name} takes {policy.vision_config.positions} positions, "
+                        f"expected more than that for each step")
 
 
 def peak_gib(device: torch.device) -> float:
@@ -511,8 +516,9 @@ def show(policy: UnifiedModel, run: Run, config: Config, pool: list[Sample], jud
     samples = pool[:4] or [toy_prompt(rng, config.edits, "heldout") for _ in range(4)]
     batch = rollout(policy, samples, replace(config, group_size=3), judges, Codes(policy),
                     torch.Generator().manual_seed(0))
-    run.sample(name, title, [record(s, batch.answers[3 * i:3 * i + 3], batch.scores[3 * i:3 * i + 3],
-                                    batch.by_answer[3 * i:3 * i + 3]) for i, s in enumerate(samples)], said_by(judges))
+    groups = [shown_group(s, batch.answers[3 * i:3 * i + 3], batch.scores[3 * i:3 * i + 3],
+                          batch.by_answer[3 * i:3 * i + 3]) for i, s in enumerate(samples)]
+    run.sample(name, title, groups, said_by(judges))
 
 
 def said_by(judges: tuple, most: int = 24) -> list[dict]:

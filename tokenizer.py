@@ -1020,7 +1020,7 @@ def read_picture(path: Path, where: str) -> np.ndarray:
     """A picture file -> uint8 [H, W, 3]."""
     try:
         return np.asarray(Image.open(path).convert("RGB"))
-    except (OSError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
         raise UserError(f"{where}: {path} is not a picture that can be read ({error})")
 
 

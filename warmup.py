@@ -209,10 +209,11 @@ class LeftOut:
         if count <= self.LISTED:
             self.list.append({"file": str(file), "line": line, "id": str(id), "reason": said, "verdict": verdict})
         if count <= self.SHOWN:
-            tqdm.write(f"{verdict}: {file}, line {line}, {id}: {said}{' (and so on)' * (count == self.SHOWN)}")
+            where = f"{file}, line {line}" + f", {id}" * bool(str(id))
+            tqdm.write(f"{verdict}: {where}: {said}{' (and so on)' * (count == self.SHOWN)}")
 
     @contextmanager
-    def record(self, file: Path, line: int, id: object = ""):
+    def guard(self, file: Path, line: int, id: object = ""):
         """Around what is done with one record: Broken inside counts it, and it is passed over."""
         try:
             yield
@@ -245,9 +246,9 @@ def records(file: Path, left_out: LeftOut) -> Iterator[tuple[int, object]]:
         try:
             with open(file, "rb") as lines:
                 for number, line in enumerate(lines, 1):
-                    with left_out.record(file, number):
+                    with left_out.guard(file, number):
                         if line.strip():
-                            yield number, parse_json(line)
+                            yield number, writable(parse_json(line))
         except OSError as error:
             raise UserError(f"{file}: cannot be read ({error})")
         return
@@ -268,7 +269,7 @@ def records(file: Path, left_out: LeftOut) -> Iterator[tuple[int, object]]:
                 key, at = value_at(text, at)
                 mark(":")
             value, at = value_at(text, at)
-            yield number, value if key is None else (key, value)
+            yield number, writable(value if key is None else (key, value))
             if mark(",", end) == end:
                 break
     except (ValueError, RecursionError) as error:
@@ -281,6 +282,15 @@ def parse_json(text: str | bytes) -> object:
         return json.loads(text)
     except (ValueError, RecursionError) as error:
         raise Broken("not JSON", f"{error}, in {text[:40]!r}")
+
+
+def writable(value: object) -> object:
+    """JSON may hold halves of characters (a cut emoji), which no file takes: they become question marks."""
+    if isinstance(value, str):
+        return value.encode("utf-8", "replace").decode()
+    if isinstance(value, dict):
+        return {writable(key): writable(of) for key, of in value.items()}
+    return type(value)(map(writable, value)) if isinstance(value, (list, tuple)) else value
 
 
 def id_of(record: object, key: str = "id") -> str:
@@ -357,10 +367,11 @@ def activitynet(path: Path, left_out: LeftOut) -> Iterator[Sample]:
     file = file_in(path, "train.json", "train.jsonl")
     for line, entry in records(file, left_out):
         video, told = entry if isinstance(entry, tuple) else (None, entry)
-        with left_out.record(file, line, video or ""):
+        with left_out.guard(file, line, video or id_of(told, "video_id")):
             if video is None:
                 video, sentences = need(told, "video_id", str), need(told, "en_captions", list)
-                spans = list(zip(need(told, "captions_starts", list), need(told, "captions_ends", list)))
+                starts, stops = need(told, "captions_starts", list), need(told, "captions_ends", list)
+                spans = list(itertools.zip_longest(starts, stops))
             else:
                 sentences, spans = need(told, "sentences", list), need(told, "timestamps", list)
             duration = need(told, "duration", (int, float)) if "duration" in told else math.inf
@@ -368,7 +379,7 @@ def activitynet(path: Path, left_out: LeftOut) -> Iterator[Sample]:
                 raise Broken("timestamps and sentences differ in number", f"{len(spans)} and {len(sentences)}")
             parts = []
             for i, (span, sentence) in enumerate(zip(spans, sentences)):
-                with left_out.record(file, line, f"{video}, segment {i}"):
+                with left_out.guard(file, line, f"{video}, segment {i}"):
                     text = need_text({"sentence": sentence}, "sentence")
                     if not (isinstance(span, (list, tuple)) and len(span) == 2
                             and all(isinstance(t, (int, float)) and math.isfinite(t) for t in span)):
@@ -394,27 +405,29 @@ def genhowto(path: Path, left_out: LeftOut, next_step: bool = False) -> Iterator
     One row is two steps: the initial state in the prompt, then the action and the final state. next_step, for RL: the
     action stands in the prompt as well, and the final state is asked for."""
     needed = ("VID_ID", "DS_CAT_NAME", "FRAME_S1", "FRAME_AC", "FRAME_S2", "FILENAME")
+    prompts = ("FRAME_AC_PROMPT", "FRAME_S2_PROMPT")
     rows, frames = {}, (path if path.is_dir() else path.parent) / "frames"
     for file in files_in(path, "actions*.txt", "states*.txt", "*.csv"):
         try:
             with open(file, encoding="utf-8-sig", newline="") as lines:
-                table, seen = csv.DictReader(lines), set()
+                table = csv.DictReader(lines)
                 missing = [name for name in needed if name not in (table.fieldnames or ())]
                 if missing:
                     raise UserError(f"{file}, line 1: expected a header with the column {missing[0]}")
                 for row in table:
-                    with left_out.record(file, table.line_num, row["VID_ID"] or ""):
+                    with left_out.guard(file, table.line_num, row["VID_ID"] or ""):
                         name = need_text(row, "FILENAME")
-                        if name in seen:
-                            raise Broken("FILENAME is there twice", name)
-                        seen.add(name)
+                        told = {key: row[key] for key in (*needed, *prompts) if row.get(key)}
                         known = rows.setdefault(name, {"origin": (file, table.line_num, row["VID_ID"])})
-                        known.update({key: value for key, value in row.items() if value and isinstance(key, str)})
+                        if any(known.get(key, told[key]) != told[key] for key in told if key in needed) \
+                                or any(key in known for key in told if key in prompts):
+                            raise Broken("FILENAME is there twice", name)
+                        known.update(told)
         except (OSError, UnicodeDecodeError, csv.Error) as error:
             raise UserError(f"{file}: cannot be read ({error})")
     for row in rows.values():
-        with left_out.record(*row["origin"]):
-            action, state = need_text(row, "FRAME_AC_PROMPT"), need_text(row, "FRAME_S2_PROMPT")
+        with left_out.guard(*row["origin"]):
+            action, state = (need_text(row, name) for name in prompts)
             told = [need_text(row, name) for name in ("FRAME_S1", "FRAME_AC", "FRAME_S2")]
             if not all(re.fullmatch(r"\d+(\.\d+)?", text) for text in told):
                 raise Broken("a frame's second is no number", told)
@@ -440,14 +453,14 @@ def openstory(path: Path, left_out: LeftOut) -> Iterator[Sample]:
     def rows() -> Iterator[tuple]:
         for file in files_in(path, "*.jsonl", "*.json"):
             for line, record in records(file, left_out):
-                with left_out.record(file, line):
+                with left_out.guard(file, line):
                     key = need(record, "__key__", str)
                     yield key.rpartition("_override_")[2], key, file, line, record
     for video, same in itertools.groupby(rows(), lambda row: row[0][:11]):           # an id may hold _ and -
-        same = list(same)
-        for story in (sorted(same[i:i + STORY]) for i in range(0, len(same), STORY)):       # own key: by time stamp
+        same = sorted(same)                                                          # by own key: in time order
+        for story in (same[i:i + STORY] for i in range(0, len(same), STORY)):
             own, _, file, line, _ = story[0]
-            with left_out.record(file, line, own):
+            with left_out.guard(file, line, own):
                 parts = []
                 for _, key, *where, record in story:
                     if "_override_" in key:
@@ -473,7 +486,7 @@ def emova(path: Path, left_out: LeftOut) -> Iterator[Sample]:
             left_out(file, 1, file.stem, "a speech subset")
             continue
         for line, record in records(file, left_out):
-            with left_out.record(file, line, id_of(record)):
+            with left_out.guard(file, line, id_of(record)):
                 turns, names = need(record, "conversations", list), record.get("image") or []
                 names = names if isinstance(names, list) else [names]
                 pictures = [picture_in(root, name) for name in names]
@@ -507,7 +520,7 @@ def journeydb(path: Path, left_out: LeftOut) -> Iterator[Sample]:
     folders = {f.name for f in (file.parent / "imgs").glob("*") if f.is_dir()}
     seen = set()
     for line, record in records(file, left_out):
-        with left_out.record(file, line, id_of(record, "img_path")):
+        with left_out.guard(file, line, id_of(record, "img_path")):
             name = need(record, "img_path", str).removeprefix("./")
             if name.partition("/")[0] not in folders:
                 raise Broken("its folder of pictures is not there", "imgs/" + name.partition("/")[0])
@@ -530,7 +543,7 @@ def plain(path: Path, left_out: LeftOut, with_steps: bool = True) -> Iterator[Sa
     """Our own JSON lines: {"prompt": text, "images": [path, ...], "steps": [{"text", "image"}, ...]}. An `<image>` mark
     in the prompt for each of "images"; paths relative to the file. Prompts alone need no steps."""
     for line, record in records(path, left_out):
-        with left_out.record(path, line, id_of(record)):
+        with left_out.guard(path, line, id_of(record)):
             prompt = need(record, "prompt", str)
             if not prompt.strip():
                 raise Broken("the prompt is empty")
@@ -687,7 +700,7 @@ def usable(samples: list[Sample], model: UnifiedModel, codes: Codes, left_out: L
         codes.learn([p for s in part for p in s.prompt_pictures + s.answer_pictures * (not s.draw)])
         codes.learn([p for s in part if s.draw for p in s.answer_pictures], crop=True)
         for sample in part:
-            with left_out.record(*sample.origin or ("", 0)):
+            with left_out.guard(*sample.origin or ("", 0)):
                 for picture in sample.prompt_pictures + sample.answer_pictures:
                     if isinstance(picture, Path) and picture in codes.unreadable:
                         raise Broken("a picture cannot be read", codes.unreadable[picture])
@@ -829,13 +842,15 @@ class Run:
 
 
 def png(picture) -> str:
-    """uint8 [H, W, 3] -> base64 PNG, for JSON and HTML."""
-    data = io.BytesIO()
-    Image.fromarray(picture).save(data, "PNG")
+    """uint8 [H, W, 3] -> base64 PNG of at most 256 pixels a side, for JSON and HTML."""
+    data, image = io.BytesIO(), Image.fromarray(picture)
+    image.thumbnail((256, 256))
+    image.save(data, "PNG")
     return base64.b64encode(data.getvalue()).decode()
 
 
-def record(sample: Sample, answers: list[Answer], scores: list[Scores], advantages: list[Tensor] | None = None) -> dict:
+def shown_group(sample: Sample, answers: list[Answer], scores: list[Scores],
+                advantages: list[Tensor] | None = None) -> dict:
     """One prompt and its answers as plain data: texts, pictures, each step's reward and (mean) advantage."""
     told = []
     for n, (answer, score) in enumerate(zip(answers, scores)):
@@ -1231,7 +1246,7 @@ def show(model: UnifiedModel, run: Run, name: str, title: str, prompts: list[Sam
     trajectories = model.generate(rows, 1, budget, generator=torch.Generator().manual_seed(0))
     answers = model.answers(trajectories)
     scores = judge([s.prompt for s in prompts], answers, *judges)
-    run.sample(name, title, [record(s, [a], [c]) for s, a, c in zip(prompts, answers, scores)])
+    run.sample(name, title, [shown_group(s, [a], [c]) for s, a, c in zip(prompts, answers, scores)])
 
 
 def check_settings(folder: Path, state: dict | None, config) -> None:

@@ -1,4 +1,5 @@
 """Shared by all tests: the fixtures' folder, an untrained miniature that samples in milliseconds, a warm-up run."""
+import json
 import os
 import subprocess
 import sys
@@ -6,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
@@ -77,3 +79,19 @@ def killed_after(lines: int, start, monkeypatch) -> None:
         patch.setattr(warmup.Run, "log", dying)
         with pytest.raises(KeyboardInterrupt):
             start()
+
+
+def shots(folder: Path, *names: str) -> None:
+    """Picture files that are not square."""
+    for name in names:
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (30, 20), (200, 30, 30)).save(folder / name)
+
+
+def write(path: Path, value: object) -> Path:
+    """A text as it is, a list for *.jsonl as lines, anything else as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = isinstance(value, list) and path.suffix == ".jsonl"
+    path.write_text("".join(json.dumps(v) + "\n" for v in value) if lines else
+                    value if isinstance(value, str) else json.dumps(value, indent=1))
+    return path

@@ -90,7 +90,7 @@ def emova(folder: Path, count: int, rng: random.Random) -> None:
         turns = ["<image>\nwhat is it?", shapes.caption(scene)] + ["where is it?", scene.cell] * (i % 4 == 0)
         told.append({"id": f"{i:06d}", "image": "toy/" + picture(folder / "toy" / f"{i}.png", scene), "conversations": [
             {"from": ("human", "gpt")[k % 2], "value": value} for k, value in enumerate(turns)]})
-    (folder / "annotations").mkdir()
+    (folder / "annotations").mkdir(exist_ok=True)
     (folder / "annotations" / "toy.json").write_text(json.dumps(told, indent=4))
 
 

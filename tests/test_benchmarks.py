@@ -10,7 +10,7 @@ from PIL import Image
 import evaluate
 import published_samples
 import shapes
-from conftest import FIXTURES, run
+from conftest import FIXTURES, run, shots, write
 from evaluate import ASPECTS, BENCHMARKS, Answered, Config, Question, find_score
 from model import save
 from tokenizer import UserError
@@ -28,18 +28,6 @@ def talker(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("talker")
     save(tiny, folder / "policy")
     return folder
-
-
-def write(path: Path, value: object) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value))
-    return path
-
-
-def shots(folder: Path, *names: str) -> None:
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (30, 20), (30, 30, 200)).save(folder / name)
 
 
 def read(benchmark: str, path: Path) -> tuple[list[Question], LeftOut]:
@@ -126,6 +114,13 @@ def test_short_answers_are_compared_without_case_articles_and_points(reply, righ
     assert evaluate.same_answer(reply, ["the bakery", "shop"]) == right
 
 
+@pytest.mark.parametrize("reply, accepted, right", [
+    ("A.", "A", True), ("", "A", False), (".", "A", False), ("B", "A", False), ("-5", "5", False), ("-5", "-5", True),
+    ("1.5", "15", False), ("1.5.", "1.5", True), ("1,000", "1000", True), ("Zürich!", "zürich", True)])
+def test_options_and_numbers_stay_what_they_are(reply, accepted, right):
+    assert evaluate.same_answer(reply, [accepted]) == right
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Files
 
@@ -161,12 +156,13 @@ def test_an_answer_is_cut_after_three_pictures_as_mmies_loader_does():
         q = questions_of(("SA-1", "SA"))[0]
         q.record = {"question": [{"text": f"q{i}", "image": f"q{i}.png"} for i in range(given)]
                     or [{"text": "q", "image": None}]}
+        q.prompt_pictures = [Path(f"data/q{i}.png") for i in range(given)]
         return evaluate.mmie_view(q, [{"text": t, "image": i} for t, i in answer], Path("f"))
     steps = [("one", "1.png"), ("two", "2.png"), (None, "3.png"), ("four", "4.png")]
     assert view(0, *steps) == ("q\n", "one\nImage-0: <image>\ntwo\nImage-1: <image>\nImage-2: <image>\n",
                                [Path("f/1.png"), Path("f/2.png"), Path("f/3.png")])
     assert view(1, *steps)[1] == "one\nImage-1: <image>\ntwo\nImage-2: <image>\n"
-    assert view(3, *steps)[1] == "one\n" and len(view(3, *steps)[2]) == 3      # all its own, one text, no picture
+    assert view(3, *steps)[1:] == ("one\n", [Path(f"data/q{i}.png") for i in range(3)])        # one text, no picture
     assert view(4, *steps)[0].count("<image>") == 4
     assert view(0, ("a <image> <|im_end|> b", None)) == ("q\n", "a     b\n", [])
 
@@ -178,12 +174,15 @@ def test_references_come_in_three_forms_and_only_problems_show_theirs(tmp_path):
         {"id": "MSR-3", "question": [{"text": "q"}]},
         {"id": "MSR-4", "question": "q", "answer": "another model's", "model": "m", "gt_answer": []},
         {"id": "PBL-5", "question": "q", "gt_answer": "9"},
-        {"id": "MSR-6", "question": "q", "gt_answer": [{"text": 9}]}])
+        {"id": "MSR-6", "question": "q", "gt_answer": [{"text": 9}]},
+        {"id": "MSR-7", "question": "q", "answer": "7", "model": "gt", "gt_answer": [{"text": None, "image": None}]}])
     asked, left_out = read("mmie", tmp_path)
     asks = [evaluate.mmie_asks(q, [{"text": "nine", "image": None}], Path("f"), Config())[0][1] for q in asked]
     told = [re.search("### Correct Answer\n(.*)\n### Feedback\n", ask) for ask in asks]
-    assert [t and t[1] for t in told] == ["9", "a string", "not given", "not given", None]
-    assert all("### Question\nq\n### Answer\nnine\n###" in ask for ask in asks) and len(left_out.list) == 1
+    assert [t and t[1] for t in told] == ["9", "a string", "not given", "not given", None, "7"]
+    assert all("### Question\nq\n### Answer\nnine\n###" in ask for ask in asks)
+    assert [(e["id"], e["verdict"]) for e in left_out.list] == [("MSR-3", "noted"), ("MSR-4", "noted"),
+                                                                ("MSR-6", "left out")]
     made = evaluate.mmie_record(asked[2], [], tmp_path, "me")
     assert made == {"id": "MSR-3", "question": [{"text": "q", "image": None}], "answer": [], "model": "me",
                     "gt_answer": [{"text": None, "image": None}]}
@@ -235,6 +234,7 @@ def test_questions_and_captions_of_ones_own(tmp_path):
     (tmp_path / "c.jsonl").write_text('{"prompt": "é"}\n{"caption": "x"}\n')
     assert [q.prompt for q in read("t2i", tmp_path)[0]] == ["a fox", "snow"]
     assert [q.prompt for q in read("t2i", tmp_path / "c.jsonl")[0]] == ["é"]
+    assert [q.prompt for q in read("t2i", write(tmp_path / "c.json", [{"prompt": "a fox"}]))[0]] == ["a fox"]
 
 
 @pytest.mark.parametrize("benchmark, file", [("mmie", "data.json"), ("interleavedbench", "interleaved_bench.json"),
@@ -322,6 +322,23 @@ def test_answers_are_written_as_mmie_wants_them(data, talker, tmp_path):
     assert page.count("<img") >= len(made) and "MSR-0-000002" in page and "http" not in page
 
 
+def test_a_budget_without_room_for_a_picture_is_refused(data, talker, tmp_path):
+    config = config_of("mmie", data, talker, tmp_path)
+    config.budget = 8
+    with pytest.raises(UserError, match="--budget 8.*9 positions"):
+        evaluate.run_benchmark(config)
+    assert not (tmp_path / "model").exists()
+
+
+def test_half_a_character_does_not_end_a_run(data, talker, tmp_path):
+    write(tmp_path / "data" / "data.json", r'[{"id": "SA-1\ud83d", "question": "cut \ud83d emoji", "extra": "\udc00"}]')
+    config = config_of("mmie", data, talker, tmp_path / "out")
+    config.data = str(tmp_path / "data")
+    evaluate.run_benchmark(config)
+    made, = json.loads((tmp_path / "out" / "model" / "data.json").read_text())
+    assert made["id"] == "SA-1?" and made["question"][0]["text"] == "cut ? emoji"
+
+
 def test_our_critic_judges_and_is_called_by_its_name(data, talker, tmp_path, monkeypatch):
     from rewards import LlavaCritic
     asked = []
@@ -392,11 +409,12 @@ def test_visual_reward_of_a_right_picture_is_one_and_of_none_is_zero(tmp_path):
     (["--benchmark", "mmmie"], "mmmie"), (["--benchmark", "mmie"], "--data"),
     (["--benchmark", "mmie", "--data", "no/such"], "no/such"),
     (["--benchmark", "mmie", "--data", "tests", "--judge", "gpt"], "--judge gpt"),
+    (["--benchmark", "mmie", "--data", "tests", "--judge", "llava-critic=no/such/folder"], "no/such/folder"),
     (["--benchmark", "t2i", "--data", "tests", "--judge", "file:x"], "--visual-reward"),
     (["--benchmark", "mmie", "--data", "tests", "--skip", "some"], "--skip some"),
     (["--benchmark", "mmie", "--data", "tests"], "data.json"), (["--batch", "0"], "--batch 0"),
     (["--benchmark", "mmie", "--data", "tests", "--judge", "file:x", "--before", "y"], "--before"),
-    (["--benchmark", "t2i", "--data", "README.md"], "--visual-reward")])
+    (["--benchmark", "t2i", "--data", "tests/requirements.txt"], "--visual-reward")])
 def test_mistakes_with_benchmarks_are_one_sentence(arguments, said):
     out = run("evaluate.py", *arguments, check=2, HF_HUB_OFFLINE="1")
     assert said in out and "Traceback" not in out and len(out.strip().splitlines()) == 1, out

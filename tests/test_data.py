@@ -4,6 +4,7 @@ import json
 import math
 import random
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -17,7 +18,7 @@ import grpo
 import published_samples
 import shapes
 import warmup
-from conftest import ROOT, RUN, SMALL, flags, killed_after, metrics, run, same
+from conftest import ROOT, RUN, SMALL, flags, killed_after, metrics, run, same, shots, write
 from model import load, load_training
 from tokenizer import UserError
 from warmup import Codes, LeftOut, Sample, read_sources, records, usable
@@ -31,20 +32,6 @@ def data(tmp_path_factory):
 def sources(data: Path) -> str:
     return ",".join(f"{name}={data / name}" for name in warmup.READERS if name != "jsonl") \
         + f",jsonl={data / 'jsonl' / 'stories.jsonl'}"
-
-
-def shots(folder: Path, *names: str) -> None:
-    for name in names:
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        Image.new("RGB", (30, 20), (200, 30, 30)).save(folder / name)
-
-
-def write(path: Path, value: object) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    lines = isinstance(value, list) and path.suffix == ".jsonl"
-    path.write_text("".join(json.dumps(v) + "\n" for v in value) if lines else
-                    value if isinstance(value, str) else json.dumps(value, indent=1))
-    return path
 
 
 def read(name: str, path: Path) -> tuple[list[Sample], LeftOut]:
@@ -156,12 +143,14 @@ def test_activitynet_segments_overlap_come_in_any_order_and_may_be_empty(tmp_pat
 
 def test_activitynet_from_flattened_rows_and_a_numbered_dump(tmp_path):
     write(tmp_path / "train.jsonl", [{"video_id": "v_a", "captions_starts": [0, 4], "captions_ends": [4, 9],
-                                      "en_captions": ["a b", "c d"]}, {"video_id": "v_b"}])
+                                      "en_captions": ["a b", "c d"]}, {"video_id": "v_b"},
+                                     {"video_id": "v_c", "captions_starts": [0, 4, 5], "captions_ends": [4, 9],
+                                      "en_captions": ["a b", "c d"]}])
     shots(tmp_path / "frames", "v_a/000011.jpg", "v_a/000033.png")               # seconds 2 and 6.5 at 5 a second
     (tmp_path / "frames" / "fps.txt").write_text("5\n")
     (sample,), left_out = read("activitynet", tmp_path)
     assert [p.name for p in sample.prompt_pictures + sample.answer_pictures] == ["000011.jpg", "000033.png"]
-    assert sum(left_out.counts.values()) == 1
+    assert [(e["id"], e["line"]) for e in left_out.list] == [("v_b", 2), ("v_c", 3)]
     (tmp_path / "frames" / "fps.txt").write_text("five")
     with pytest.raises(UserError, match="fps.txt"):
         read("activitynet", tmp_path)
@@ -206,6 +195,15 @@ def test_genhowto_lists_are_joined_by_filename(tmp_path):
     assert {entry["id"] for entry in left_out.list if "twice" in entry["reason"]} == {"-aaaaaaaaaa"}
 
 
+def test_genhowto_never_merges_rows_that_only_share_a_name(tmp_path):
+    for i, (name, video) in enumerate((("a.csv", "v"), ("b.csv", "w"), ("c.csv", "v"))):
+        write(tmp_path / name, HEADER.format("FRAME_AC_PROMPT,FRAME_S2_PROMPT")
+              + f"{video},0,pan,1,3,2,1,a{i},b{i},0.jpg\n")
+    shots(tmp_path / "frames", *(f"{v}/{s}.jpg" for v in "vw" for s in (1, 2, 3)))
+    (sample,), left_out = read("genhowto", tmp_path)
+    assert "<think>a0</think>" in sample.answer and left_out.reasons() == {"left out, FILENAME is there twice": 2}
+
+
 def test_genhowto_asks_for_the_next_step_in_rl(data):
     reader, _ = warmup.PROMPT_READERS["genhowto"]
     sample = next(reader(data / "genhowto", LeftOut()))
@@ -235,6 +233,7 @@ def test_openstory_groups_are_rebuilt_without_repeats(tmp_path):
     rows = [story_row(a, s, f"frame {s}") for s in range(7)]                                # 5 and 2
     rows += [story_row(b, 1, "one"), story_row(b, 2, "x", f"{b}_keyframe_00-00-01-000"), story_row(b, 3, "three")]
     rows += [story_row(c, 1, "x", f"{b}_keyframe_00-00-03-000"), story_row(c, 2, "alone")]   # a copy from another video
+    rows[5], rows[4] = rows[4], rows[5]                                                     # across the cut
     rows += [story_row(d, 2, "later"), story_row(d, 1, "sooner"), {"json": {}}, story_row("ggggggggggg", 1, "gone"),
              story_row("ggggggggggg", 2, "gone too")]
     rows[0]["json"] = json.dumps(rows[0]["json"])                                           # a string column
@@ -289,13 +288,13 @@ def test_journeydb_captions_and_partial_downloads(tmp_path):
     def line(n, prompt="p", caption=None, folder="000"):
         return {"img_path": f"./{folder}/{n}.jpg", "prompt": prompt, "Task2": {"Caption": caption} if caption else None}
     train = tmp_path / "train"
-    shots(train / "imgs", *(f"000/{n}.jpg" for n in range(8)), "000/.hidden.jpg")
+    shots(train / "imgs", *(f"000/{n}.jpg" for n in range(8)), ".000/9.jpg")
     write(train / "train_anno_realease_repath.jsonl", [
         line(0, "a tin robot --ar 3:2", "An elegant robot <s>"), line(1, "a tin robot --ar 3:2", "The same prompt"),
         line(2, "a brass owl, studio light, --ar 3:2 --v 5"), line(3, "", "abc"), line(4, "--ar 3:2"),
         line(5, "far away", folder="199"), line(99, "missing file"), {"prompt": "no path at all"},
         {**line(6), "Task2": {"Caption": "Prompt is null"}, "prompt": None},
-        {**line(".hidden"), "prompt": "dots stay there"}])
+        line(9, "dots stay there", folder=".000")])
     samples, left_out = read("journeydb", tmp_path)
     assert [s.prompt for s in samples] == ["An elegant robot", "a brass owl, studio light", "Prompt is null",
                                            "dots stay there"]
@@ -440,6 +439,7 @@ def test_the_mix_is_drawn_in_its_ratio_and_goes_through_all_samples(tiny, data, 
 # The scripts
 
 def test_warm_up_on_published_data_is_killed_and_goes_on_bit_equal(data, tmp_path, monkeypatch):
+    data = Path(shutil.copytree(data, tmp_path / "data"))
     shots(data / "emova" / "toy", "broken.png")
     (data / "emova" / "toy" / "broken.png").write_text("no picture")
     write(data / "emova" / "annotations" / "broken.jsonl", [
@@ -466,6 +466,17 @@ def test_warm_up_on_published_data_is_killed_and_goes_on_bit_equal(data, tmp_pat
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 1, "the second run encoded nothing"
 
 
+def test_grpo_goes_through_the_prompts_of_every_source(data):
+    pool, left_out = grpo.prompt_pool(grpo.Config(prompts=sources(data), text_reward="llava-critic",
+                                                  visual_reward="clip-score"))
+    assert len(pool) == 20 + 25 + 20 and not left_out.counts
+    assert not any(s.answer or s.answer_pictures or s.draw for s in pool), "only the prompt side"
+    config = grpo.Config(prompts_per_update=2, epochs_per_rollout=2)
+    drawn = [[grpo.draw_prompts(config, update, rank, pool[:10], 2) for rank in (0, 1)] for update in (0, 2, 4)]
+    places = [[[pool.index(s) for s in part] for part in ranks] for ranks in drawn]
+    assert places == [[[0, 1], [2, 3]], [[4, 5], [6, 7]], [[8, 9], [0, 1]]]
+
+
 def test_grpo_takes_the_prompt_side_of_published_data(warm, data, tmp_path, capsys):
     def judges(*_):
         return (lambda prompts, texts: [[0.3 * len(t) % 1 for t in told] for told in texts],
@@ -477,8 +488,8 @@ def test_grpo_takes_the_prompt_side_of_published_data(warm, data, tmp_path, caps
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(grpo, "make_judges", judges)
         pool = grpo.train(config, 0, 1, torch.device("cpu"))
-    # the toy vocabulary spells GenHowTo's question letter by letter: some of it is longer than the context
-    assert "samples" in capsys.readouterr().out and pool and len(metrics(tmp_path / "g")) == RUN["updates"]
+    assert "8 prompts are ready" in capsys.readouterr().out and len(metrics(tmp_path / "g")) == RUN["updates"]
+    assert len(pool) == RUN["updates"] * RUN["prompts_per_update"], "no more than are drawn"
     assert all(isinstance(p, Path) for s in pool for p in s.prompt_pictures)
     assert list((tmp_path / "g" / "samples").glob("*before.json"))
     with pytest.raises(UserError, match="rule judges"):
