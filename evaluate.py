@@ -42,12 +42,13 @@ from tqdm import tqdm
 
 import grpo
 import shapes
-from model import Sampling, UnifiedModel, load
-from rewards import (LlavaCritic, check_judges, format_reward, hybrid_rewards, judge, judge_device, make_judges,
-                     own_text, parse_weights, unmarked)
+from model import Sampling, UnifiedModel, load, read_json
+from rewards import (LlavaCritic, check_judges, check_source, format_reward, hybrid_rewards, judge, judge_device,
+                     make_judges, own_text, parse_weights, unmarked)
 from tokenizer import Answer, UserError, parse_config, pick_device, read_picture, run_main
-from warmup import (I2T_QUESTION, MARKS, Broken, Codes, LeftOut, Sample, file_in, fingerprint, id_of, need, need_text,
-                    picture_in, read_metrics, read_text, records, toy_prompt, usable)
+from warmup import (I2T_QUESTION, MARKS, Broken, Codes, LeftOut, Sample, check_settings, file_in, fingerprint, id_of,
+                    listed, need, need_marks, need_text, picture_in, read_metrics, read_text, records, toy_prompt,
+                    usable)
 
 RATES = ("format", "text", "visual", "visual_true", "story")
 COLUMNS = (*RATES, "reward")
@@ -486,8 +487,7 @@ def interleavedbench(path: Path, left_out: LeftOut) -> Iterator[Question]:
                          if isinstance(t, str) and t.strip()), None)
             if text is None:
                 raise Broken("neither a human turn nor an instruction")
-            names = record.get("image") or []
-            names = names if isinstance(names, list) else [names]
+            names = listed(record.get("image"))
             replies = [str(turn.get("value")) for turn in turns[1:]]
             marks = text.count("<image>")
             if marks > len(names) or replies and marks + "".join(replies).count("<image>") != len(names):
@@ -502,8 +502,7 @@ def interleavedbench(path: Path, left_out: LeftOut) -> Iterator[Question]:
 
 def aspects_of(question: Question, config: Config) -> list[str]:
     """The aspects that count for a question: decided by its task, never by a score of 0."""
-    names = question.record.get("image") or [""]
-    first = str(names[0] if isinstance(names, list) else names).split("/")[0]
+    first = str(next(iter(listed(question.record.get("image"))), "")).split("/")[0]            # the folder of its task
     skipped = re.search(SKIPS[config.skip], f"{question.group} {question.id} {first}".lower())
     return [name for name in ASPECTS if not (skipped and name in TEXT_ASPECTS)]
 
@@ -548,15 +547,14 @@ def understanding(path: Path, left_out: LeftOut) -> Iterator[Question]:
     for line, record in records(file, left_out):
         with left_out.guard(file, line, id_of(record)):
             text = need(record, "question", str).strip()
-            names, accepted = (value if isinstance(value, list) else [value] for value in (
-                record.get("image", record.get("images")) or [], record.get("answer", record.get("answers"))))
+            accepted = record.get("answer", record.get("answers"))
+            accepted = accepted if isinstance(accepted, list) else [accepted]
             if not text or not accepted or not all(isinstance(a, str) for a in accepted):
                 raise Broken("a question or its answer is missing")
-            pictures = [picture_in(file.parent, name) for name in names]
+            pictures = [picture_in(file.parent, name) for name in listed(record.get("image", record.get("images")))]
             if "<image>" not in text:
                 text = "<image> " * len(pictures) + text
-            if text.count("<image>") != len(pictures):
-                raise Broken("<image> marks and pictures differ in number", f"{text.count('<image>')}, {len(pictures)}")
+            need_marks(text, pictures)
             id = str(record.get("id", line))
             yield Question(text, pictures, id=id, record={**record, "accepted": accepted}, origin=(file, line, id))
 
@@ -663,10 +661,7 @@ def add_line(file: Path, line: dict) -> None:
 def same_run(folder: Path, settings: dict) -> None:
     """Write how the folder was made; raises UserError where it was made in another way."""
     file = folder / "config.json"
-    for key, value in json.loads(file.read_text())["settings"].items() if file.exists() else ():
-        if settings.get(key) != value:
-            raise UserError(f"{folder}: was made with {key} {value}, not {settings.get(key)}: choose another --out, or "
-                            f"delete the folder")
+    check_settings(folder, read_json(file)["settings"] if file.exists() else {}, settings)
     (folder / "answers").mkdir(parents=True, exist_ok=True)
     made = {"settings": settings, "command": " ".join(sys.argv), "torch": torch.__version__}
     write_whole(file, json.dumps(made, indent=1).encode())
@@ -680,7 +675,8 @@ def answer_questions(source: str, questions: list[Question], config: Config, fol
     if config.benchmark != "understanding":
         grpo.check_budget(model, config.budget, source)
     how = ("benchmark", "data", "seed", "temperature", "top_k", "top_p", "guidance", "budget", "batch")
-    same_run(folder, {"model": source, "weights": fingerprint(model), **{name: getattr(config, name) for name in how}})
+    same_run(folder, {"model": f"{source} (weights {fingerprint(model)[:16]})",
+                      **{name: getattr(config, name) for name in how}})
     codes = Codes(model)
     questions = list(usable(questions, model, codes, left_out, config.budget))
     if not questions:
@@ -733,6 +729,7 @@ def ask_critic(critic: LlavaCritic, name: str, asks: list[tuple], folder: Path) 
     replies = {(line["id"], line["aspect"]): line["reply"] for line in lines if line["judge"] == name}
 
     def reply(part: list[tuple]) -> list[str]:
+        """Some questions at once; where one of them is too long, each alone."""
         shown = [[Image.open(p).convert("RGB") for p in pictures] for *_, pictures in part]
         for picture in itertools.chain(*shown):
             picture.thumbnail((CRITIC_SIDE, CRITIC_SIDE))
@@ -911,7 +908,7 @@ def check_benchmark(config: Config) -> None:
         if wrong:
             raise UserError(sentence)
     if config.judge.startswith("llava-critic"):
-        check_judges(config.judge, config.visual_reward, config.critic_quantize)
+        check_source("--judge", config.judge)
 
 
 def main() -> None:

@@ -422,7 +422,8 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> list[S
     """Steps 1 to 7, from the last checkpoint on -> the pool of prompts, empty for the toy world's."""
     folder = Path(config.out)
     state, tensors = load_training(folder / "policy") if config.resume else (None, {})
-    check_settings(folder, state, config)
+    check_settings(folder, (state or {}).get("settings", {}), asdict(config))
+    weights = parse_weights(config.reward_weights)
     pool, left_out = prompt_pool(config)
     policy = load(config.model, device, config.quantize)
     train_only(policy, config.lora_rank, config.lora_alpha, config.seed)
@@ -466,8 +467,7 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> list[S
                 group["lr"] = config.lr * min(1.0, (step + epoch + 1) / config.ramp)
             metrics = update(scorer, optimizer, batch, ref_logp, config)                                     # 5, 6
         now = time.perf_counter()
-        looks = rollout_metrics(batch, parse_weights(config.reward_weights))
-        metrics = averaged({**looks, **metrics, "seconds": now - began,
+        metrics = averaged({**rollout_metrics(batch, weights), **metrics, "seconds": now - began,
                             "seconds/rollout": sampled - began - batch.judging, "seconds/reward": batch.judging,
                             "seconds/reference": compared - sampled, "seconds/update": now - compared,
                             "peak_gib": peak_gib(device)}, world, device)

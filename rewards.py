@@ -728,10 +728,15 @@ def check_judges(text: str, visual: str, critic_quantize: str) -> None:
                                ("--critic-quantize", critic_quantize, ("none", "nf4"))):
         if value not in known:
             raise UserError(f"{flag} {value}: expected {' or '.join(known)}")
-    for flag, value in (("--text-reward", text), ("--visual-reward", visual)):
-        folder = value.partition("=")[2]
-        if folder and not Path(folder).exists() and folder.count("/") != 1:                 # one slash: a hub id
-            raise UserError(f"{flag} {value}: there is no {folder}")
+    check_source("--text-reward", text)
+    check_source("--visual-reward", visual)
+
+
+def check_source(flag: str, value: str) -> None:
+    """Raises UserError where NAME=FOLDER names no folder; with one slash it may be a hub id."""
+    folder = value.partition("=")[2]
+    if folder and not Path(folder).exists() and folder.count("/") != 1:
+        raise UserError(f"{flag} {value}: there is no {folder}")
 
 
 def parse_weights(text: str, flag: str = "--reward-weights", of: str = "text, visual, format"

@@ -314,6 +314,17 @@ def need_text(record: object, key: str) -> str:
     return text
 
 
+def listed(value: object) -> list:
+    """What is published as one thing, a list of them, or nothing at all -> a list."""
+    return value if isinstance(value, list) else [value] if value else []
+
+
+def need_marks(text: str, pictures: list) -> None:
+    """An `<image>` mark for each picture, or Broken."""
+    if text.count("<image>") != len(pictures):
+        raise Broken("<image> marks and pictures differ in number", f"{text.count('<image>')} and {len(pictures)}")
+
+
 def picture_in(folder: Path, *names: object) -> Path:
     """The first of `names` that there is in a folder, or Broken."""
     for name in names:
@@ -487,9 +498,8 @@ def emova(path: Path, left_out: LeftOut) -> Iterator[Sample]:
             continue
         for line, record in records(file, left_out):
             with left_out.guard(file, line, id_of(record)):
-                turns, names = need(record, "conversations", list), record.get("image") or []
-                names = names if isinstance(names, list) else [names]
-                pictures = [picture_in(root, name) for name in names]
+                turns = need(record, "conversations", list)
+                pictures = [picture_in(root, name) for name in listed(record.get("image"))]
                 said = []
                 for turn, speaker in zip(turns, itertools.cycle(("human", "gpt"))):
                     if need(turn, "from", str) != speaker:
@@ -499,9 +509,7 @@ def emova(path: Path, left_out: LeftOut) -> Iterator[Sample]:
                     said.append("<image>".join(MARKS.sub(" ", piece) for piece in pieces).strip())
                 if len(said) < 2 or len(said) % 2 or not all(said):
                     raise Broken("a turn is missing or empty")
-                if "".join(said).count("<image>") != len(pictures):
-                    raise Broken("<image> marks and pictures differ in number",
-                                 f"{''.join(said).count('<image>')} and {len(pictures)}")
+                need_marks("".join(said), pictures)
                 prompt = ""
                 for question, reply in zip(said[::2], said[1::2]):
                     prompt += question
@@ -548,8 +556,7 @@ def plain(path: Path, left_out: LeftOut, with_steps: bool = True) -> Iterator[Sa
             if not prompt.strip():
                 raise Broken("the prompt is empty")
             names = [] if record.get("images") is None else need(record, "images", list)
-            if prompt.count("<image>") != len(names):
-                raise Broken("<image> marks and images differ in number", f"{prompt.count('<image>')} and {len(names)}")
+            need_marks(prompt, names)
             pictures = [picture_in(path.parent, name) for name in names]
             steps = [(need_text(step, "text"), picture_in(path.parent, need(step, "image", str)))
                      for step in (need(record, "steps", list) if with_steps else ())]
@@ -1186,7 +1193,7 @@ def warm_up(config: Config) -> None:
     """Run the stages that are still to be done, from the last checkpoint of the same settings."""
     folder, device = Path(config.out), pick_device(config.device)
     state, tensors = load_training(folder / "policy")
-    check_settings(folder, state, config)
+    check_settings(folder, (state or {}).get("settings", {}), asdict(config))
     left_out = LeftOut()
     samples = read_sources(config.data, "--data", READERS, left_out) if config.data else {}
     if state:
@@ -1249,14 +1256,14 @@ def show(model: UnifiedModel, run: Run, name: str, title: str, prompts: list[Sam
     run.sample(name, title, [shown_group(s, [a], [c]) for s, a, c in zip(prompts, answers, scores)])
 
 
-def check_settings(folder: Path, state: dict | None, config) -> None:
-    """A checkpoint made with other settings is not gone on with: raises UserError naming the first that differs."""
+def check_settings(folder: Path, made: dict, now: dict) -> None:
+    """What was made with other settings is not gone on with: raises UserError naming the first that differs."""
     free = ("device", "reward_device", "save_every", "updates", "resume", "eval_prompts", "eval_guidance", "out",
             "micro_batch", "checkpointing", "preset", "cache")
-    for key, value in (state or {}).get("settings", {}).items():
-        if key not in free and getattr(config, key, value) != value:
-            raise UserError(f"{folder}: was made with --{key.replace('_', '-')} {value}, not {getattr(config, key)}: "
-                            f"choose another --out, or delete the folder")
+    for key, value in made.items():
+        if key not in free and now.get(key, value) != value:
+            raise UserError(f"{folder}: was made with --{key.replace('_', '-')} {value}, not {now[key]}: choose "
+                            f"another --out, or delete the folder")
 
 
 def is_done(folder: Path) -> bool:
