@@ -28,11 +28,12 @@ import json
 import os
 import random
 import re
+import subprocess
 import sys
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Callable, Iterator
+from typing import Callable
 from urllib.parse import quote
 
 import numpy as np
@@ -40,15 +41,53 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
-import grpo
 import shapes
-from model import Sampling, UnifiedModel, load, read_json
-from rewards import (LlavaCritic, check_judges, check_source, format_reward, hybrid_rewards, judge, judge_device,
-                     make_judges, own_text, parse_weights, unmarked)
-from tokenizer import Answer, UserError, parse_config, pick_device, read_picture, run_main
-from warmup import (I2T_QUESTION, MARKS, Broken, Codes, LeftOut, Sample, check_settings, file_in, fingerprint, id_of,
-                    listed, need, need_marks, need_text, picture_in, read_metrics, read_text, records, toy_prompt,
-                    usable)
+from common import (
+    STYLE,
+    UserError,
+    add_line,
+    check_settings,
+    parse_config,
+    parse_weights,
+    pick_device,
+    read_json,
+    read_lines,
+    read_picture,
+    run_main,
+    write_report,
+    write_whole,
+)
+from data import (
+    I2T_QUESTION,
+    Broken,
+    CodeCache,
+    LeftOut,
+    Question,
+    Sample,
+    as_list,
+    captions,
+    fingerprint,
+    id_of,
+    interleavedbench,
+    keep_usable,
+    mmie,
+    records,
+    toy_prompt,
+    understanding,
+)
+from judges import LlavaCritic, strip_marks
+from model import Sampling, UnifiedModel, check_budget, load
+from rewards import (
+    check_judges,
+    check_source,
+    format_reward,
+    hybrid_rewards,
+    judge,
+    judge_device,
+    make_judges,
+    own_text,
+)
+from tokenizer import Answer
 
 RATES = ("format", "text", "visual", "visual_true", "story")
 COLUMNS = (*RATES, "reward")
@@ -85,8 +124,6 @@ class Config:
     skip: str = "both"               # InterleavedBench tasks without text aspects: both, editing or none
     out: str = ""                    # where answers, table and page go; empty: out/BENCHMARK
     preset: str = ""                 # paper: the paper's settings, see PAPER; flags given beside it win
-
-
 # --preset paper: how answers are sampled for the benchmarks
 PAPER = dict(
     model="out/grpo",                                             # what grpo.py --preset paper wrote
@@ -101,7 +138,7 @@ def rate_answer(prompt: str, answer: Answer) -> dict[str, float]:
     true = shapes.states_of_prompt(prompt)[1:]
     pairs = [(shapes.parse_caption(own_text(answer.segments, i)), s.picture)
              for i, s in enumerate(answer.segments) if s.picture is not None]
-    seen = shapes.see(np.stack([picture for _, picture in pairs])) if pairs else []
+    seen = shapes.recognise(np.stack([picture for _, picture in pairs])) if pairs else []
     told = [shapes.parse_caption(s.text) for s in answer.segments if s.text is not None]
     n = len(true)
     rates = {
@@ -123,11 +160,11 @@ def interval(values: np.ndarray, seed: int, resamples: int = 2000) -> list[float
 def answer_all(model: UnifiedModel, samples: list[Sample], config: Config, sampling: Sampling, title: str
                ) -> list[Answer]:
     """One answer for each prompt, in batches, seeds fixed."""
-    generator, codes, answers = torch.Generator().manual_seed(config.seed), Codes(model), []
+    generator, codes, answers = torch.Generator().manual_seed(config.seed), CodeCache(model), []
     for start in tqdm(range(0, len(samples), config.batch), desc=title, leave=False):
         part = samples[start:start + config.batch]
         prompts = [model.prompt(s.prompt, codes(s.prompt_pictures), s.draw) for s in part]
-        answers += model.answers(model.generate(prompts, 1, config.budget, sampling, generator))
+        answers += model.read_answers(model.generate(prompts, 1, config.budget, sampling, generator))
     return answers
 
 
@@ -159,7 +196,7 @@ def evaluate(model: UnifiedModel, config: Config) -> dict:
             "model": str(config.model)}
 
 
-def table(results: dict[str, dict]) -> str:
+def rates_table(results: dict[str, dict]) -> str:
     """Results by name -> rows a person can compare."""
     lines = [f"{'':24}" + "".join(f"{name:>22}" for name in COLUMNS)]
     for name, result in results.items():
@@ -171,77 +208,10 @@ def table(results: dict[str, dict]) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# report.html: one file that opens offline
-
-STYLE = """body{font:14px/1.45 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}
-h1{font-size:1.5em}h2{font-size:1.15em;margin-top:2em}pre{background:#f6f6f6;padding:.8em;overflow:auto;font-size:12px}
-.curves{display:flex;flex-wrap:wrap;gap:12px}figure{margin:0}figcaption{font-size:12px;color:#555}
-.answer{display:flex;flex-wrap:wrap;gap:10px;border-top:1px solid #ddd;padding:8px 0;align-items:flex-start}
-.step{max-width:150px;font-size:13px}.step img,.prompt img{width:84px;image-rendering:pixelated;border:1px solid #ccc}
-.note{color:#777;font-size:11px}.parts{width:130px;color:#555;font-size:12px}.prompt{margin-top:1.2em;font-weight:600}
-.group{margin-bottom:1em}"""
-
-
-def curve(name: str, points: list[tuple[float, float]], width: int = 250, height: int = 90) -> str:
-    """One metric as inline SVG with its first, lowest, highest and last value."""
-    ys = [y for _, y in points]
-    low, high, last = min(ys), max(ys), max(1, len(points) - 1)
-    span = (high - low) or 1
-    line = " ".join(f"{4 + i * (width - 8) / last:.1f},{height - 4 - (y - low) / span * (height - 8):.1f}"
-                    for i, y in enumerate(ys))
-    return (f'<figure><svg width="{width}" height="{height}" style="background:#fafafa;border:1px solid #ddd">'
-            f'<polyline points="{line}" fill="none" stroke="#2563a8" stroke-width="1.5"/></svg><figcaption>'
-            f'{html.escape(name)}: {ys[0]:.3g} → {ys[-1]:.3g} (min {low:.3g}, max {high:.3g})</figcaption></figure>')
-
-
-def answer_html(answer: dict) -> str:
-    """Text, picture, text, picture, as a person reads them; under each its reward and advantage."""
-    parts = "<br>".join(f"{k} {answer[k]:.2f}" for k in ("text", "visual", "format") if answer[k] is not None)
-    cells = [f'<div class="parts">{parts}<br><span class="note">{html.escape(answer["layout"])}</span></div>']
-    for step in answer["steps"]:
-        shown = (f'<img alt="picture" src="data:image/png;base64,{step["picture"]}">' if step["picture"]
-                 else html.escape(step["text"]))
-        notes = [f"{k[:3]} {step[k]:.2f}" for k in ("reward", "advantage") if step[k] is not None]
-        cells.append(f'<div class="step">{shown}<div class="note">{" · ".join(notes)}</div></div>')
-    return f'<div class="answer">{"".join(cells)}</div>'
-
-
-def write_report(folder: Path, results: dict[str, dict] | None = None) -> Path:
-    """report.html of a run directory: how it was made, curves, rates before and after, and its samples in order."""
-    config = json.loads((folder / "config.json").read_text())
-    metrics = read_metrics(folder / "metrics.jsonl")
-    body = [f"<h1>{html.escape(folder.name)}</h1>",
-            f"<details><summary>how this run was made</summary><pre>{html.escape(json.dumps(config, indent=1))}</pre>"
-            f"</details>"]
-    if results:
-        body.append(f"<h2>Evaluation</h2><pre>{html.escape(table(results))}</pre>")
-    for stage in dict.fromkeys(m.get("stage", "grpo") for m in metrics):
-        lines = [m for m in metrics if m.get("stage", "grpo") == stage]
-        names = [k for k, v in lines[-1].items() if k not in ("step", "stage") and isinstance(v, (int, float))]
-        drawn = [curve(k, [(m["step"], m[k]) for m in lines if m.get(k) is not None]) for k in names]
-        body.append(f'<h2>{html.escape(stage)}</h2><div class="curves">{"".join(drawn)}</div>')
-    for file in sorted((folder / "samples").glob("*.json"), key=lambda f: (f.stat().st_mtime_ns, f.name)):
-        sheet = json.loads(file.read_text())
-        body.append(f"<h2>{html.escape(sheet['title'])}</h2>")
-        for group in sheet["groups"]:
-            start = "".join(f'<br><img alt="start" src="data:image/png;base64,{p}">' for p in group["pictures"])
-            body.append(f'<div class="group"><div class="prompt">{html.escape(group["prompt"])}{start}</div>'
-                        + "".join(map(answer_html, group["answers"])) + "</div>")
-        judged = [f"[score: {'none' if j['score'] is None else j['score']}]\n{j['question']}\n--> {j['reply']}"
-                  for j in sheet["judged"]]
-        if judged:
-            body.append(f"<details><summary>what the text judge was asked last, and said</summary><pre>"
-                        f"{html.escape(chr(10).join(judged))}</pre></details>")
-    page = f"<!doctype html><meta charset='utf-8'><title>{html.escape(folder.name)}</title><style>{STYLE}</style>"
-    path = folder / "report.html"
-    path.write_text(page + "\n".join(body))
-    return path
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Before and after; the ladder
 
-def before_and_after(run: grpo.Config, toy: bool) -> None:
+
+def before_and_after(run, toy: bool) -> None:
     """Rate the warm-up model and the trained one on the same fresh prompts; table, evaluation.json, report.html. A run
     on other prompts than the toy world's gets the report alone: see --benchmark."""
     folder, results = Path(run.out), {}
@@ -253,11 +223,9 @@ def before_and_after(run: grpo.Config, toy: bool) -> None:
                         reward_device=run.reward_device, critic_quantize=run.critic_quantize)
         results[name] = evaluate(load(model, pick_device(run.device)), config)
     if results:
-        print(table(results))
+        print(rates_table(results))
         (folder / "evaluation.json").write_text(json.dumps(results, indent=1))
-    print(f"answers, curves and rates: {write_report(folder, results)}")
-
-
+    print(f"answers, curves and rates: {write_report(folder, rates_table(results) if results else '')}")
 LADDER = {      # rung -> GRPO settings, the rows of the paper's ablation
     "r_f": dict(reward_weights="0,0,1", credit="outcome"),
     "r_f + r_t": dict(reward_weights="1,0,1", credit="outcome"),
@@ -266,7 +234,6 @@ LADDER = {      # rung -> GRPO settings, the rows of the paper's ablation
 }
 PAPER_LADDER = {"warm-up": (53.31, 1.97), "r_f": (53.56, 2.05), "r_f + r_t": (54.62, 2.30),
                 "r_f + r_t + r_v": (57.83, 2.79), "+ process": (59.50, 3.13)}
-# MMIE, InterleavedBench as published: another model and another task
 
 
 def ladder(config: Config) -> None:
@@ -276,10 +243,11 @@ def ladder(config: Config) -> None:
     for rung, settings in LADDER.items():
         for seed in map(int, config.seeds.split(",")):
             out = f"out/ladder/{re.sub('[^a-z]+', '_', rung).strip('_')}-{seed}"
-            grpo.train(grpo.Config(model=config.model, out=out, seed=seed, updates=config.updates, edits=config.edits,
-                                   eval_prompts=0, **settings), 0, 1, device)
+            flags = dict(model=config.model, out=out, seed=seed, updates=config.updates, edits=config.edits,
+                         eval_prompts=0, device=config.device, **settings)
+            subprocess.run([sys.executable, Path(__file__).with_name("grpo.py"),
+                            *(f"--{name.replace('_', '-')}={value}" for name, value in flags.items())], check=True)
             rows.setdefault(rung, []).append(evaluate(load(out, device), replace(config, model=out)))
-            write_report(Path(out))
     print(f"mean (range) over GRPO seeds {config.seeds}; {config.prompts} held-out prompts, seed {config.seed}; sampled"
           f" at temperature {config.temperature}. The last column is the paper's own, from another model and task.")
     print(f"{'':24}" + "".join(f"{name:>19}" for name in RATES) + f"{'paper: MMIE, I.Bench':>24}")
@@ -294,17 +262,9 @@ def ladder(config: Config) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Benchmarks: published questions -> answers in the published schema -> judges' replies -> the published averages
+# Benchmarks: answers in the published schema -> judges' replies -> the published averages
 
 Rows = dict[str, tuple[float, int]]      # row of the table -> its value and the records behind it
-
-
-@dataclass
-class Question(Sample):
-    """One question of a benchmark: a prompt, and what its answer is judged by."""
-    id: str = ""
-    group: str = ""                  # MMIE: SA, PBL or MSR; InterleavedBench: the task
-    record: dict = field(default_factory=dict)       # as published
 
 
 @dataclass
@@ -322,21 +282,6 @@ class Answered:
         """{aspect: (mean, records)} of the valid scores, nothing where there is none."""
         found = [self.scores[id, aspect] for id in ids if self.scores.get((id, aspect)) is not None]
         return {aspect: (sum(found) / len(found), len(found))} if found else {}
-
-
-def question_reader(reader):
-    """A reader of records -> a reader of questions with ids of their own: of two the first counts."""
-    def read(path: Path, left_out: LeftOut) -> Iterator[Question]:
-        seen = set()
-        for question in reader(path, left_out):
-            with left_out.guard(*question.origin):
-                if question.id in seen:
-                    raise Broken("an id that was there before")
-                seen.add(question.id)
-                yield question
-    return read
-
-
 # -- MMIE (arXiv 2410.10139): its dataset.py, prompts.py and main.py
 
 MMIE_RUBRICS = {                 # the official criteria in our words; looked for in an id in this order
@@ -354,55 +299,7 @@ MMIE_RUBRICS = {                 # the official criteria in our words; looked fo
 }
 JUDGE_FORM = ("Begin with '### Feedback' and your analysis; then write '### Score' and, below it, one integer from 0 "
               "to {most}.")
-MMIE_MOST, MMIE_SHOWN, MMIE_PICTURES = 6, 3, 4       # highest score; pictures after which an answer is cut; at most
-
-
-def segments_of(value: object) -> list[dict]:
-    """A question or an answer in MMIE's schema, [{"text": str | null, "image": path | null}], or a plain text -> the
-    schema with both keys in every segment."""
-    value = [{"text": value}] if isinstance(value, str) else value
-    if not isinstance(value, list) or not all(isinstance(s, dict) for s in value):
-        raise Broken("question or answer is no list of {text, image}", repr(value)[:40])
-    segments = [{**s, "text": s.get("text"), "image": s.get("image")} for s in value]
-    for segment in segments:
-        if not all(isinstance(segment[key], (str, type(None))) for key in ("text", "image")):
-            raise Broken("text or image is neither a text nor null", repr(segment)[:40])
-    return segments
-
-
-@question_reader
-def mmie(path: Path, left_out: LeftOut) -> Iterator[Question]:
-    """data.json and images/: {"id", "question": [{"text", "image"}], "gt_answer": the same}, unknown keys kept. The
-    category stands in the id. A record of the model "gt" may hold the reference as its answer. More than four pictures
-    are left out, as the official loader does."""
-    file = file_in(path, "data.json")
-    for line, record in records(file, left_out):
-        with left_out.guard(file, line, id_of(record)):
-            id, words, pictures = need(record, "id", str), [], []
-            group = next((name for name in MMIE_RUBRICS if name in id), None)
-            if group is None:
-                raise Broken("its id names no category (SA, PBL or MSR)")
-            asked = segments_of(record.get("question"))
-            references = [segments_of(record.get("gt_answer") or [{}])]
-            if record.get("model") == "gt":
-                references.append(segments_of(record.get("answer") or [{}]))
-            reference = next((r for r in references if r[0]["text"]), references[0])
-            if group == "MSR" and not reference[0]["text"]:
-                left_out(file, line, id, "a problem without its right answer", verdict="noted")
-            for segment in asked:
-                if segment["text"]:
-                    words.append(MARKS.sub(" ", segment["text"]).strip())
-                if segment["image"]:
-                    if Path(segment["image"]).is_absolute() or ".." in Path(segment["image"]).parts:
-                        raise Broken("a picture's path leaves the folder", segment["image"])
-                    pictures.append(picture_in(file.parent, segment["image"]))
-                    words.append("<image>")
-            if len(pictures) > MMIE_PICTURES:
-                raise Broken(f"more than {MMIE_PICTURES} pictures", len(pictures))
-            if not words:
-                raise Broken("the question is empty")
-            yield Question(" ".join(words), pictures, id=id, group=group, origin=(file, line, id),
-                           record={**record, "question": asked, "gt_answer": reference})
+MMIE_MOST, MMIE_SHOWN = 6, 3       # highest score; pictures after which an answer is cut
 
 
 def mmie_view(question: Question, answer: list[dict], folder: Path) -> tuple[str, str, list[Path]]:
@@ -413,7 +310,7 @@ def mmie_view(question: Question, answer: list[dict], folder: Path) -> tuple[str
         for segment in segments:
             full = part == "answer" and len(pictures) >= MMIE_SHOWN
             if segment["text"] is not None:
-                told[part] += unmarked(segment["text"]) + "\n"
+                told[part] += strip_marks(segment["text"]) + "\n"
             if segment["image"] is not None and not full:
                 told[part] += f"Image-{len(pictures)}: <image>\n"
                 pictures.append(next(given) if part == "question" else folder / segment["image"])
@@ -425,7 +322,7 @@ def mmie_view(question: Question, answer: list[dict], folder: Path) -> tuple[str
 def mmie_asks(question: Question, answer: list[dict], folder: Path, config: Config) -> list[tuple]:
     """[(aspect, message, pictures)] for a judge of ours; only of problems it is told the right answer."""
     asked, told, pictures = mmie_view(question, answer, folder)
-    right = unmarked(question.record["gt_answer"][0]["text"] or "not given")
+    right = strip_marks(question.record["gt_answer"][0]["text"] or "not given")
     reference = f"### Correct Answer\n{right}\n" if question.group == "MSR" else ""
     return [("score", f"{MMIE_RUBRICS[question.group]} {JUDGE_FORM.format(most=MMIE_MOST)}\n### Question\n{asked}"
                       f"### Answer\n{told}{reference}### Feedback\n", pictures)]
@@ -453,8 +350,6 @@ def weighted_mean(rows: Rows) -> tuple[float, int]:
     """Categories -> the mean over all their records."""
     count = sum(n for _, n in rows.values())
     return sum(mean * n for mean, n in rows.values()) / count, count
-
-
 # -- InterleavedBench (arXiv 2406.14643)
 
 ASPECTS = {                      # InterleavedEval's five; the wording of its judge is not published, this one is ours
@@ -471,47 +366,18 @@ EDITING, COMPOSITION = r"(?<![a-z])edit|magic_?brush", r"multi_?concept|subject"
 SKIPS = {"both": f"{EDITING}|{COMPOSITION}", "editing": EDITING, "none": r"(?!)"}        # tasks without text aspects
 
 
-@question_reader
-def interleavedbench(path: Path, left_out: LeftOut) -> Iterator[Question]:
-    """interleaved_bench.json and the unzipped folders of pictures beside it (or in zipped_images/): LLaVA
-    conversations. The first pictures are the human turn's, the others the reference's."""
-    file = file_in(path, "interleaved_bench.json")
-    for line, record in records(file, left_out):
-        with left_out.guard(file, line, id_of(record)):
-            if not isinstance(record, dict) or not isinstance(record.get("id"), (str, int)):
-                raise Broken("id is missing, or of another kind than published")
-            id, task = str(record["id"]), need(record, "task_name", str)
-            turns = record.get("conversations") if isinstance(record.get("conversations"), list) else []
-            turns = [turn for turn in turns if isinstance(turn, dict)] or [{}]
-            text = next((t for t in (turns[0].get("value"), record.get("instruction"), turns[0].get("instruction"))
-                         if isinstance(t, str) and t.strip()), None)
-            if text is None:
-                raise Broken("neither a human turn nor an instruction")
-            names = listed(record.get("image"))
-            replies = [str(turn.get("value")) for turn in turns[1:]]
-            marks = text.count("<image>")
-            if marks > len(names) or replies and marks + "".join(replies).count("<image>") != len(names):
-                left_out(file, line, id, "marks and pictures differ in number, their common prefix is used",
-                         f"{marks} marks in the prompt, {len(names)} pictures in all", verdict="noted")
-            pieces = [MARKS.sub(" ", piece) for piece in text.split("<image>")]
-            shown = min(marks, len(names))
-            prompt = "<image>".join(pieces[:shown + 1]) + " ".join(pieces[shown + 1:])
-            pictures = [picture_in(file.parent, name, f"zipped_images/{name}") for name in names[:shown]]
-            yield Question(prompt.strip(), pictures, id=id, group=task, record=record, origin=(file, line, id))
-
-
 def aspects_of(question: Question, config: Config) -> list[str]:
     """The aspects that count for a question: decided by its task, never by a score of 0."""
-    first = str(next(iter(listed(question.record.get("image"))), "")).split("/")[0]            # the folder of its task
+    first = str(next(iter(as_list(question.record.get("image"))), "")).split("/")[0]            # the folder of its task
     skipped = re.search(SKIPS[config.skip], f"{question.group} {question.id} {first}".lower())
     return [name for name in ASPECTS if not (skipped and name in TEXT_ASPECTS)]
 
 
 def interleavedbench_asks(question: Question, answer: list[dict], folder: Path, config: Config) -> list[tuple]:
     """[(aspect, message, pictures)] for a judge of ours."""
-    told = "\n".join(unmarked(s["text"]) if kind == "text" else "<image>"
+    told = "\n".join(strip_marks(s["text"]) if kind == "text" else "<image>"
                      for s in answer for kind in ("text", "image") if s[kind])
-    asked = "<image>".join(unmarked(piece) for piece in question.prompt.split("<image>"))
+    asked = "<image>".join(strip_marks(piece) for piece in question.prompt.split("<image>"))
     pictures = question.prompt_pictures + [folder / s["image"] for s in answer if s["image"]]
     return [(name, f"You judge an answer that is made of texts and pictures, in one respect only: {ASPECTS[name]} "
                    f"{JUDGE_FORM.format(most=ASPECT_MOST)}\n### Instruction\n{asked}\n### Answer\n{told}\n"
@@ -537,28 +403,6 @@ def plain_mean(rows: Rows) -> tuple[float, int]:
     return sum(mean for mean, _ in rows.values()) / len(rows), max(n for _, n in rows.values())
 
 
-# -- kept abilities: single tasks of one's own choice, before and after
-
-@question_reader
-def understanding(path: Path, left_out: LeftOut) -> Iterator[Question]:
-    """JSON lines {"id", "image": path or [paths], "question", "answer": text or [texts]}, paths relative to the file.
-    Pictures whose `<image>` marks the question lacks come first."""
-    file = file_in(path, "questions.jsonl")
-    for line, record in records(file, left_out):
-        with left_out.guard(file, line, id_of(record)):
-            text = need(record, "question", str).strip()
-            accepted = record.get("answer", record.get("answers"))
-            accepted = accepted if isinstance(accepted, list) else [accepted]
-            if not text or not accepted or not all(isinstance(a, str) for a in accepted):
-                raise Broken("a question or its answer is missing")
-            pictures = [picture_in(file.parent, name) for name in listed(record.get("image", record.get("images")))]
-            if "<image>" not in text:
-                text = "<image> " * len(pictures) + text
-            need_marks(text, pictures)
-            id = str(record.get("id", line))
-            yield Question(text, pictures, id=id, record={**record, "accepted": accepted}, origin=(file, line, id))
-
-
 def same_answer(reply: str, accepted: list[str]) -> bool:
     """Equal but for case, punctuation and articles, as VQA accuracy has it; numbers keep sign and point, and an answer
     that is nothing but an article (option A) stays."""
@@ -566,18 +410,6 @@ def same_answer(reply: str, accepted: list[str]) -> bool:
         words = re.sub(r"(?!-\d)(?!(?<=\d)\.\d)[^\w\s]", "", text.lower()).split()
         return [w for w in words if w not in ("a", "an", "the")] or words
     return bare(reply) in map(bare, accepted)
-
-
-@question_reader
-def captions(path: Path, left_out: LeftOut) -> Iterator[Question]:
-    """A caption a line (*.txt), or records {"prompt"} (*.jsonl, *.json)."""
-    file = file_in(path, "captions.txt", "captions.jsonl")
-    lines = records(file, left_out) if file.suffix != ".txt" else (
-        (n, {"prompt": text}) for n, text in enumerate(read_text(file).split("\n"), 1) if text.strip())
-    for line, record in lines:
-        with left_out.guard(file, line):
-            yield Question(need_text(record, "prompt"), [], draw=True, kind="t2i", id=str(line), record=record,
-                           origin=(file, line, ""))
 
 
 def understanding_rows(answered: Answered, config: Config) -> Rows:
@@ -595,8 +427,6 @@ def t2i_rows(answered: Answered, config: Config) -> Rows:
     pictures = [read_picture(answered.folder / file, "an answer") for _, file in drawn]
     values = visual([text for text, _ in drawn], pictures)
     return {"visual reward": (sum(values) / len(answered.questions), len(answered.questions))}
-
-
 # -- the paper's own numbers (other models, the official judges), printed beside ours in columns of their own
 
 PAPER_MMIE = {"Anole": (48.95, 59.05, 51.72, 55.22), "GILL": (None, None, None, 51.58),
@@ -619,8 +449,6 @@ class Benchmark:
     most: int = 0                    # highest score of a judge
     file: str = ""                   # the answers in the published schema
     record: Callable | None = None   # question, answer, folder, model -> what stands there
-
-
 BENCHMARKS = {
     "mmie": Benchmark(mmie, mmie_rows, (*MMIE_RUBRICS, "AVG"), PAPER_MMIE, lambda question, config: ["score"],
                       mmie_asks, MMIE_MOST, "data.json", mmie_record),
@@ -632,30 +460,6 @@ BENCHMARKS = {
                                {"paper full": (None, 1425.2, 59.2, 32.8)}),
     "t2i": Benchmark(captions, t2i_rows, ("visual reward", "GenEval"), {"paper full": (None, 0.46)}),
 }
-
-
-# -- answers and replies, one line each as they come, so that a killed run goes on
-
-def read_lines(file: Path) -> list[dict]:
-    """JSON lines; half a line, left by a kill, is cut off."""
-    data = file.read_bytes() if file.exists() else b""
-    whole = data[:data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        os.truncate(file, len(whole))
-    return [json.loads(line) for line in whole.splitlines()]
-
-
-def write_whole(file: Path, data: bytes) -> None:
-    """A file that is there whole or not at all, also where the run is killed."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    half = file.with_name(file.name + ".half")
-    half.write_bytes(data)
-    half.replace(file)
-
-
-def add_line(file: Path, line: dict) -> None:
-    with open(file, "a", encoding="utf-8") as lines:
-        lines.write(json.dumps(line) + "\n")
 
 
 def same_run(folder: Path, settings: dict) -> None:
@@ -673,12 +477,12 @@ def answer_questions(source: str, questions: list[Question], config: Config, fol
     A batch and its seed follow from the place in the list: a run that was killed goes on with the same answers."""
     model, left_out = load(source, pick_device(config.device)).eval(), LeftOut()
     if config.benchmark != "understanding":
-        grpo.check_budget(model, config.budget, source)
+        check_budget(model, config.budget, source)
     how = ("benchmark", "data", "seed", "temperature", "top_k", "top_p", "guidance", "budget", "batch")
     same_run(folder, {"model": f"{source} (weights {fingerprint(model)[:16]})",
                       **{name: getattr(config, name) for name in how}})
-    codes = Codes(model)
-    questions = list(usable(questions, model, codes, left_out, config.budget))
+    codes = CodeCache(model)
+    questions = list(keep_usable(questions, model, codes, left_out, config.budget))
     if not questions:
         raise UserError(f"{source}: no question of {config.data} fits this model")
     told = {line["id"]: line for line in read_lines(folder / "answers.jsonl")}
@@ -694,7 +498,7 @@ def answer_questions(source: str, questions: list[Question], config: Config, fol
             prompts = [model.prompt(q.prompt, codes(q.prompt_pictures), q.draw) for q in part]
             generator = torch.Generator().manual_seed(config.seed * 1_000_003 + start)
             rows = model.generate(prompts, 1, config.budget, sampling, generator)
-            for question, row, answer in zip(part, rows, model.answers(rows)):
+            for question, row, answer in zip(part, rows, model.read_answers(rows)):
                 if question.id not in told:
                     segments = as_segments(answer, question.id, folder)
                     told[question.id] = {"id": question.id, "answer": segments, "layout": answer.layout,
@@ -717,8 +521,6 @@ def as_segments(answer: Answer, id: str, folder: Path) -> list[dict]:
         segments[-1]["image"] = f"answers/{name}_{i}.png"
         Image.fromarray(segment.picture).save(folder / segments[-1]["image"])
     return segments
-
-
 CRITIC_SIDE = 384                # pictures are shown to our critic at this size: one tile
 
 
@@ -787,7 +589,7 @@ def score_replies(spec: Benchmark, answered: Answered, config: Config) -> None:
                     raise Broken("no reply" if reply is None else "no valid score in the reply", aspect)
 
 
-def columns(rows: tuple[str, ...], ours: dict[str, Rows], paper: dict[str, tuple]) -> str:
+def benchmark_table(rows: tuple[str, ...], ours: dict[str, Rows], paper: dict[str, tuple]) -> str:
     """Ours, with the records behind each value, then the paper's in columns of their own."""
     lines = [f"{'':24}" + "".join(f"{name:>16}" for name in ours) + "  |" + "".join(f"{name:>13}" for name in paper)]
     for i, row in enumerate(rows):
@@ -797,7 +599,7 @@ def columns(rows: tuple[str, ...], ours: dict[str, Rows], paper: dict[str, tuple
     return "\n".join(lines)
 
 
-def about(spec: Benchmark, config: Config, arms: dict[str, Answered], reasons: dict[str, dict]) -> str:
+def header(spec: Benchmark, config: Config, arms: dict[str, Answered], reasons: dict[str, dict]) -> str:
     """What has to stand above the numbers: whose they are, who judged, what was left out."""
     lines = [f"{config.benchmark}, {config.data}", "left of the bar ours, with the records behind each value; right of "
              "it the paper's own numbers: other models, other judges"]
@@ -817,8 +619,6 @@ def about(spec: Benchmark, config: Config, arms: dict[str, Answered], reasons: d
                      + f", {sum(forms) / len(forms):.1%} of them well-formed" * bool(spec.asks))
         lines += [f"    {reason}: {count}" for reason, count in reasons[name].items()]
     return "\n".join(lines)
-
-
 PAGE = 200                       # answers that the page shows
 
 
@@ -879,7 +679,7 @@ def run_benchmark(config: Config) -> None:
             score_replies(spec, of, config)
     ours = {name: spec.score(of, config) for name, of in arms.items()}
     reasons = {name: dict(Counter(unread.reasons()) + Counter(of.left_out.reasons())) for name, of in arms.items()}
-    table = about(spec, config, arms, reasons) + "\n\n" + columns(spec.rows, ours, spec.paper)
+    table = header(spec, config, arms, reasons) + "\n\n" + benchmark_table(spec.rows, ours, spec.paper)
     print(table)
     (out / "results.json").write_text(json.dumps({
         "benchmark": config.benchmark, "data": config.data, "judge": config.judge, "skip": config.skip,
@@ -927,10 +727,8 @@ def main() -> None:
     if config.ladder:
         return ladder(config)
     result = evaluate(load(config.model, pick_device(config.device)), config)
-    print(table({Path(config.model).name: result}))
+    print(rates_table({Path(config.model).name: result}))
     if config.json:
         Path(config.json).write_text(json.dumps(result, indent=1))
-
-
 if __name__ == "__main__":
     run_main(main)

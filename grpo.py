@@ -1,6 +1,6 @@
 """Unified GRPO on interleaved answers, Eq. (2)-(7): one trajectory, two kinds of tokens.
 
-  1 prompts      draw P of them                                                                      `draw_prompts`
+  1 prompts      draw P of them                                                                      `next_prompts`
   2 rollout      sample G answers each, text and codes, keeping the log-probs                        `rollout`
   3 rewards      r = r_t + r_v + r_f, and every step's own reward                   Eq. (5)          `rewards.judge`
   4 advantages   against the group: whole answer, or step by step                   Eq. (4), Eq. (6) `advantages`
@@ -14,10 +14,7 @@
 """
 import itertools
 import math
-import os
 import random
-import resource
-import sys
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
@@ -30,13 +27,56 @@ from torch import Tensor
 from tqdm import tqdm
 
 import warmup
-from model import (Sampling, Trajectory, UnifiedModel, load, load_training, restore, save, train_only, trained,
-                   trained_as)
-from rewards import (Scores, check_judges, hybrid_rewards, judge, judge_device, make_judges, parse_weights,
-                     wanted_steps)
-from tokenizer import Answer, UserError, pad, parse_config, pick_device, run_main
-from warmup import (PROMPT_READERS, Codes, LeftOut, Run, Sample, by_modality, check_adapters, check_settings,
-                    optimizer_tensors, read_prompts, read_sources, restore_optimizer, shown_group, toy_prompt, usable)
+from common import (
+    Run,
+    UserError,
+    averaged,
+    check_settings,
+    optimizer_tensors,
+    parse_config,
+    parse_weights,
+    peak_gib,
+    restore_optimizer,
+    run_main,
+    start_processes,
+)
+from data import (
+    PROMPT_READERS,
+    CodeCache,
+    LeftOut,
+    Sample,
+    keep_usable,
+    read_prompts,
+    read_sources,
+    toy_prompt,
+)
+from evaluate import before_and_after
+from model import (
+    Sampling,
+    Trajectory,
+    UnifiedModel,
+    by_modality,
+    check_adapters,
+    check_budget,
+    load,
+    load_training,
+    prepare_training,
+    restore,
+    save,
+    trainable_state,
+    with_trainable,
+)
+from rewards import (
+    Scores,
+    check_judges,
+    hybrid_rewards,
+    judge,
+    judge_device,
+    make_judges,
+    shown_group,
+    wanted_steps,
+)
+from tokenizer import Answer, pad
 
 SPREAD = 1e-3         # a group whose rewards have a smaller standard deviation says nothing: exact zeros
 EPSILON = 1e-4        # added to the standard deviation in Eq. (4) and Eq. (6)
@@ -64,7 +104,7 @@ class Config:
     critic_quantize: str = "none"    # nf4: the critic's decoder in 4 bits
     credit: str = "process"          # process: Eq. (6), every step by its own rewards; outcome: Eq. (4)
     step_discount: float = 0.5       # gamma of Eq. (6): 1 is the sum as printed, 0 each step's own reward
-    pool: str = "kind"               # step rewards of Eq. (6) normalised per kind (text, image), or all together: all
+    normalise: str = "kind"          # step rewards of Eq. (6) normalised per kind (text, image), or all together: all
     image_weight: float = 1.0        # what a code counts against a text token in the loss; 1 is Eq. (2) as printed
     per_modality: bool = False       # text mean + image_weight * image mean instead of 1/|Y|
     temperature: float = 1.0         # of the rollouts, text and codes alike
@@ -83,13 +123,11 @@ class Config:
     checkpointing: bool = False      # recompute layers in the backward pass: less memory, about a third more time
     eval_guidance: float = 0.0       # guidance of the evaluation before and after; 0: that of the rollouts
     preset: str = ""                 # paper: the paper's settings on VILA-U 7B, see PAPER; flags given beside it win
-
-
 # --preset paper: what the paper states is marked so, the rest is ours and fits one GPU (the paper's QLoRA variant).
 PAPER = dict(
     model="out/warmup-7b",                                        # what warmup.py --preset paper --out wrote
     group_size=4, updates=3000, eval_guidance=3.0,                # paper; 256 x 256 pictures come with the model
-    step_discount=1.0, pool="all", credit="process",              # paper, Eq. (6) as printed
+    step_discount=1.0, normalise="all", credit="process",              # paper, Eq. (6) as printed
     text_reward="llava-critic", visual_reward="image-reward", reward_weights="1,1,1",          # paper, Eq. (5)
     critic_quantize="nf4",                                                                     # ours
     lora_rank=64, lora_alpha=16.0, quantize="nf4", checkpointing=True,                         # ours
@@ -100,6 +138,7 @@ PAPER = dict(
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Advantages
+
 
 def normalise(rewards: Tensor) -> Tensor:
     """(r - mean) / (std + 1e-4) over the last dimension, NaN = no reward: it takes no part and gets 0.
@@ -150,6 +189,7 @@ def process_advantages(step_rewards: list[list[float]], kinds: list[list[str]] |
 # ---------------------------------------------------------------------------------------------------------------------
 # The loss
 
+
 def k3_kl(logp: Tensor, ref_logp: Tensor) -> Tensor:
     """Eq. (7): pi_ref/pi - log(pi_ref/pi) - 1, a decision's unbiased, non-negative estimate of KL(pi || pi_ref)."""
     log_ratio = ref_logp - logp
@@ -188,6 +228,7 @@ def grpo_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor, advantages: Tens
 # ---------------------------------------------------------------------------------------------------------------------
 # Steps 1-4: prompts, rollout, rewards, advantages
 
+
 def prompt_pool(config: Config) -> tuple[list[Sample], LeftOut]:
     """--prompts: a file of one's own, or the prompt side of published data; none for the toy world's. Raises UserError
     for prompts that the rule judges cannot judge."""
@@ -206,19 +247,19 @@ def prompt_pool(config: Config) -> tuple[list[Sample], LeftOut]:
     return pool, left_out
 
 
-def ready_pool(pool: list[Sample], left_out: LeftOut, policy: UnifiedModel, codes: Codes, config: Config,
+def ready_pool(pool: list[Sample], left_out: LeftOut, policy: UnifiedModel, codes: CodeCache, config: Config,
                world: int) -> list[Sample]:
     """The prompts in a shuffled order, as many as the run can draw, their pictures encoded. What cannot be used is left
     out (or refused, if the file is one's own) before training."""
     draws = config.updates // config.epochs_per_rollout * config.prompts_per_update * world
     order = random.Random(config.seed).sample(pool, len(pool))
-    ready = list(itertools.islice(usable(order, policy, codes, left_out, config.budget), draws))
+    ready = list(itertools.islice(keep_usable(order, policy, codes, left_out, config.budget), draws))
     if pool and not ready:
         raise UserError(f"--prompts {config.prompts}: no usable prompt is left")
     return ready
 
 
-def draw_prompts(config: Config, update: int, rank: int, pool: list[Sample], world: int = 1) -> list[Sample]:
+def next_prompts(config: Config, update: int, rank: int, pool: list[Sample], world: int = 1) -> list[Sample]:
     """The prompts of one rollout: the next of the pool, from its start again when it is through, or the toy world's. A
     function of seed, update and rank alone, so that a resumed run draws the same."""
     if pool:
@@ -245,12 +286,12 @@ class Rollout:
     judging: float                   # seconds that the judges took
 
 
-def rollout(policy: UnifiedModel, samples: list[Sample], config: Config, judges: tuple, codes: Codes,
+def rollout(policy: UnifiedModel, samples: list[Sample], config: Config, judges: tuple, codes: CodeCache,
             generator: torch.Generator) -> Rollout:
     """Sample G answers for each prompt, judge them, and compare each with its group."""
     prompts = [policy.prompt(s.prompt, codes(s.prompt_pictures)) for s in samples]
     trajectories = policy.generate(prompts, config.group_size, config.budget, sampling_of(config), generator)
-    answers = policy.answers(trajectories)
+    answers = policy.read_answers(trajectories)
     began = time.perf_counter()
     scores = judge([s.prompt for s in samples for _ in range(config.group_size)], answers, *judges)
     judging = time.perf_counter() - began
@@ -282,16 +323,16 @@ def advantages(answers: list[Answer], scores: list[Scores], config: Config) -> t
         group, said = answers[g:g + G], scores[g:g + G]
         if config.credit == "outcome":
             values = outcome_advantages(torch.tensor(hybrid_rewards(said, weights)))
-            result += [values[i].expand(len(a.steps), 1) for i, a in enumerate(group)]
+            result += [values[i].expand(len(a.step_of), 1) for i, a in enumerate(group)]
             continue
         kinds = [["v" if s.text is None else "t" for s in a.segments] for a in group]
         rewards = [[math.nan if r is None or not worth[k] else r for r, k in zip(s.steps, names)]
                    for s, names in zip(said, kinds)]
-        steps = process_advantages(rewards, kinds if config.pool == "kind" else None, config.step_discount,
+        steps = process_advantages(rewards, kinds if config.normalise == "kind" else None, config.step_discount,
                                    [[worth[k] for k in names] for names in kinds])
         form = outcome_advantages(torch.tensor([s.format for s in said])) * worth["f"]
         for i, (answer, values) in enumerate(zip(group, steps)):
-            own = F.pad(values, (0, 1))[answer.steps]                  # what follows the last step belongs to none
+            own = F.pad(values, (0, 1))[answer.step_of]                  # what follows the last step belongs to none
             result.append(torch.where(answer.is_image, own, own + form[i])[:, None])
     silent = [all(not a.any() for a in result[g:g + G]) for g in range(0, len(result), G)]
     return result, sum(silent) / len(silent)
@@ -299,6 +340,7 @@ def advantages(answers: list[Answer], scores: list[Scores], config: Config) -> t
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Step 6: update
+
 
 class Scorer(torch.nn.Module):
     """The scoring function as a module's forward, the form that DistributedDataParallel wraps."""
@@ -351,6 +393,7 @@ def update(scorer: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: Rol
 # ---------------------------------------------------------------------------------------------------------------------
 # The loop
 
+
 def sampling_of(config: Config) -> Sampling:
     """The distribution that rollouts draw from and every log-probability is taken under."""
     return Sampling(config.temperature, config.top_k, config.top_p, config.guidance)
@@ -362,7 +405,7 @@ def check(config: Config) -> None:
         (config.group_size < 2, f"--group-size {config.group_size}: a group of one has nothing to be compared with, "
                                 f"expected at least 2"),
         (config.credit not in ("process", "outcome"), f"--credit {config.credit}: expected process or outcome"),
-        (config.pool not in ("kind", "all"), f"--pool {config.pool}: expected kind or all"),
+        (config.normalise not in ("kind", "all"), f"--normalise {config.normalise}: expected kind or all"),
         (not 0 <= config.step_discount <= 1, f"--step-discount {config.step_discount}: expected 0..1"),
         (config.temperature <= 0, f"--temperature {config.temperature}: rollouts are sampled, expected more than 0"),
         (not 0 < config.top_p <= 1, f"--top-p {config.top_p}: expected more than 0 and at most 1"),
@@ -378,29 +421,6 @@ def check(config: Config) -> None:
     check_adapters(config)
     check_judges(config.text_reward, config.visual_reward, config.critic_quantize)
     parse_weights(config.reward_weights)
-
-
-def start_processes(config: Config) -> tuple[int, int, torch.device]:
-    """rank, world size and device; under torchrun torch's own process group (nccl on GPUs, gloo elsewhere)."""
-    device = pick_device(config.device)
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return 0, 1, device
-    if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return dist.get_rank(), dist.get_world_size(), device
-
-
-def averaged(metrics: dict, world: int, device: torch.device) -> dict:
-    """Metrics over all processes: means, but the largest ratio."""
-    if world == 1:
-        return metrics
-    values = torch.tensor(list(metrics.values()), device=device)
-    everyone = [torch.zeros_like(values) for _ in range(world)]
-    dist.all_gather(everyone, values)
-    merged = torch.stack(everyone)                                                         # (world, metrics)
-    return {k: (merged[:, i].max() if k == "ratio_max" else merged[:, i].mean()).item() for i, k in enumerate(metrics)}
 
 
 def rollout_metrics(batch: Rollout, weights: tuple[float, float, float]) -> dict:
@@ -426,9 +446,9 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> list[S
     weights = parse_weights(config.reward_weights)
     pool, left_out = prompt_pool(config)
     policy = load(config.model, device, config.quantize)
-    train_only(policy, config.lora_rank, config.lora_alpha, config.seed)
-    # Choice: the KL's reference is the policy with its first values (see `trained_as`): of an adapter, no second base.
-    reference = trained(policy)
+    prepare_training(policy, config.lora_rank, config.lora_alpha, config.seed)
+    # Choice: the KL's reference is the policy with its first values (see `with_trainable`): of an adapter, no second base.
+    reference = trainable_state(policy)
     if state:
         restore(policy, folder / "policy")
     policy.decoder.checkpointing = config.checkpointing
@@ -441,7 +461,7 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> list[S
         scorer = torch.nn.parallel.DistributedDataParallel(scorer, find_unused_parameters=True)
     judges = make_judges(config.text_reward, config.visual_reward, judge_device(config.reward_device, device),
                          config.critic_quantize)
-    codes, sampling = Codes(policy), sampling_of(config)
+    codes, sampling = CodeCache(policy), sampling_of(config)
     pool = ready_pool(pool, left_out, policy, codes, config, world)
     if pool and rank == 0:
         print("\n".join([f"{len(pool):,} prompts are ready", *(f"{k}: {n:,}" for k, n in left_out.reasons().items())]))
@@ -456,9 +476,9 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> list[S
     for step in bar:
         began = time.perf_counter()
         generator = torch.Generator().manual_seed((config.seed * 1_000_003 + step) * 1_009 + rank)
-        batch = rollout(policy, draw_prompts(config, step, rank, pool, world), config, judges, codes, generator)   # 1-4
+        batch = rollout(policy, next_prompts(config, step, rank, pool, world), config, judges, codes, generator)   # 1-4
         sampled = time.perf_counter()
-        with torch.no_grad(), trained_as(policy, reference):
+        with torch.no_grad(), with_trainable(policy, reference):
             parts = zip(*(x.split(config.micro_batch) for x in (batch.tokens, batch.is_image, batch.mask)))
             ref_logp = torch.cat([policy.log_probs(*part, sampling) for part in parts])
         compared = time.perf_counter()
@@ -494,27 +514,13 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> list[S
     return pool
 
 
-def check_budget(policy: UnifiedModel, budget: int, name: str) -> None:
-    """An answer has to have room for an image."""
-    if budget < policy.vision_config.positions:
-        raise UserError(f"--budget {budget}: one image of {name} takes {policy.vision_config.positions} positions, "
-                        f"expected more than that for each step")
-
-
-def peak_gib(device: torch.device) -> float:
-    """The most memory that was in use so far: on the GPU, or resident on the CPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2 ** 30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2 ** 30
-
-
 def show(policy: UnifiedModel, run: Run, config: Config, pool: list[Sample], judges: tuple, name: str,
          title: str) -> None:
     """Groups of answers to fixed prompts with a fixed seed, the same before and after: held-out ones of the toy world,
     or the first of --prompts."""
     rng = random.Random("show")
     samples = pool[:4] or [toy_prompt(rng, config.edits, "heldout") for _ in range(4)]
-    batch = rollout(policy, samples, replace(config, group_size=3), judges, Codes(policy),
+    batch = rollout(policy, samples, replace(config, group_size=3), judges, CodeCache(policy),
                     torch.Generator().manual_seed(0))
     groups = [shown_group(s, batch.answers[3 * i:3 * i + 3], batch.scores[3 * i:3 * i + 3],
                           batch.by_answer[3 * i:3 * i + 3]) for i, s in enumerate(samples)]
@@ -531,7 +537,7 @@ def main() -> None:
     """Warm-up model if there is none, training, evaluation before and after."""
     config = parse_config(Config, presets={"paper": PAPER})
     check(config)
-    rank, world, device = start_processes(config)
+    rank, world, device = start_processes(config.device)
     if rank == 0 and config.model == Config.model and not warmup.is_done(Path(config.model)):
         print(f"no warm-up model in {config.model} yet: training it first, once (about 3 minutes on two CPU cores)")
         warmup.warm_up(warmup.Config(device=config.device))
@@ -541,9 +547,6 @@ def main() -> None:
     if world > 1:
         dist.destroy_process_group()
     if rank == 0:
-        from evaluate import before_and_after
         before_and_after(config, toy=all(wanted_steps(sample.prompt) for sample in pool))
-
-
 if __name__ == "__main__":
     run_main(main)

@@ -8,7 +8,7 @@
 B rows, T positions, N positions of one image, D depth (codes a position), V text vocabulary, K codebook, C width,
 H heads, P prompts, G answers a prompt. Three verbs: `forward` gives hidden states, `log_probs` scores decisions (every
 caller that needs a probability uses it), `generate` samples. What is sampled is what is scored: temperature, top-k,
-top-p and guidance live in `guide` and `choose_from`, which both call. Then QLoRA (a base in 4 bits, adapters), loading
+top-p and guidance live in `guide` and `decision_logp`, which both call. Then QLoRA (a base in 4 bits, adapters), loading
 and saving in VILA-U's published layout.
 
     python model.py --prompt "paint it blue. <BEGIN> a red circle at top left <image>" --image start.png
@@ -27,15 +27,43 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from tokenizer import (IMAGE_END, IMAGE_PLACEHOLDER, IMAGE_START, THINK_END, THINK_START, VISION_NAMES, Answer,
-                       Attention, Block, ImageTokenizer, Sequence, TextTokenizer, UserError, VisionConfig, pack, pad,
-                       parse_answer, parse_config, pick_device, preprocess, read_picture, run_main, settle_folder,
-                       to_pictures, write_folder)
+from common import (
+    UserError,
+    open_tensors,
+    parse_config,
+    pick_device,
+    read_json,
+    read_picture,
+    read_tensor,
+    run_main,
+    settle_folder,
+    snapshot,
+    write_folder,
+    write_tensors,
+)
+from tokenizer import (
+    IMAGE_END,
+    IMAGE_PLACEHOLDER,
+    IMAGE_START,
+    THINK_END,
+    THINK_START,
+    VISION_NAMES,
+    Answer,
+    Attention,
+    Block,
+    ImageTokenizer,
+    Sequence,
+    TextTokenizer,
+    VisionConfig,
+    pack,
+    pad,
+    parse_answer,
+    preprocess,
+    to_pictures,
+)
 
 VICUNA = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
           "detailed, and polite answers to the user's questions.")
@@ -43,6 +71,7 @@ VICUNA = ("A chat between a curious user and an artificial intelligence assistan
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The decoder (LLaMA) and its cache
+
 
 @dataclass
 class DecoderConfig:
@@ -164,6 +193,7 @@ class Decoder(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # The image head
 
+
 class DepthTransformer(nn.Module):
     """The D codes of one position, each given the hidden state before it and the codes above it (VILA-U's RQ head).
 
@@ -199,6 +229,7 @@ class DepthTransformer(nn.Module):
 # ---------------------------------------------------------------------------------------------------------------------
 # The distribution that is sampled and scored
 
+
 @dataclass(frozen=True)
 class Sampling:
     """How a decision is drawn. The defaults are RL's: the model itself (temperature 1, nothing cut, no guidance)."""
@@ -214,7 +245,7 @@ def guide(cond: Tensor, uncond: Tensor | None, scale: float) -> Tensor:
     return cond if uncond is None else uncond.float() + scale * (cond - uncond.float())
 
 
-def choose_from(logits: Tensor, sampling: Sampling) -> Tensor:
+def decision_logp(logits: Tensor, sampling: Sampling) -> Tensor:
     """logits [..., V] -> log-probabilities [..., V] of the distribution decisions are drawn from, float32.
 
     Temperature, then top-k, then top-p with the crossing token kept, as VILA-U's code sampler orders them. What is
@@ -234,7 +265,7 @@ def choose_from(logits: Tensor, sampling: Sampling) -> Tensor:
     return logits.log_softmax(-1)
 
 
-def draw(logp: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
+def sample_index(logp: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
     """log-probabilities [n, V] -> drawn index [n] and its log-probability [n]. Drawn on the generator's device, so
     that a seed gives the same answers wherever the model runs."""
     device = generator.device if generator is not None else logp.device
@@ -244,6 +275,7 @@ def draw(logp: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tenso
 
 # ---------------------------------------------------------------------------------------------------------------------
 # The unified model
+
 
 @dataclass
 class Trajectory:
@@ -258,6 +290,12 @@ class Trajectory:
     mask: Tensor                  # [T, D] bool
     logp: Tensor                  # [T, D] float32, under the sampled distribution
     truncated: bool               # ended by the length budget instead of </s>
+
+
+def by_modality(mask: Tensor, is_image: Tensor) -> tuple[Tensor, Tensor]:
+    """Decisions mask [B, T, D] and is_image [B, T] -> text decisions and image decisions, [B, T, D] each."""
+    image = mask & is_image[..., None]
+    return mask & ~image, image
 
 
 class UnifiedModel(nn.Module):
@@ -311,7 +349,7 @@ class UnifiedModel(nn.Module):
         logp = torch.zeros(tokens.shape, device=tokens.device)
         text = mask[:, :, 0] & ~is_image
         if text.any():
-            at = choose_from(self.decoder.lm_head(before[text[:, 1:]]), sampling)          # (n, V)
+            at = decision_logp(self.decoder.lm_head(before[text[:, 1:]]), sampling)          # (n, V)
             logp = logp.index_put((*text.nonzero().T, torch.zeros_like(tokens[..., 0][text])),
                                   at.gather(-1, tokens[text][:, :1])[:, 0])
         image = mask[:, :, 0] & is_image
@@ -321,7 +359,7 @@ class UnifiedModel(nn.Module):
             uncond = None
             if sampling.guidance != 1:
                 uncond = self.depth(self.unconditional(codes), vectors)
-            at = choose_from(guide(self.depth(before[image[:, 1:]], vectors), uncond, sampling.guidance), sampling)
+            at = decision_logp(guide(self.depth(before[image[:, 1:]], vectors), uncond, sampling.guidance), sampling)
             logp = logp.index_put((image,), at.gather(-1, codes[..., None])[..., 0])       # (n, D)
         return logp
 
@@ -380,7 +418,7 @@ class UnifiedModel(nn.Module):
             tokens = torch.zeros(rows, D, dtype=torch.long, device=device)
             logp = torch.zeros(rows, D, device=device)
             if text.any():
-                tokens[text, 0], logp[text, 0] = draw(choose_from(self.decoder.lm_head(state[text]), sampling),
+                tokens[text, 0], logp[text, 0] = sample_index(decision_logp(self.decoder.lm_head(state[text]), sampling),
                                                       generator)
             if image.any():
                 tokens[image], logp[image] = self.draw_codes(
@@ -427,7 +465,7 @@ class UnifiedModel(nn.Module):
         for d in range(self.vision_config.depth):
             logits = self.depth.step(d, x, caches)
             logits = guide(logits[:n], None if blank is None else logits[n:], sampling.guidance)
-            code, logp = draw(choose_from(logits, sampling), generator)
+            code, logp = sample_index(decision_logp(logits, sampling), generator)
             codes.append(code), logps.append(logp)
             total = total + self.vision.quantizer.codebook(d)[code]                        # running sum (n, code_dim)
             x = total if blank is None else torch.cat((total, total))
@@ -460,7 +498,7 @@ class UnifiedModel(nn.Module):
         return self.prompt("", draw=True)
 
     @torch.no_grad()
-    def pictures(self, codes: Tensor) -> np.ndarray:
+    def decode_pictures(self, codes: Tensor) -> np.ndarray:
         """codes [n, N, D] -> uint8 [n, H, W, 3]. Equal pictures are decoded once."""
         if not len(codes):
             return np.zeros((0, self.vision_config.image_size, self.vision_config.image_size, 3), np.uint8)
@@ -469,19 +507,19 @@ class UnifiedModel(nn.Module):
         return np.concatenate(drawn)[index.cpu().numpy()]
 
     @torch.no_grad()
-    def codes(self, pictures: list[np.ndarray | Image.Image], crop: bool = False) -> Tensor:
+    def encode_pictures(self, pictures: list[np.ndarray | Image.Image], crop: bool = False) -> Tensor:
         """Pictures of any size -> codes [n, N, D]; squashed or cropped to the square first."""
         pixels = [torch.stack([preprocess(p, self.vision_config.image_size, crop) for p in pictures[i:i + 64]])
                   for i in range(0, len(pictures), 64)]
         dtype = self.projector[0].weight.dtype
         return torch.cat([self.vision.encode(p.to(self.device, dtype)).cpu() for p in pixels])
 
-    def answers(self, trajectories: list[Trajectory]) -> list[Answer]:
+    def read_answers(self, trajectories: list[Trajectory]) -> list[Answer]:
         """Trajectories as judges and people read them: segments with their texts and decoded pictures."""
         answers = [parse_answer(t.tokens, t.is_image, self.text) for t in trajectories]
         drawn = [s for a in answers for s in a.segments if s.codes is not None]
         if drawn:
-            for segment, picture in zip(drawn, self.pictures(torch.stack([s.codes for s in drawn]))):
+            for segment, picture in zip(drawn, self.decode_pictures(torch.stack([s.codes for s in drawn]))):
                 segment.picture = picture
         return answers
 
@@ -614,7 +652,7 @@ def plain_linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
     return linear
 
 
-def train_only(model: "UnifiedModel", rank: int, alpha: float, seed: int = 0) -> None:
+def prepare_training(model: "UnifiedModel", rank: int, alpha: float, seed: int = 0) -> None:
     """Decide what is trained, in float32 (Adam's steps are too small for bfloat16): with rank 0 the whole policy, else
     an adapter on every linear layer of the decoder, everything else frozen. A model that was loaded with its adapters
     keeps them. Raises UserError where it has others than asked for."""
@@ -652,7 +690,7 @@ def merge(model: "UnifiedModel") -> None:
 
 
 @contextmanager
-def trained_as(model: nn.Module, values: dict[str, Tensor]):
+def with_trainable(model: nn.Module, values: dict[str, Tensor]):
     """The model with its trained parameters as in `values`. The KL's reference is the policy with its first values: no
     second base, and for a full fine-tune no second image tokenizer."""
     now = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
@@ -667,9 +705,25 @@ def trained_as(model: nn.Module, values: dict[str, Tensor]):
         put(now)
 
 
-def trained(model: nn.Module) -> dict[str, Tensor]:
+def trainable_state(model: nn.Module) -> dict[str, Tensor]:
     """Copies of all trained parameters, by name."""
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def check_budget(policy: UnifiedModel, budget: int, name: str) -> None:
+    """An answer has to have room for an image."""
+    if budget < policy.vision_config.positions:
+        raise UserError(f"--budget {budget}: one image of {name} takes {policy.vision_config.positions} positions, "
+                        f"expected more than that for each step")
+
+
+def check_adapters(config) -> None:
+    """The QLoRA flags of warmup.py and grpo.py."""
+    if config.quantize not in ("none", "nf4"):
+        raise UserError(f"--quantize {config.quantize}: expected nf4 or none")
+    if config.lora_rank < 0 or config.lora_alpha <= 0:
+        raise UserError(f"--lora-rank {config.lora_rank} --lora-alpha {config.lora_alpha}: expected a rank of 0 (off) "
+                        f"or more, and an alpha above 0")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -703,8 +757,6 @@ NAMES = {       # folder -> {name there: name here}; {} is a layer number
         **{theirs: "vision." + ours for theirs, ours in VISION_NAMES.items()},
     },
 }
-
-
 # Stored but not needed: SigLIP's text tower, pooling head and last norm, the codebooks' training statistics; and what
 # goes beyond the model that is built: the tower's last layer, further copies of a shared codebook.
 NOT_NEEDED = re.compile(r"rqvaesiglip\.(siglip_model\.(text_model|vision_model\.(head|post_layernorm)|logit_)|logit_|"
@@ -734,25 +786,6 @@ def checkpoint_folder(source: str) -> Path:
     return snapshot(source, "--model")
 
 
-def snapshot(source: str, where: str) -> Path:
-    """A hub id's files, fetched or found in the cache. Raises UserError where there are none."""
-    from huggingface_hub import snapshot_download
-    try:
-        return Path(snapshot_download(source))
-    except Exception as error:                             # offline, unknown id, no rights: the hub's own first line
-        raise UserError(f"{where} {source}: neither a folder nor a model that the hub gives out "
-                        f"({str(error).splitlines()[0]})")
-
-
-def read_json(path: Path) -> dict:
-    try:
-        return json.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path}: missing")
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})")
-
-
 def tensor_files(folder: Path) -> list[Path]:
     """The safetensors files of one part: those of its index, else the only one."""
     index = folder / "model.safetensors.index.json"
@@ -764,21 +797,6 @@ def tensor_files(folder: Path) -> list[Path]:
         if not (folder / name).exists():
             raise UserError(f"{folder / name}: missing" + (f", but {index} names it" if index.exists() else ""))
     return [folder / name for name in names]
-
-
-def open_tensors(path: Path):
-    try:
-        return safe_open(path, framework="pt")
-    except FileNotFoundError:
-        raise UserError(f"{path}: missing")
-    except SafetensorError as error:
-        raise UserError(f"{path}: not a whole safetensors file ({error})")
-
-
-def read_tensor(path: Path, name: str, device: str | torch.device) -> Tensor:
-    """One tensor, copied. The file is mapped anew for each: pages of a mapping count as resident until it is gone."""
-    with open_tensors(path) as file:
-        return file.get_tensor(name).to(device, copy=True)
 
 
 def load(source: str | Path, device: str | torch.device = "cpu", quantize: str = "none") -> UnifiedModel:
@@ -838,7 +856,7 @@ def read_weights(model: UnifiedModel, folder: Path, device: str | torch.device, 
                     continue
                 if ours not in wanted:
                     raise UserError(f"{file}: tensor {theirs} is beyond the sizes that config.json gives")
-                place(model, ours, read_tensor(file, theirs, device), f"{file}: tensor {theirs}", quantize)
+                assign(model, ours, read_tensor(file, theirs, device), f"{file}: tensor {theirs}", quantize)
                 missing.discard(ours)
     if missing:
         theirs = {part: rename(sorted(missing)[0], {b: a for a, b in NAMES[part].items()}) for part in NAMES}
@@ -857,32 +875,30 @@ def load_adapters(folder: Path, device: str | torch.device) -> UnifiedModel:
         raise UserError(f"{folder / 'adapter.json'}: lacks {error}")
     except UserError as error:
         raise UserError(f"{folder / 'adapter.json'}: its base cannot be loaded: {error}")
-    train_only(model, rank, alpha)
+    prepare_training(model, rank, alpha)
     read_adapters(model, folder, device)
     return model
 
 
 def read_adapters(model: UnifiedModel, folder: Path, device: str | torch.device) -> None:
     """adapter.safetensors to its place in a model that has such adapters."""
-    file, wanted = folder / "adapter.safetensors", set(trained(model))
+    file, wanted = folder / "adapter.safetensors", set(trainable_state(model))
     with open_tensors(file) as tensors:
         names = set(tensors.keys())
     if names != wanted:
         name = sorted(names ^ wanted)[0]
         raise UserError(f"{file}: tensor {name} is {'missing' if name in wanted else 'unknown'}")
     for name in sorted(wanted):
-        place(model, name, read_tensor(file, name, device), f"{file}: tensor {name}")
+        assign(model, name, read_tensor(file, name, device), f"{file}: tensor {name}")
 
 
 def restore(model: UnifiedModel, folder: Path) -> None:
     """Put a checkpoint's trained weights into the model that its training started from."""
     (read_adapters if model.adapter else read_weights)(model, folder, model.device)
-
-
 LINEAR = re.compile(r"decoder\.layers\.\d+\.(attn|mlp)\.\w+_proj\.weight")      # what is quantised and adapted
 
 
-def place(model: nn.Module, name: str, value: Tensor, what: str, quantize: str = "none") -> None:
+def assign(model: nn.Module, name: str, value: Tensor, what: str, quantize: str = "none") -> None:
     """Put a tensor where its parameter or buffer is, if the shapes agree; a decoder layer's weight in 4 bits if asked
     for (its nn.Linear then gives way to an NF4Linear)."""
     path, _, leaf = name.rpartition(".")
@@ -924,7 +940,7 @@ def save(model: UnifiedModel, folder: Path, state: dict | None = None,
         if model.adapter:
             told = {"base": model.source, "quantize": model.quantize, **model.adapter}
             (new / "adapter.json").write_text(json.dumps(told, indent=1))
-            write_tensors(trained(model), new / "adapter.safetensors")
+            write_tensors(trainable_state(model), new / "adapter.safetensors")
         else:
             write_published(model, new)
         if state is not None:
@@ -965,13 +981,6 @@ def write_configs(model: UnifiedModel, folder: Path) -> None:
         (folder / part / "config.json").write_text(json.dumps(config, indent=1))
 
 
-def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:                       # a full disk, say: the caller's folder is not replaced
-        raise UserError(f"{path}: cannot be written ({error}); what was saved before is intact")
-
-
 def load_training(folder: Path) -> tuple[dict | None, dict[str, Tensor]]:
     """What `save` kept beside the weights: (None, {}) where there is no such checkpoint."""
     settle_folder(folder)
@@ -983,6 +992,7 @@ def load_training(folder: Path) -> tuple[dict | None, dict[str, Tensor]]:
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Run alone: one interleaved answer
+
 
 @dataclass
 class Config:
@@ -1029,18 +1039,16 @@ def main() -> None:
     if marks != len(pictures):
         raise UserError(f"--image: {len(pictures)} files, but {marks} <image> marks in --prompt")
     model = load(config.model, pick_device(config.device), config.quantize).eval()
-    prompt = model.prompt(config.prompt, list(model.codes(pictures)) if pictures else [], config.draw)
+    prompt = model.prompt(config.prompt, list(model.encode_pictures(pictures)) if pictures else [], config.draw)
     sampling = Sampling(config.temperature, config.top_k, config.top_p, config.guidance)
     budget = max(1, min(config.budget, model.decoder.config.context - len(prompt)))
     rows = model.generate([prompt], 1, budget, sampling, torch.Generator().manual_seed(config.seed))
-    answer = model.answers(rows)[0]
+    answer = model.read_answers(rows)[0]
     for segment in answer.segments:
         print(segment.text if segment.picture is None else f"[picture {segment.picture.shape[1]}x"
                                                            f"{segment.picture.shape[0]}]")
     Path(config.out).mkdir(parents=True, exist_ok=True)
     print(f"{answer.layout}{' (cut by --budget)' if rows[0].truncated else ''}; "
           f"{answer_page(config.prompt, pictures, answer, Path(config.out))}")
-
-
 if __name__ == "__main__":
     run_main(main)

@@ -19,6 +19,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
+
 import numpy as np
 from PIL import Image, ImageDraw
 
@@ -138,7 +139,7 @@ RENDERS = np.stack([render(scene) for scene in SCENES]).reshape(len(SCENES), -1)
 MATCH_DISTANCE = 0.002
 
 
-def see(pictures: np.ndarray) -> list[Scene | None]:
+def recognise(pictures: np.ndarray) -> list[Scene | None]:
     """uint8 [B, H, W, 3] -> the scene each picture shows and nothing else; None where it is none of them. Pictures of
     another size than ours (a larger model's) are looked at in ours."""
     if pictures.shape[1:3] != (PICTURE_SIZE, PICTURE_SIZE):
@@ -151,7 +152,7 @@ def see(pictures: np.ndarray) -> list[Scene | None]:
 
 
 def matches(picture: np.ndarray, scene: Scene) -> bool:
-    return see(picture[None]) == [scene]
+    return recognise(picture[None]) == [scene]
 
 
 # ---------------------------------------------------------------- prompts

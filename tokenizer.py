@@ -8,19 +8,11 @@ The transformer pieces at the top serve every model here. B pictures, N position
 
     python tokenizer.py --model out/warmup            # reconstruction with 1..D codes a position, as a PNG
 """
-import argparse
-import difflib
-import errno
 import heapq
-import inspect
 import json
 import re
-import shutil
 import struct
-import sys
-import unicodedata
-from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +21,8 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+
+from common import UserError
 
 THINK_START, THINK_END = "<think>", "</think>"
 # Choice: <vis> and </vis> are the written form of VILA-U's own tokens: their pretrained meaning is "an image starts
@@ -40,7 +34,6 @@ IMAGE_PLACEHOLDER = -200                # stands for an `<image>` mark among tok
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Transformer pieces
-
 ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
                "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}
 
@@ -102,7 +95,6 @@ class Block(nn.Module):
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Text
-
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6       # SentencePiece's types of pieces
 SPACE = "\u2581"                                                              # how a piece writes a space
 
@@ -370,203 +362,6 @@ class TextTokenizer:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The judges' text: WordPiece (BERT), byte-level BPE (CLIP and Qwen2)
-
-def read_vocabulary(path: Path) -> str:
-    """A vocabulary file's text. Raises UserError where there is none."""
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as a vocabulary ({error})")
-
-
-class WordPiece:
-    """BERT's uncased tokenizer from vocab.txt: words, then the longest known pieces from the left. Matches
-    transformers' slow BertTokenizer. `added` are special tokens behind the vocabulary: BLIP has [DEC] and [ENC]."""
-
-    def __init__(self, vocab_file: Path, added: tuple[str, ...] = ()):
-        pieces = read_vocabulary(vocab_file).split("\n")
-        pieces = pieces[:-1] if pieces[-1] == "" else pieces
-        self.ids = {piece: i for i, piece in enumerate(pieces)}
-        self.special = ["[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]"]
-        lost = [token for token in self.special if token not in self.ids]
-        if lost:
-            raise UserError(f"{vocab_file}: not a BERT vocabulary, it lacks {lost[0]}")
-        for token in added:
-            self.special.append(token)
-            self.ids.setdefault(token, len(self.ids))
-        self.pieces = {i: piece for piece, i in self.ids.items()}
-
-    def encode(self, text: str, length: int | None = None) -> list[int]:
-        """text -> ids between [CLS] and [SEP], cut to `length` with [SEP] kept."""
-        ids = []
-        for part in re.split("(" + "|".join(map(re.escape, self.special)) + ")", text):
-            ids += [self.ids[part]] if part in self.special else [i for w in self._words(part) for i in self._pieces(w)]
-        return [self.ids["[CLS]"], *(ids if length is None else ids[:length - 2]), self.ids["[SEP]"]]
-
-    def rows(self, texts: list[str], length: int) -> tuple[Tensor, Tensor]:
-        """texts -> ids and mask [B, length], int64, zeros behind the text"""
-        rows = [self.encode(text, length) for text in texts]
-        ids = torch.tensor([row + [0] * (length - len(row)) for row in rows])
-        return ids, torch.tensor([[1] * len(row) + [0] * (length - len(row)) for row in rows])
-
-    def _words(self, text: str) -> list[str]:
-        out = []
-        for c in text:
-            kind = unicodedata.category(c)
-            if c in "\t\n\r" or kind == "Zs":
-                out.append(" ")
-            elif c not in "\0\ufffd" and kind[0] != "C":
-                out.append(f" {c} " if is_ideograph(c) else c)
-        text = unicodedata.normalize("NFD", " ".join("".join(map(str.lower, word)) for word in "".join(out).split()))
-        return "".join(f" {c} " if is_punctuation(c) else c for c in text if unicodedata.category(c) != "Mn").split()
-
-    def _pieces(self, word: str) -> list[int]:
-        ids, start = [], 0
-        while start < len(word) <= 100:
-            mark = "##" if start else ""
-            stop = next((e for e in range(len(word), start, -1) if mark + word[start:e] in self.ids), None)
-            if stop is None:
-                break
-            ids.append(self.ids[mark + word[start:stop]])
-            start = stop
-        return ids if start == len(word) else [self.ids["[UNK]"]]
-
-    def decode(self, ids: list[int], raw: bool = False) -> str:
-        """ids -> text, without special tokens and with the spaces before punctuation taken out; raw: as they are."""
-        pieces = [self.pieces[i] for i in ids if raw or self.pieces[i] not in self.special]
-        text = " ".join(pieces).replace(" ##", "").strip()
-        if not raw:
-            for a, b in ((" .", "."), (" ?", "?"), (" !", "!"), (" ,", ","), (" ' ", "'"), (" n't", "n't"),
-                         (" 'm", "'m"), (" 's", "'s"), (" 've", "'ve"), (" 're", "'re")):
-                text = text.replace(a, b)
-        return text
-
-
-def is_ideograph(c: str) -> bool:
-    """CJK, as BERT counts it."""
-    return any(low <= ord(c) <= high for low, high in (
-        (0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F), (0x2B740, 0x2B81F),
-        (0x2B820, 0x2CEAF), (0xF900, 0xFAFF), (0x2F800, 0x2FA1F)))
-
-
-def is_punctuation(c: str) -> bool:
-    return c in "!\"#$%&'()*+,-./:;<=>?@[\\]^_`{|}~" or unicodedata.category(c)[0] == "P"
-
-
-# GPT-2's alphabet: a visible character for every byte
-VISIBLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-ALPHABET = {b: chr(b) for b in VISIBLE}
-ALPHABET |= {b: chr(256 + i) for i, b in enumerate(sorted(set(range(256)) - set(VISIBLE)))}
-BYTES = {c: b for b, c in ALPHABET.items()}
-CONTRACTION = "'s|'t|'re|'ve|'m|'ll|'d"
-WHITE = re.compile("[\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000]")    # Unicode White_Space
-
-
-def kind_of(c: str) -> str:
-    """What the published splitting patterns look at: L letter, N number, R line end, W white space, P the rest."""
-    if c in "\r\n ":
-        return " " if c == " " else "R"
-    return "W" if WHITE.match(c) else k if (k := unicodedata.category(c)[0]) in "LN" else "P"
-
-
-class ByteText:
-    """Byte-level BPE from vocab.json and merges.txt: text is split into words, a word's bytes are written in ALPHABET,
-    merges join them. CLIP and Qwen2 differ in normalisation, in how words are split, and in CLIP's </w>."""
-    contraction: re.Pattern  # on the text, before anything else
-    words: re.Pattern        # on a string of kinds (`kind_of`)
-    end = ""                 # written behind a word
-
-    def __init__(self, vocab: dict[str, int], merges: list[str], added: dict[str, int]):
-        self.vocab, self.added = vocab, added
-        self.rank = {tuple(line.split(" ")): i for i, line in enumerate(merges)}
-        self.pieces = {i: piece for piece, i in vocab.items()} | {i: token for token, i in added.items()}
-        self.cut = re.compile("(" + "|".join(map(re.escape, sorted(added, key=len, reverse=True))) + ")")
-        self.cache: dict[str, list[int]] = {}
-
-    @classmethod
-    def from_folder(cls, folder: Path) -> "ByteText":
-        """vocab.json, merges.txt and, where there is one, added_tokens.json of a checkpoint."""
-        folder = Path(folder)
-        try:
-            vocab = json.loads(read_vocabulary(folder / "vocab.json"))
-            file = folder / "added_tokens.json"
-            added = json.loads(read_vocabulary(file)) if file.exists() else {}
-            merges = read_vocabulary(folder / "merges.txt").split("\n")
-            merges = [line for line in merges if line and not line.startswith("#version")]
-            return cls(vocab, merges, added | {t: vocab[t] for t in ("<|startoftext|>", "<|endoftext|>") if t in vocab})
-        except (ValueError, TypeError, AttributeError) as error:
-            raise UserError(f"{folder}: vocab.json and merges.txt are no byte-level BPE vocabulary ({error})")
-
-    def id(self, token: str) -> int:
-        """The id of an added token."""
-        return self.added[token]
-
-    def normalise(self, text: str) -> str:
-        return unicodedata.normalize("NFC", text)
-
-    def encode(self, text: str) -> list[int]:
-        """text -> ids; added tokens in it become theirs; nothing is put in front or behind."""
-        ids = []
-        for part in self.cut.split(self.normalise(text)):
-            if part in self.added:
-                ids.append(self.added[part])
-                continue
-            kinds, at = "".join(map(kind_of, part)), 0
-            while at < len(part):
-                match = self.contraction.match(part, at) or self.words.match(kinds, at)
-                ids += self._word(part[at:match.end()]) if match else []
-                at = match.end() if match else at + 1
-        return ids
-
-    def _word(self, word: str) -> list[int]:
-        if word not in self.cache:
-            letters = [ALPHABET[b] for b in word.encode("utf-8", "replace")]
-            letters[-1] += self.end
-            joined = byte_pairs(letters, lambda left, right: self.rank.get((left, right)))
-            self.cache[word] = [self.vocab[symbol] for symbol in joined]
-        return self.cache[word]
-
-    def decode(self, ids: list[int], skip_special: bool = False) -> str:
-        """ids -> text; bytes that are no UTF-8 become U+FFFD."""
-        out, run = [], bytearray()
-        for i in [*ids, None]:
-            if i is not None and i not in self.added.values():
-                word = self.pieces[i]
-                ends = bool(self.end) and word.endswith(self.end)
-                run += bytes(BYTES[c] for c in (word[:-len(self.end)] if ends else word)) + b" " * ends
-            else:
-                out.append(run.decode("utf-8", "replace"))
-                run = bytearray()
-                if i is not None and not skip_special:
-                    out.append(self.pieces[i])
-        return "".join(out)
-
-
-class QwenText(ByteText):
-    """Qwen2's tokenizer."""
-    contraction = re.compile(CONTRACTION, re.IGNORECASE)
-    words = re.compile("[ WP]?L+|N| ?P+R*|[RW ]*R+|[RW ]+(?![LNP])|[RW ]+")
-
-
-class ClipText(ByteText):
-    """CLIP's tokenizer as transformers' CLIPTokenizerFast has it (NFC and lower case where the original repairs broken
-    text with ftfy first; the two agree on clean text)."""
-    contraction, words, end = re.compile(CONTRACTION), re.compile("L+|N|P+"), "</w>"
-
-    def normalise(self, text: str) -> str:
-        return "".join(map(str.lower, WHITE.sub(" ", unicodedata.normalize("NFC", text))))
-
-    def rows(self, texts: list[str], length: int = 77) -> tuple[Tensor, Tensor]:
-        """texts -> ids [B, length] between start and end token, filled up with the end token; index of the first end
-        token [B], where CLIP reads the text's state."""
-        start, end = self.added["<|startoftext|>"], self.added["<|endoftext|>"]
-        rows = [[start, *self.encode(text)[:length - 2], end] for text in texts]
-        return torch.tensor([row + [end] * (length - len(row)) for row in rows]), \
-            torch.tensor([row.index(end) for row in rows])
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # Pictures: VILA-U's image tokenizer (arXiv 2409.04429)
 #
 #     pixels [B, 3, H, W] --SigLIP tower--> features [B, N, C] --residual quantizer--> codes [B, N, D]
@@ -821,8 +616,6 @@ class ImageTokenizer(nn.Module):
     def decode(self, codes: Tensor) -> Tensor:
         """codes [B, N, D] -> pixels [B, 3, H, W], about -1..1, not clamped"""
         return self.decoder(self.vectors(codes).sum(dim=-2))
-
-
 VISION_NAMES = {     # prefixes in vision_tower/model.safetensors -> here; {} is a number
     "rqvaesiglip.siglip_model.vision_model.embeddings.patch_embedding.": "tower.patch.",
     "rqvaesiglip.siglip_model.vision_model.embeddings.position_embedding.weight": "tower.position",
@@ -839,6 +632,7 @@ VISION_NAMES = {     # prefixes in vision_tower/model.safetensors -> here; {} is
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Sequences and answers
+
 
 @dataclass
 class Sequence:
@@ -900,12 +694,12 @@ class Answer:
     """
     layout: str
     segments: list[Segment]
-    steps: Tensor                         # [T] index of the segment each position belongs to; len(segments): none
+    step_of: Tensor                       # [T] index of the segment each position belongs to; len(segments): none
     is_image: Tensor                      # [T] bool
 
 
 def parse_answer(tokens: Tensor, is_image: Tensor, text: TextTokenizer) -> Answer:
-    """tokens [T, D], is_image [T] of an answer -> its segments, pictures as codes (`UnifiedModel.answers` draws them).
+    """tokens [T, D], is_image [T] of an answer -> its segments, pictures as codes (`UnifiedModel.read_answers` draws them).
 
     <vis> right before a picture and </vis> right after it belong to the picture's step, every other run of text is a
     text step, even where tags are missing or doubled: a broken answer has steps too. A last lone </s> is in no step.
@@ -925,133 +719,3 @@ def parse_answer(tokens: Tensor, is_image: Tensor, text: TextTokenizer) -> Answe
     for i, segment in enumerate(segments):
         steps[segment.start:segment.stop] = i
     return Answer(re.sub(r"w+", "w", re.sub(r"p+", "p", kinds)), segments, steps, is_image)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What every script shares: flags from a dataclass, errors in one sentence, folders written whole or not at all
-
-class UserError(ValueError):
-    """A mistake of the user's (a path, a flag, a file): shown as one sentence, without a traceback."""
-
-
-def parse_config(Config, argv: list[str] | None = None, presets: dict[str, dict] | None = None):
-    """A dataclass is the command line: each field a flag, its default the default, its comment the help text. With
-    presets ({name: {field: value}}), --preset NAME changes defaults; flags given beside it win."""
-    class Parser(argparse.ArgumentParser):
-        def error(self, message):
-            raise UserError(message)
-    comments = dict(re.findall(r"^    (\w+):.*?#\s*(.*)$", inspect.getsource(Config), re.MULTILINE))
-    parser = Parser(description=sys.modules[Config.__module__].__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
-    for f in fields(Config):
-        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
-        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default,
-                            help=comments.get(f.name, "").replace("%", "%%") + f" [{f.default}]", **kind)
-    args, unknown = parser.parse_known_args(argv)
-    if presets and args.preset:
-        if args.preset not in presets:
-            raise UserError(f"--preset {args.preset}: expected {' or '.join(presets)}")
-        parser.set_defaults(**presets[args.preset])
-        args, unknown = parser.parse_known_args(argv)
-    if unknown:
-        near = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, 1)
-        raise UserError(f"unknown flag {unknown[0]}" + (f": did you mean {near[0]}?" if near else ": see --help"))
-    return Config(**vars(args))
-
-
-def run_main(main) -> None:
-    """Run a script: a user's mistake ends in one sentence and exit code 2, Ctrl-C in 130."""
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
-            raise
-        print(f"error: cannot write {error.filename or 'a file'}: {error.strerror}; what was saved before is intact",
-              file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
-
-
-@contextmanager
-def write_folder(folder: Path):
-    """Write a folder whole or not at all: yields an empty folder beside it that takes its place at the end.
-
-    A kill at any moment leaves the old folder or the new one, under its name or as NAME.old (see `settle_folder`).
-    """
-    folder = Path(folder)
-    new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
-    settle_folder(folder)
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
-    try:
-        yield new
-    except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
-        raise
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def settle_folder(folder: Path) -> None:
-    """Undo a replacement that was killed between its two renames."""
-    old = Path(folder).with_name(Path(folder).name + ".old")
-    if old.exists() and not Path(folder).exists():
-        old.rename(folder)
-
-
-def pick_device(name: str, flag: str = "--device") -> torch.device:
-    if name == "auto":
-        name = ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
-    try:
-        torch.empty(1, device=name)
-        return torch.device(name)
-    except (RuntimeError, AssertionError) as error:
-        raise UserError(f"{flag} {name}: not usable here ({str(error).splitlines()[0]})")
-
-
-def read_picture(path: Path, where: str) -> np.ndarray:
-    """A picture file -> uint8 [H, W, 3]."""
-    try:
-        return np.asarray(Image.open(path).convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{where}: {path} is not a picture that can be read ({error})")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Run alone: what each depth adds
-
-@dataclass
-class Config:
-    model: str = "out/warmup"    # run directory or checkpoint folder
-    image: str = ""              # picture files, separated by commas; empty: six scenes of the toy world
-    out: str = "reconstruction.png"   # a row a picture: the original, then redrawn from its first 1, 2, .. D codes
-
-
-@torch.no_grad()
-def main() -> None:
-    """Redraw pictures from their first 1, 2, .. D codes a position."""
-    import shapes
-    from model import load                                       # only here: nothing above knows a decoder
-    config = parse_config(Config)
-    vision = load(config.model).vision
-    pictures = [read_picture(Path(name), "--image") for name in config.image.split(",") if name] or \
-        [shapes.render(scene) for scene in shapes.SCENES[::25]]
-    pixels = torch.stack([preprocess(p, vision.config.image_size) for p in pictures])
-    vectors = vision.vectors(vision.encode(pixels)).cumsum(-2)                                  # (B, N, D, C)
-    rows = torch.stack([pixels] + [vision.decoder(vectors[..., d, :]) for d in range(vision.config.depth)], dim=1)
-    sheet = to_pictures(rows).swapaxes(1, 2).reshape(len(pictures) * pixels.shape[2], -1, 3)    # rows of pictures
-    Image.fromarray(sheet.repeat(4, 0).repeat(4, 1)).save(config.out)
-    for d in range(vision.config.depth):
-        print(f"{d + 1} codes a position: mean squared error {(rows[:, d + 1] - pixels).square().mean():.5f}")
-    print(config.out)
-
-
-if __name__ == "__main__":
-    run_main(main)

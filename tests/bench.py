@@ -17,6 +17,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from full_size import DECODER, DEPTH, VISION
+
 from model import KVCache, NF4Linear, Sampling, UnifiedModel
 
 CONTEXT = 300        # positions that the cache holds already

@@ -59,16 +59,16 @@ def same(a: dict, b: dict) -> bool:
 
 
 def metrics(folder: Path) -> list[dict]:
-    from warmup import read_metrics
+    from common import read_metrics
     lines = read_metrics(folder / "metrics.jsonl")
     return [{k: v for k, v in line.items() if "seconds" not in k and k != "peak_gib"} for line in lines]
 
 
 def killed_after(lines: int, start, monkeypatch) -> None:
     """Run until the given number of metric lines is written, then die where it stands."""
-    import warmup
+    import common
     with monkeypatch.context() as patch:
-        log, count = warmup.Run.log, 0
+        log, count = common.Run.log, 0
 
         def dying(self, **values):
             nonlocal count
@@ -76,7 +76,7 @@ def killed_after(lines: int, start, monkeypatch) -> None:
             if count > lines:
                 raise KeyboardInterrupt
             log(self, **values)
-        patch.setattr(warmup.Run, "log", dying)
+        patch.setattr(common.Run, "log", dying)
         with pytest.raises(KeyboardInterrupt):
             start()
 

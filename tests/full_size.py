@@ -20,12 +20,36 @@ import torch
 from safetensors.torch import load_file, save_file
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+import data
 import grpo
-from model import (NAMES, DecoderConfig, DepthConfig, Sampling, UnifiedModel, load, rename, train_only, trained,
-                   trained_as, write_configs)
+from model import (
+    NAMES,
+    DecoderConfig,
+    DepthConfig,
+    Sampling,
+    UnifiedModel,
+    load,
+    prepare_training,
+    rename,
+    trainable_state,
+    with_trainable,
+    write_configs,
+)
 from rewards import make_judges
-from tokenizer import (BYTE, CONTROL, IMAGE_END, IMAGE_START, NORMAL, SPECIAL_TOKENS, THINK_END, THINK_START, UNKNOWN,
-                       TextTokenizer, VisionConfig, write_field)
+from tokenizer import (
+    BYTE,
+    CONTROL,
+    IMAGE_END,
+    IMAGE_START,
+    NORMAL,
+    SPECIAL_TOKENS,
+    THINK_END,
+    THINK_START,
+    UNKNOWN,
+    TextTokenizer,
+    VisionConfig,
+    write_field,
+)
 
 DECODER = DecoderConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
                         vocab_size=32006, rope_factor=2.0, context=4096)
@@ -145,22 +169,22 @@ def update(folder: Path, quantize: str, rank: int, file: Path, sample: bool) -> 
                          checkpointing=True)
     with Timer("load"):
         policy = load(folder, "cpu", quantize)
-        train_only(policy, rank, 16.0)
+        prepare_training(policy, rank, 16.0)
         policy.decoder.checkpointing = True
-        reference = trained(policy)
+        reference = trainable_state(policy)
     if sample:
         with Timer("rollout"):
-            batch = grpo.rollout(policy, [grpo.Sample(PROMPT, [])], config, make_judges("rules", "rules", "cpu"),
-                                 grpo.Codes(policy), torch.Generator().manual_seed(0))
+            batch = grpo.rollout(policy, [data.Sample(PROMPT, [])], config, make_judges("rules", "rules", "cpu"),
+                                 data.CodeCache(policy), torch.Generator().manual_seed(0))
         for answer, score in zip(batch.answers, batch.scores):
-            print(answer.layout, len(answer.steps), "positions, format", score.format)
+            print(answer.layout, len(answer.step_of), "positions, format", score.format)
         save_file({k: getattr(batch, k).contiguous() for k in ("tokens", "is_image", "mask", "old_logp", "advantages")},
                   file)
     else:
         batch = grpo.Rollout(samples=[], trajectories=[], answers=[], scores=[], by_answer=[], zero_spread=0.0,
                              judging=0.0, **load_file(file))
     arrays = batch.tokens, batch.is_image, batch.mask
-    with Timer("reference"), torch.no_grad(), trained_as(policy, reference):
+    with Timer("reference"), torch.no_grad(), with_trainable(policy, reference):
         ref_logp = policy.log_probs(*arrays, Sampling())
     if not sample:
         batch.old_logp = ref_logp              # the 4-bit model's own first probabilities: its ratio starts at 1

@@ -19,9 +19,10 @@ from safetensors.torch import save_file
 
 sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 from conftest import FIXTURES
-from model import DecoderConfig, load, rename
-from rewards import BLIP_NAMES, CLIP_NAMES, LLAVA_NAMES, Blip, Clip, ClipScore, ImageReward, Llava, LlavaCritic
 from test_tokenizer import package_file, qwen_vocabulary
+
+from judges import BLIP_NAMES, CLIP_NAMES, LLAVA_NAMES, Blip, Clip, ClipScore, ImageReward, Llava, LlavaCritic
+from model import DecoderConfig, load, rename
 from tokenizer import TowerConfig
 
 TEXT = "a red bicycle leaning against a brick wall, then the same bicycle with a basket of apples on its handlebar"

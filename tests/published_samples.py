@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-import shapes                                                                                           # noqa: E402
+import shapes  # noqa: E402
 
 
 def picture(path: Path, scene: shapes.Scene, size: tuple[int, int] = (96, 96)) -> str:
@@ -104,7 +104,7 @@ def journeydb(folder: Path, count: int, rng: random.Random) -> None:
     (folder / "train" / "train_anno_realease_repath.jsonl").write_text("".join(json.dumps(x) + "\n" for x in lines))
 
 
-def plain(folder: Path, count: int, rng: random.Random) -> None:
+def read_jsonl(folder: Path, count: int, rng: random.Random) -> None:
     with open(folder / "stories.jsonl", "w") as lines:
         for i in range(count):
             prompt, (first, *states) = chain(rng, 2)
@@ -149,7 +149,7 @@ def kept(folder: Path, count: int, rng: random.Random) -> None:
 
 
 SETS = {"activitynet": (activitynet, 30), "genhowto": (genhowto, 30), "openstory": (openstory, 20),
-        "jsonl": (plain, 20), "emova": (emova, 100), "journeydb": (journeydb, 100), "mmie": (mmie, 12),
+        "jsonl": (read_jsonl, 20), "emova": (emova, 100), "journeydb": (journeydb, 100), "mmie": (mmie, 12),
         "interleavedbench": (interleavedbench, 12), "kept": (kept, 24)}
 
 

@@ -4,21 +4,22 @@ import random
 import re
 from pathlib import Path
 
+import published_samples
 import pytest
+from conftest import FIXTURES, run, shots, write
 from PIL import Image
 
+import common
 import evaluate
-import published_samples
 import shapes
-from conftest import FIXTURES, run, shots, write
-from evaluate import ASPECTS, BENCHMARKS, Answered, Config, Question, find_score
+from common import UserError
+from data import LeftOut, Question
+from evaluate import ASPECTS, BENCHMARKS, Answered, Config, find_score
 from model import save
-from tokenizer import UserError
-from warmup import LeftOut
 
 
 @pytest.fixture(scope="session")
-def data(tmp_path_factory):
+def samples_folder(tmp_path_factory):
     return published_samples.make(tmp_path_factory.mktemp("published"), 0.5, seed=1)
 
 
@@ -263,26 +264,26 @@ def test_replies_from_elsewhere_are_read_in_their_schemas(tmp_path):
 # ---------------------------------------------------------------------------------------------------------------------
 # Runs
 
-def config_of(benchmark: str, data: Path, model: Path, out: Path, **more) -> Config:
-    return Config(benchmark=benchmark, data=str(data / benchmark), model=str(model), out=str(out), device="cpu",
+def config_of(benchmark: str, samples_folder: Path, model: Path, out: Path, **more) -> Config:
+    return Config(benchmark=benchmark, data=str(samples_folder / benchmark), model=str(model), out=str(out), device="cpu",
                   batch=2, budget=40, **more)
 
 
 @pytest.mark.parametrize("benchmark", ["mmie", "interleavedbench"])
-def test_a_killed_benchmark_goes_on_and_gives_the_same_table(benchmark, data, talker, tmp_path, monkeypatch, capsys):
+def test_a_killed_benchmark_goes_on_and_gives_the_same_table(benchmark, samples_folder, talker, tmp_path, monkeypatch, capsys):
     def result(out: Path) -> tuple:
         told = json.loads((out / "results.json").read_text())
         return {k: v for k, v in told.items() if k != "models"}, (out / "model" / "answers.jsonl").read_text(), \
             {p.name: p.read_bytes() for p in (out / "model" / "answers").glob("*.png")}
     replies = tmp_path / "replies.jsonl"
-    asked, _ = read(benchmark, data / benchmark)
+    asked, _ = read(benchmark, samples_folder / benchmark)
     replies.write_text("".join(json.dumps({"id": q.id, "aspect": aspect,
                                            "reply": random.Random(q.id + aspect).randint(0, 5)})
                                + "\n" for q in asked for aspect in BENCHMARKS[benchmark].aspects(q, Config())))
-    whole, cut = (config_of(benchmark, data, talker, tmp_path / name, judge=f"file:{replies}")
+    whole, cut = (config_of(benchmark, samples_folder, talker, tmp_path / name, judge=f"file:{replies}")
                   for name in ("whole", "cut"))
     evaluate.run_benchmark(whole)
-    add, count = evaluate.add_line, []
+    add, count = common.add_line, []
 
     def dying(file, line):
         count.append(line)
@@ -301,12 +302,12 @@ def test_a_killed_benchmark_goes_on_and_gives_the_same_table(benchmark, data, ta
     table = capsys.readouterr().out
     assert "paper full" in table and {"mmie": "59.50", "interleavedbench": "3.13"}[benchmark] in table
     with pytest.raises(UserError, match="temperature"):
-        evaluate.run_benchmark(config_of(benchmark, data, talker, tmp_path / "cut", temperature=0.5))
+        evaluate.run_benchmark(config_of(benchmark, samples_folder, talker, tmp_path / "cut", temperature=0.5))
 
 
-def test_answers_are_written_as_mmie_wants_them(data, talker, tmp_path):
-    evaluate.run_benchmark(config_of("mmie", data, talker, tmp_path))
-    asked, made = (json.loads((folder / "data.json").read_text()) for folder in (data / "mmie", tmp_path / "model"))
+def test_answers_are_written_as_mmie_wants_them(samples_folder, talker, tmp_path):
+    evaluate.run_benchmark(config_of("mmie", samples_folder, talker, tmp_path))
+    asked, made = (json.loads((folder / "data.json").read_text()) for folder in (samples_folder / "mmie", tmp_path / "model"))
     assert [m["id"] for m in made] == [a["id"] for a in asked]
     shown = 0
     for record in made:
@@ -322,25 +323,25 @@ def test_answers_are_written_as_mmie_wants_them(data, talker, tmp_path):
     assert page.count("<img") >= len(made) and "MSR-0-000002" in page and "http" not in page
 
 
-def test_a_budget_without_room_for_a_picture_is_refused(data, talker, tmp_path):
-    config = config_of("mmie", data, talker, tmp_path)
+def test_a_budget_without_room_for_a_picture_is_refused(samples_folder, talker, tmp_path):
+    config = config_of("mmie", samples_folder, talker, tmp_path)
     config.budget = 8
     with pytest.raises(UserError, match="--budget 8.*9 positions"):
         evaluate.run_benchmark(config)
     assert not (tmp_path / "model").exists()
 
 
-def test_half_a_character_does_not_end_a_run(data, talker, tmp_path):
+def test_half_a_character_does_not_end_a_run(samples_folder, talker, tmp_path):
     write(tmp_path / "data" / "data.json", r'[{"id": "SA-1\ud83d", "question": "cut \ud83d emoji", "extra": "\udc00"}]')
-    config = config_of("mmie", data, talker, tmp_path / "out")
+    config = config_of("mmie", samples_folder, talker, tmp_path / "out")
     config.data = str(tmp_path / "data")
     evaluate.run_benchmark(config)
     made, = json.loads((tmp_path / "out" / "model" / "data.json").read_text())
     assert made["id"] == "SA-1?" and made["question"][0]["text"] == "cut ? emoji"
 
 
-def test_our_critic_judges_and_is_called_by_its_name(data, talker, tmp_path, monkeypatch):
-    from rewards import LlavaCritic
+def test_our_critic_judges_and_is_called_by_its_name(samples_folder, talker, tmp_path, monkeypatch):
+    from judges import LlavaCritic
     asked = []
 
     def replies(self, prompts, pictures, **options):
@@ -348,7 +349,7 @@ def test_our_critic_judges_and_is_called_by_its_name(data, talker, tmp_path, mon
         asked.extend(prompts)
         return ["### Score\n3" for _ in prompts]
     monkeypatch.setattr(LlavaCritic, "replies", replies)
-    config = config_of("interleavedbench", data, talker, tmp_path,
+    config = config_of("interleavedbench", samples_folder, talker, tmp_path,
                        judge=f"llava-critic={FIXTURES / 'llava_critic_tiny'}")
     evaluate.run_benchmark(config)
     told = json.loads((tmp_path / "results.json").read_text())
@@ -360,7 +361,7 @@ def test_our_critic_judges_and_is_called_by_its_name(data, talker, tmp_path, mon
     assert len(asked) == count, "replies are kept"
 
 
-def test_a_question_beyond_the_critics_context_gets_no_score(data, tmp_path):
+def test_a_question_beyond_the_critics_context_gets_no_score(samples_folder, tmp_path):
     class Critic:
         BATCH, repetition_penalty = 4, 1.0
 
@@ -374,13 +375,13 @@ def test_a_question_beyond_the_critics_context_gets_no_score(data, tmp_path):
     assert "beyond the context" in replies["2", "score"]
 
 
-def test_the_real_critic_sees_the_pictures(data, talker, tmp_path):
+def test_the_real_critic_sees_the_pictures(samples_folder, talker, tmp_path):
     """The tiny random critic says nothing useful: nothing is scored, and it says so."""
-    from rewards import LlavaCritic
+    from judges import LlavaCritic
     with pytest.MonkeyPatch.context() as patch:
         real = LlavaCritic.replies
         patch.setattr(LlavaCritic, "replies", lambda self, *asked, **more: real(self, *asked, 2, **more))
-        evaluate.run_benchmark(config_of("mmie", data, talker, tmp_path,
+        evaluate.run_benchmark(config_of("mmie", samples_folder, talker, tmp_path,
                                          judge=f"llava-critic={FIXTURES / 'llava_critic_tiny'}"))
     told = json.loads((tmp_path / "results.json").read_text())
     assert told["rows"] == {"model": {}} and told["left_out"]["model"] == {"left out, no valid score in the reply": 6}
@@ -388,8 +389,8 @@ def test_the_real_critic_sees_the_pictures(data, talker, tmp_path):
 
 
 @pytest.mark.parametrize("benchmark, row", [("understanding", "accuracy"), ("t2i", "visual reward")])
-def test_kept_abilities_stand_side_by_side_before_and_after(benchmark, row, warm, talker, data, tmp_path):
-    out = run("evaluate.py", "--benchmark", benchmark, "--data", data / "kept", "--before", warm, "--model", talker,
+def test_kept_abilities_stand_side_by_side_before_and_after(benchmark, row, warm, talker, samples_folder, tmp_path):
+    out = run("evaluate.py", "--benchmark", benchmark, "--data", samples_folder / "kept", "--before", warm, "--model", talker,
               "--out", tmp_path, "--budget", 30)
     told = json.loads((tmp_path / "results.json").read_text())
     assert set(told["rows"]) == {"before", "model"} and "before" in out and "paper full" in out

@@ -10,41 +10,43 @@ import sys
 from collections import Counter
 from pathlib import Path
 
+import published_samples
 import pytest
 import torch
+from conftest import ROOT, RUN, SMALL, flags, killed_after, metrics, run, same, shots, write
 from PIL import Image
 
+import common
+import data
 import grpo
-import published_samples
 import shapes
 import warmup
-from conftest import ROOT, RUN, SMALL, flags, killed_after, metrics, run, same, shots, write
+from common import UserError
+from data import CodeCache, LeftOut, Sample, keep_usable, read_sources, records
 from model import load, load_training
-from tokenizer import UserError
-from warmup import Codes, LeftOut, Sample, read_sources, records, usable
 
 
 @pytest.fixture(scope="session")
-def data(tmp_path_factory):
+def samples_folder(tmp_path_factory):
     return published_samples.make(tmp_path_factory.mktemp("published"), 0.2)
 
 
-def sources(data: Path) -> str:
-    return ",".join(f"{name}={data / name}" for name in warmup.READERS if name != "jsonl") \
-        + f",jsonl={data / 'jsonl' / 'stories.jsonl'}"
+def sources(samples_folder: Path) -> str:
+    return ",".join(f"{name}={samples_folder / name}" for name in data.READERS if name != "jsonl") \
+        + f",jsonl={samples_folder / 'jsonl' / 'stories.jsonl'}"
 
 
 def read(name: str, path: Path) -> tuple[list[Sample], LeftOut]:
     left_out = LeftOut()
-    return list(warmup.READERS[name][0](path, left_out)), left_out
+    return list(data.READERS[name][0](path, left_out)), left_out
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Every source in its published schema
 
-def test_every_source_becomes_samples_of_its_kind(data):
+def test_every_source_becomes_samples_of_its_kind(samples_folder):
     left_out = LeftOut()
-    samples = read_sources(sources(data), "--data", warmup.READERS, left_out)
+    samples = read_sources(sources(samples_folder), "--data", data.READERS, left_out)
     assert {kind: len(of) for kind, of in samples.items()} == {"interleaved": 6 + 6 + 4 + 4, "understanding": 25,
                                                                "t2i": 20}
     assert not left_out.counts
@@ -59,13 +61,13 @@ def test_every_source_becomes_samples_of_its_kind(data):
 
 
 def test_the_papers_templates_are_filled():
-    query = warmup.event([("A dog {sits}.", Path("a")), ("It barks.", Path("b"))], ()).prompt
+    query = data.event_sample([("A dog {sits}.", Path("a")), ("It barks.", Path("b"))], ()).prompt
     assert query == ("In this task, you are given the first part of an event with both text and an image, and you "
                      "need to complete the subsequent parts of the event by generating text and images that are "
                      "natural continuation of the given first part. The input interleaved content is: <BEGIN> A dog "
                      "{sits}. <image>")
-    assert warmup.HOWTO_QUERY.startswith("In this task, you are given a multimodal question consisting of both text")
-    assert warmup.HOWTO_QUERY.endswith("<BEGIN> {question} <image>")
+    assert data.HOWTO_QUERY.startswith("In this task, you are given a multimodal question consisting of both text")
+    assert data.HOWTO_QUERY.endswith("<BEGIN> {question} <image>")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -103,8 +105,8 @@ def test_a_json_file_that_cannot_be_read_to_its_end_is_an_error(tmp_path, text, 
 
 def test_a_path_that_no_system_would_take_is_a_missing_picture(tmp_path):
     for name in ("x" * 5000, "a\0b", "..", ""):
-        with pytest.raises(warmup.Broken):
-            warmup.picture_in(tmp_path, name)
+        with pytest.raises(data.Broken):
+            data.picture_in(tmp_path, name)
 
 
 def test_a_file_that_is_no_text_is_an_error(tmp_path):
@@ -204,9 +206,9 @@ def test_genhowto_never_merges_rows_that_only_share_a_name(tmp_path):
     assert "<think>a0</think>" in sample.answer and left_out.reasons() == {"left out, FILENAME is there twice": 2}
 
 
-def test_genhowto_asks_for_the_next_step_in_rl(data):
-    reader, _ = warmup.PROMPT_READERS["genhowto"]
-    sample = next(reader(data / "genhowto", LeftOut()))
+def test_genhowto_asks_for_the_next_step_in_rl(samples_folder):
+    reader, _ = data.PROMPT_READERS["genhowto"]
+    sample = next(reader(samples_folder / "genhowto", LeftOut()))
     assert re.fullmatch(r"What is done with the ball, step by step\? Predict the subsequent step\. The previous steps "
                         r"are: a \w+ \w+ at [\w ]+ <image>", sample.prompt)
     assert [p.stem for p in sample.prompt_pictures + sample.answer_pictures] == ["30", "48"]
@@ -279,7 +281,7 @@ def test_emova_conversations(tmp_path):
 
 def test_earlier_turns_stand_in_the_prompt_as_vicuna_writes_them(tiny):
     sample = Sample("one ASSISTANT: two</s>USER: three", [], "four</s>")
-    tokens, _, mask = warmup.row_of(sample, tiny, Codes(tiny))
+    tokens, _, mask = data.row_of(sample, tiny, CodeCache(tiny))
     assert tiny.text.decode(tokens[:, 0].tolist()) == "<s>  USER: one ASSISTANT: two</s>USER: three ASSISTANT: four</s>"
     assert tiny.text.decode(tokens[mask[:, 0], 0].tolist()) == "four</s>"
 
@@ -323,20 +325,20 @@ def test_our_own_lines(tmp_path):
                           ("emova=tests", "annotations"), ("journeydb=tests", "train_anno_realease_repath")])
 def test_sources_that_are_not_there_are_named(told, said):
     with pytest.raises(UserError, match=said):
-        read_sources(told, "--data", warmup.READERS, LeftOut())
+        read_sources(told, "--data", data.READERS, LeftOut())
 
 
 def test_a_source_without_a_usable_record_is_an_error(tmp_path):
     for text in ("", '{"prompt": "x"}\n'):
         file = write(tmp_path / "empty.jsonl", text)
         with pytest.raises(UserError, match="no usable record"):
-            read_sources(f"jsonl={file}", "--data", warmup.READERS, LeftOut())
+            read_sources(f"jsonl={file}", "--data", data.READERS, LeftOut())
 
 
-def test_the_mix_needs_a_source_of_each_kind_it_asks_for(data):
+def test_the_mix_needs_a_source_of_each_kind_it_asks_for(samples_folder):
     with pytest.raises(UserError, match="understanding samples.*add emova"):
-        warmup.check(warmup.Config(data=f"genhowto={data / 'genhowto'}"))
-    warmup.check(warmup.Config(data=f"genhowto={data / 'genhowto'}", mix="1,0,0"))
+        warmup.check(warmup.Config(data=f"genhowto={samples_folder / 'genhowto'}"))
+    warmup.check(warmup.Config(data=f"genhowto={samples_folder / 'genhowto'}", mix="1,0,0"))
     for mix in ("1,1", "0,0,0", "1,-1,0", "a,b,c"):
         with pytest.raises(UserError, match="--mix"):
             warmup.check(warmup.Config(mix=mix))
@@ -349,11 +351,11 @@ def test_codes_are_kept_on_disk_by_tokenizer_and_bytes(tiny, tmp_path):
     shots(tmp_path, "a.png", "b.png")
     Image.new("RGB", (40, 24), (0, 90, 0)).save(tmp_path / "b.png")
     paths = [tmp_path / "a.png", tmp_path / "b.png"]
-    first = Codes(tiny, tmp_path / "cache")
+    first = CodeCache(tiny, tmp_path / "cache")
     codes = first(paths) + first(paths, crop=True)
-    first.keep()
+    first.flush()
     (tmp_path / "a.png").rename(tmp_path / "renamed.png")
-    second = Codes(tiny, tmp_path / "cache")
+    second = CodeCache(tiny, tmp_path / "cache")
     again = second([tmp_path / "renamed.png", paths[1]]) + second([tmp_path / "renamed.png", paths[1]], crop=True)
     assert first.encoded == 4 and second.encoded == 0 and all(torch.equal(a, b) for a, b in zip(codes, again))
     assert again[0].dtype == torch.int64 and not list((tmp_path / "cache").rglob("*.half"))
@@ -361,7 +363,7 @@ def test_codes_are_kept_on_disk_by_tokenizer_and_bytes(tiny, tmp_path):
     try:
         with torch.no_grad():
             tiny.vision.quantizer.codebooks[0].weight[0] += 1
-        assert Codes(tiny, tmp_path / "cache").folder != second.folder
+        assert CodeCache(tiny, tmp_path / "cache").folder != second.folder
     finally:
         with torch.no_grad():
             tiny.vision.quantizer.codebooks[0].weight.copy_(before)
@@ -375,8 +377,8 @@ def test_pictures_that_cannot_be_read_leave_their_samples_out(tiny, tmp_path):
     samples = [Sample("<image>", [tmp_path / name], "x</s>", origin=(tmp_path, n, name))
                for n, name in enumerate(("cut.png", "good.png", "text.png", "never.png"))]
     samples.append(Sample("red " * 300, [], "x</s>", origin=(tmp_path, 9, "long")))
-    left_out, codes = LeftOut(), Codes(tiny)
-    assert list(usable(samples, tiny, codes, left_out)) == [samples[1]]
+    left_out, codes = LeftOut(), CodeCache(tiny)
+    assert list(keep_usable(samples, tiny, codes, left_out)) == [samples[1]]
     assert [entry["line"] for entry in left_out.list] == [0, 2, 3, 9] and "context" in left_out.list[-1]["reason"]
     with pytest.raises(UserError, match="cut.png"):
         codes([tmp_path / "cut.png"])
@@ -387,40 +389,40 @@ def test_what_is_drawn_from_words_is_cropped_and_the_rest_is_squashed(tiny, tmp_
     wide.paste((200, 0, 0), (24, 0, 48, 24))
     wide.save(tmp_path / "wide.png")
     Image.new("RGB", (24, 24), (200, 0, 0)).save(tmp_path / "middle.png")
-    codes = Codes(tiny)
+    codes = CodeCache(tiny)
     red, = codes([tmp_path / "middle.png"])
 
     def answer(sample):
-        tokens, is_image, mask = warmup.row_of(sample, tiny, codes)
+        tokens, is_image, mask = data.row_of(sample, tiny, codes)
         return tokens[mask.all(1)]
-    assert torch.equal(answer(warmup.drawing("a", tmp_path / "wide.png")), red)
-    story = Sample("a", [], *warmup.written([("b", tmp_path / "wide.png")]))
+    assert torch.equal(answer(data.t2i_sample("a", tmp_path / "wide.png")), red)
+    story = Sample("a", [], *data.write_answer([("b", tmp_path / "wide.png")]))
     assert torch.equal(answer(story), codes([tmp_path / "wide.png"])[0]) and not torch.equal(answer(story), red)
 
 
 def test_micro_batches_hold_every_row_once_with_little_padding(tiny):
-    rng, codes = random.Random(0), Codes(tiny)
+    rng, codes = random.Random(0), CodeCache(tiny)
     for most in (1, 3, 48):
-        samples = [kind(rng, 3) for kind in (warmup.story_sample, warmup.i2t_sample, warmup.t2i_sample)
+        samples = [kind(rng, 3) for kind in (data.toy_story, data.toy_i2t, data.toy_t2i)
                    for _ in range(7)]
         parts, waste = warmup.micro_batches(samples, tiny, codes, most)
-        lengths = [len(warmup.row_of(s, tiny, codes)[0]) for s in samples]
+        lengths = [len(data.row_of(s, tiny, codes)[0]) for s in samples]
         assert sum(len(tokens) for tokens, *_ in parts) == 21 and max(len(tokens) for tokens, *_ in parts) <= most
         positions = sum(tokens.shape[0] * tokens.shape[1] for tokens, *_ in parts)
         assert 0 <= waste < 0.1 and waste == pytest.approx(1 - sum(lengths) / positions)
-        decisions = sum(int(warmup.row_of(s, tiny, codes)[2].sum()) for s in samples)
+        decisions = sum(int(data.row_of(s, tiny, codes)[2].sum()) for s in samples)
         assert decisions == sum(int(mask.sum()) for *_, mask in parts)
 
 
-def test_the_mix_is_drawn_in_its_ratio_and_goes_through_all_samples(tiny, data, tmp_path):
+def test_the_mix_is_drawn_in_its_ratio_and_goes_through_all_samples(tiny, samples_folder, tmp_path):
     left_out = LeftOut()
-    samples = read_sources(sources(data), "--data", warmup.READERS, left_out)
+    samples = read_sources(sources(samples_folder), "--data", data.READERS, left_out)
     config = warmup.Config(mix="0.3,1,1", batch=10, warmup_steps=60, out=str(tmp_path / "run"))
-    run_folder = warmup.Run(config)
+    run_folder = common.Run(config)
     tiny.decoder.config.context, held = 4096, tiny.decoder.config.context
     try:
         (batch, stories), (again, _) = (
-            warmup.published_batches(samples, tiny, run_folder, config, Codes(tiny), left_out) for _ in range(2))
+            warmup.published_batches(samples, tiny, run_folder, config, CodeCache(tiny), left_out) for _ in range(2))
     finally:
         tiny.decoder.config.context = held
     shown = json.loads((tmp_path / "run" / "data.json").read_text())["kinds"]
@@ -438,15 +440,15 @@ def test_the_mix_is_drawn_in_its_ratio_and_goes_through_all_samples(tiny, data, 
 # ---------------------------------------------------------------------------------------------------------------------
 # The scripts
 
-def test_warm_up_on_published_data_is_killed_and_goes_on_bit_equal(data, tmp_path, monkeypatch):
-    data = Path(shutil.copytree(data, tmp_path / "data"))
-    shots(data / "emova" / "toy", "broken.png")
-    (data / "emova" / "toy" / "broken.png").write_text("no picture")
-    write(data / "emova" / "annotations" / "broken.jsonl", [
+def test_warm_up_on_published_data_is_killed_and_goes_on_bit_equal(samples_folder, tmp_path, monkeypatch):
+    samples_folder = Path(shutil.copytree(samples_folder, tmp_path / "data"))
+    shots(samples_folder / "emova" / "toy", "broken.png")
+    (samples_folder / "emova" / "toy" / "broken.png").write_text("no picture")
+    write(samples_folder / "emova" / "annotations" / "broken.jsonl", [
         {"id": "b", "image": "toy/broken.png", "conversations": [{"from": "human", "value": "<image>?"},
                                                                  {"from": "gpt", "value": "?"}]}])
     small = {**SMALL, "warmup_steps": 10, "batch": 12}
-    told = run("warmup.py", "--data", sources(data), "--mix", "1,1,1", "--out", tmp_path / "whole", "--cache",
+    told = run("warmup.py", "--data", sources(samples_folder), "--mix", "1,1,1", "--out", tmp_path / "whole", "--cache",
                tmp_path / "cache", *flags(small))
     assert "emova" in told and "26 samples" in told and "broken.jsonl, line 1, b: a picture cannot be read" in told
     made = json.loads((tmp_path / "whole" / "data.json").read_text())
@@ -456,7 +458,7 @@ def test_warm_up_on_published_data_is_killed_and_goes_on_bit_equal(data, tmp_pat
     assert len(logged) == 10 and all(0 <= line["padding"] < 0.1 for line in logged)
     assert all(line["loss/text"] > 0 and line["loss/image"] > 0 for line in logged)
     torch.set_num_threads(1)
-    config = warmup.Config(data=sources(data), mix="1,1,1", out=str(tmp_path / "cut"), cache=str(tmp_path / "cache"),
+    config = warmup.Config(data=sources(samples_folder), mix="1,1,1", out=str(tmp_path / "cut"), cache=str(tmp_path / "cache"),
                            device="cpu", **small)
     killed_after(10 + 6 + 5, lambda: warmup.warm_up(config), monkeypatch)
     warmup.warm_up(config)
@@ -466,24 +468,24 @@ def test_warm_up_on_published_data_is_killed_and_goes_on_bit_equal(data, tmp_pat
     assert len(list((tmp_path / "cache").rglob("*.safetensors"))) == 1, "the second run encoded nothing"
 
 
-def test_grpo_goes_through_the_prompts_of_every_source(data):
-    pool, left_out = grpo.prompt_pool(grpo.Config(prompts=sources(data), text_reward="llava-critic",
+def test_grpo_goes_through_the_prompts_of_every_source(samples_folder):
+    pool, left_out = grpo.prompt_pool(grpo.Config(prompts=sources(samples_folder), text_reward="llava-critic",
                                                   visual_reward="clip-score"))
     assert len(pool) == 20 + 25 + 20 and not left_out.counts
     assert not any(s.answer or s.answer_pictures or s.draw for s in pool), "only the prompt side"
     config = grpo.Config(prompts_per_update=2, epochs_per_rollout=2)
-    drawn = [[grpo.draw_prompts(config, update, rank, pool[:10], 2) for rank in (0, 1)] for update in (0, 2, 4)]
+    drawn = [[grpo.next_prompts(config, update, rank, pool[:10], 2) for rank in (0, 1)] for update in (0, 2, 4)]
     places = [[[pool.index(s) for s in part] for part in ranks] for ranks in drawn]
     assert places == [[[0, 1], [2, 3]], [[4, 5], [6, 7]], [[8, 9], [0, 1]]]
 
 
-def test_grpo_takes_the_prompt_side_of_published_data(warm, data, tmp_path, capsys):
+def test_grpo_takes_the_prompt_side_of_published_data(warm, samples_folder, tmp_path, capsys):
     def judges(*_):
         return (lambda prompts, texts: [[0.3 * len(t) % 1 for t in told] for told in texts],
                 lambda texts, pictures: [p.mean() / 255 for p in pictures])
     config = grpo.Config(model=str(warm), out=str(tmp_path / "g"), text_reward="llava-critic",
                          visual_reward="clip-score",
-                         prompts=f"genhowto={data / 'genhowto'},jsonl={data / 'jsonl' / 'stories.jsonl'}",
+                         prompts=f"genhowto={samples_folder / 'genhowto'},jsonl={samples_folder / 'jsonl' / 'stories.jsonl'}",
                          **{**RUN, "eval_prompts": 2})
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(grpo, "make_judges", judges)
@@ -493,8 +495,8 @@ def test_grpo_takes_the_prompt_side_of_published_data(warm, data, tmp_path, caps
     assert all(isinstance(p, Path) for s in pool for p in s.prompt_pictures)
     assert list((tmp_path / "g" / "samples").glob("*before.json"))
     with pytest.raises(UserError, match="rule judges"):
-        grpo.prompt_pool(grpo.Config(prompts=f"genhowto={data / 'genhowto'}"))
-    pool, _ = grpo.prompt_pool(grpo.Config(prompts=str(data / "jsonl" / "stories.jsonl")))
+        grpo.prompt_pool(grpo.Config(prompts=f"genhowto={samples_folder / 'genhowto'}"))
+    pool, _ = grpo.prompt_pool(grpo.Config(prompts=str(samples_folder / "jsonl" / "stories.jsonl")))
     assert len(pool) == 4 and all(shapes.states_of_prompt(s.prompt) for s in pool)
 
 

@@ -4,8 +4,8 @@ import math
 import pytest
 import torch
 
-from grpo import (Config, check, decision_weights, grpo_loss, k3_kl, outcome_advantages, process_advantages)
-from tokenizer import UserError
+from common import UserError
+from grpo import Config, check, decision_weights, grpo_loss, k3_kl, outcome_advantages, process_advantages
 
 
 def test_eq4_by_hand():

@@ -4,17 +4,18 @@ import random
 import pytest
 import torch
 
-from model import Sampling, choose_from, guide, load, save
+from common import UserError
+from data import CodeCache, toy_prompt
+from model import Sampling, decision_logp, guide, load, save
 from rewards import format_reward
-from tokenizer import IMAGE_START, Sequence, UserError, pad, parse_answer
-from warmup import Codes, toy_prompt
+from tokenizer import IMAGE_START, Sequence, pad, parse_answer
 
 SETTINGS = [Sampling(), Sampling(temperature=0.7), Sampling(top_k=5), Sampling(top_p=0.8), Sampling(guidance=3.0),
             Sampling(0.9, 20, 0.95, 2.0)]
 
 
 def prompts(model, count=3):
-    rng, codes = random.Random(0), Codes(model)
+    rng, codes = random.Random(0), CodeCache(model)
     samples = [toy_prompt(rng, 1 + i, "train") for i in range(count)]
     return [model.prompt(s.prompt, codes(s.prompt_pictures)) for s in samples]
 
@@ -43,12 +44,12 @@ def slow_generate(model, prompt, budget, sampling, generator):
                 vectors = model.vision.vectors(column[None])
                 logits = model.depth(state, vectors)[:, d]
                 other = None if blank is None else model.depth(blank, vectors)[:, d]
-                chances = choose_from(guide(logits, other, sampling.guidance), sampling)
+                chances = decision_logp(guide(logits, other, sampling.guidance), sampling)
                 column[d] = torch.multinomial(chances.exp(), 1, generator=generator).item()
                 logp[d] = chances[0, column[d]]
             since.append(column)
         else:
-            chances = choose_from(model.decoder.lm_head(state), sampling)
+            chances = decision_logp(model.decoder.lm_head(state), sampling)
             column[0] = torch.multinomial(chances.exp(), 1, generator=generator).item()
             logp[0] = chances[0, column[0]]
         row = row + Sequence(column[None], torch.tensor([left > 0]))
@@ -140,10 +141,10 @@ def test_future_positions_do_not_change_earlier_states(tiny):
 
 def test_choose_from_by_hand():
     logits = torch.tensor([0.5, 0.25, 0.15, 0.1]).log()
-    assert choose_from(logits, Sampling(top_k=2)).exp().tolist() == pytest.approx([2 / 3, 1 / 3, 0, 0])
-    assert choose_from(logits, Sampling(top_p=0.6)).exp().tolist() == pytest.approx([2 / 3, 1 / 3, 0, 0])
-    assert choose_from(logits, Sampling(temperature=0)).exp().tolist() == [1, 0, 0, 0]
-    halved = choose_from(logits, Sampling(temperature=0.5)).exp()
+    assert decision_logp(logits, Sampling(top_k=2)).exp().tolist() == pytest.approx([2 / 3, 1 / 3, 0, 0])
+    assert decision_logp(logits, Sampling(top_p=0.6)).exp().tolist() == pytest.approx([2 / 3, 1 / 3, 0, 0])
+    assert decision_logp(logits, Sampling(temperature=0)).exp().tolist() == [1, 0, 0, 0]
+    halved = decision_logp(logits, Sampling(temperature=0.5)).exp()
     assert halved.tolist() == pytest.approx([.25 / .345, .0625 / .345, .0225 / .345, .01 / .345])
     assert guide(torch.tensor([1.0]), torch.tensor([0.5]), 3.0).item() == 2.0
 
@@ -160,12 +161,13 @@ def test_save_and_load_are_exact(tiny, tmp_path):
 
 
 def test_a_kill_during_a_save_leaves_the_old_checkpoint_usable(tiny, tmp_path, monkeypatch):
+    import common
     import model
     save(tiny, tmp_path / "policy", {"step": 1})
 
     def dies(*_, **__):
         raise KeyboardInterrupt
-    monkeypatch.setattr(model, "save_file", dies)
+    monkeypatch.setattr(common, "save_file", dies)
     with pytest.raises(KeyboardInterrupt):
         save(tiny, tmp_path / "policy", {"step": 2})
     assert model.load_training(tmp_path / "policy")[0] == {"step": 1}

@@ -7,13 +7,29 @@ from dataclasses import fields
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import ROOT, RUN, SMALL, killed_after, metrics, run, same
 
+import data
 import grpo
 import warmup
-from conftest import ROOT, RUN, SMALL, killed_after, metrics, run, same
-from model import (LINEAR, LoRALinear, NF4Linear, Sampling, from_nf4, load, load_training, merge, save, to_nf4,
-                   train_only, trained, trained_as)
-from tokenizer import THINK_END, THINK_START, UserError, parse_config
+from common import UserError, parse_config
+from model import (
+    LINEAR,
+    LoRALinear,
+    NF4Linear,
+    Sampling,
+    by_modality,
+    from_nf4,
+    load,
+    load_training,
+    merge,
+    prepare_training,
+    save,
+    to_nf4,
+    trainable_state,
+    with_trainable,
+)
+from tokenizer import THINK_END, THINK_START
 
 FOLDER = ROOT / "tests" / "fixtures" / "vila_u_tiny"
 CPU = torch.device("cpu")
@@ -78,11 +94,11 @@ def test_adapters_start_as_the_base_are_trained_alone_and_come_back(tmp_path, qu
     model = load(FOLDER, quantize=quantize)
     batch = some_batch(model)
     dense = model.log_probs(*batch)
-    train_only(model, 4, 8.0)
+    prepare_training(model, 4, 8.0)
     before = model.log_probs(*batch)
     # not bit by bit: on some CPUs torch takes another kernel once a layer's weights are frozen
     assert torch.allclose(before, dense, rtol=0, atol=2e-5), "a fresh adapter changes nothing"
-    first, frozen = trained(model), {k: v.clone() for k, v in model.state_dict().items() if k not in trained(model)}
+    first, frozen = trainable_state(model), {k: v.clone() for k, v in model.state_dict().items() if k not in trainable_state(model)}
     optimizer = torch.optim.Adam(model.policy_parameters(), lr=1e-2)
     for _ in range(3):
         optimizer.zero_grad()
@@ -91,15 +107,15 @@ def test_adapters_start_as_the_base_are_trained_alone_and_come_back(tmp_path, qu
     after = model.log_probs(*batch).detach()
     assert after.sum() > before.sum() + 1
     assert all(torch.equal(model.state_dict()[k], v) for k, v in frozen.items()), "the base moved"
-    assert not any(torch.equal(first[k], v) for k, v in trained(model).items()), "some adapter was left out"
-    with torch.no_grad(), trained_as(model, first):
+    assert not any(torch.equal(first[k], v) for k, v in trainable_state(model).items()), "some adapter was left out"
+    with torch.no_grad(), with_trainable(model, first):
         assert torch.equal(model.log_probs(*batch), before), "the reference is the first state"
     assert torch.equal(model.log_probs(*batch), after)
     save(model, tmp_path / "policy", {"step": 3})
     names = {f.name for f in (tmp_path / "policy").iterdir()}
     assert names == {"adapter.json", "adapter.safetensors", "training.json", "training.safetensors"}
     again = load(tmp_path)
-    assert torch.equal(again.log_probs(*batch), after) and same(trained(again), trained(model))
+    assert torch.equal(again.log_probs(*batch), after) and same(trainable_state(again), trainable_state(model))
     merge(again)
     assert not any(isinstance(m, (LoRALinear, NF4Linear)) for m in again.modules())
     assert torch.allclose(again.log_probs(*batch), after, atol=1e-4)
@@ -110,7 +126,7 @@ def test_adapters_start_as_the_base_are_trained_alone_and_come_back(tmp_path, qu
 def test_adapters_learn_to_tell_the_added_tokens_apart():
     """<think> and </think> share one row at first: without rows of their own no adapter could separate them."""
     model = load(FOLDER)
-    train_only(model, 2, 4.0)
+    prepare_training(model, 2, 4.0)
     think, done = model.text.id(THINK_START), model.text.id(THINK_END)
     tokens, is_image, mask = some_batch(model)
     with torch.no_grad():
@@ -138,7 +154,7 @@ def test_checkpointing_does_not_change_the_gradient():
 def test_a_bfloat16_checkpoint_is_trained_in_float32():
     model = load(FOLDER).to(torch.bfloat16)
     whole, small = copy.deepcopy(model), copy.deepcopy(model)
-    train_only(whole, 0, 16.0), train_only(small, 2, 16.0)
+    prepare_training(whole, 0, 16.0), prepare_training(small, 2, 16.0)
     for m in (whole, small):
         assert {p.dtype for p in m.policy_parameters()} == {torch.float32}
         m.log_probs(*some_batch(m)).sum().backward()
@@ -151,11 +167,11 @@ def test_a_bfloat16_checkpoint_is_trained_in_float32():
 
 def test_warm_up_micro_batches_do_not_change_the_gradient(warm):
     model, gradients = load(warm), []
-    samples = [warmup.story_sample(random.Random(i), 2) for i in range(5)]
+    samples = [data.toy_story(random.Random(i), 2) for i in range(5)]
     for kind in ("eq1", "official"):
         for size in (5, 2):
-            parts, _ = warmup.micro_batches(samples, model, warmup.Codes(model), size)
-            decisions = [warmup.by_modality(mask, is_image) for _, is_image, mask in parts]
+            parts, _ = warmup.micro_batches(samples, model, data.CodeCache(model), size)
+            decisions = [by_modality(mask, is_image) for _, is_image, mask in parts]
             counts = tuple(sum(d.sum() for d in of) for of in zip(*decisions))
             model.zero_grad()
             for tokens, is_image, mask in parts:
@@ -178,7 +194,7 @@ def test_both_scripts_run_with_qlora_resume_and_merge(warm, tmp_path, monkeypatc
     grpo.train(whole, 0, 1, CPU)
     killed_after(3, lambda: grpo.train(cut, 0, 1, CPU), monkeypatch)
     grpo.train(cut, 0, 1, CPU)
-    state = [{**trained(load(tmp_path / n)), **load_training(tmp_path / n / "policy")[1]} for n in ("whole", "cut")]
+    state = [{**trainable_state(load(tmp_path / n)), **load_training(tmp_path / n / "policy")[1]} for n in ("whole", "cut")]
     assert same(*state) and metrics(tmp_path / "whole") == metrics(tmp_path / "cut")
     told = json.loads((tmp_path / "whole" / "policy" / "adapter.json").read_text())
     assert told["base"] == str(warm.resolve()) and told["quantize"] == "nf4" and told["rank"] == 4
@@ -216,7 +232,7 @@ def test_adapter_mistakes_are_one_sentence_and_write_nothing(tmp_path, arguments
 
 def test_damaged_adapters_are_refused(tmp_path):
     model = load(FOLDER)
-    train_only(model, 2, 4.0)
+    prepare_training(model, 2, 4.0)
     save(model, tmp_path / "policy")
     file, told = tmp_path / "policy" / "adapter.safetensors", tmp_path / "policy" / "adapter.json"
     whole, text = file.read_bytes(), told.read_text()
@@ -229,4 +245,4 @@ def test_damaged_adapters_are_refused(tmp_path):
             load(tmp_path)
         file.write_bytes(whole), told.write_text(text)
     with pytest.raises(UserError, match="rank 2"):
-        train_only(load(tmp_path), 8, 4.0)
+        prepare_training(load(tmp_path), 8, 4.0)

@@ -13,16 +13,28 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import FIXTURES
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import shapes
-from conftest import FIXTURES
+from common import UserError
+from judges import (
+    LLAVA_NOT_NEEDED,
+    POINTWISE,
+    TOWER,
+    ClipScore,
+    ImageReward,
+    LlavaCritic,
+    centre_square,
+    critic_chat,
+    load_llava,
+    parse_score,
+    unpad,
+)
 from model import NF4Linear
-from rewards import (LLAVA_NOT_NEEDED, POINTWISE, TOWER, ClipScore, ImageReward, LlavaCritic, RulesText, RulesVisual,
-                     Scores, centre_square, critic_chat, format_reward, hybrid_rewards, judge, load_llava, make_judges,
-                     parse_score, unpad)
-from tokenizer import IMAGE_PLACEHOLDER, Answer, Segment, UserError
+from rewards import RulesText, RulesVisual, Scores, format_reward, hybrid_rewards, judge, make_judges
+from tokenizer import IMAGE_PLACEHOLDER, Answer, Segment
 
 PROMPT = "paint it blue, move it to center. <BEGIN> a red circle at top left <image>"
 NONE = torch.zeros(0, dtype=torch.long)
@@ -86,8 +98,8 @@ def test_the_visual_judge_believes_the_generated_text_not_the_truth():
 def test_noise_and_empty_boards_are_no_scene():
     rng = np.random.default_rng(0)
     junk = rng.integers(0, 256, (8, 24, 24, 3), dtype=np.uint8)
-    assert shapes.see(junk) == [None] * 8
-    assert shapes.see(np.stack([shapes.render(None)])) == [None]
+    assert shapes.recognise(junk) == [None] * 8
+    assert shapes.recognise(np.stack([shapes.render(None)])) == [None]
 
 
 def test_an_opinionless_judge_is_no_reward_and_not_zero():

@@ -6,13 +6,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from conftest import FIXTURES, ROOT, RUN, SMALL, flags, killed_after, metrics, run, same
 
+import data
 import grpo
 import shapes
 import warmup
-from conftest import FIXTURES, ROOT, RUN, SMALL, flags, killed_after, metrics, run, same
+from common import UserError
 from model import load, load_training
-from tokenizer import UserError
+
 
 def weights(folder: Path) -> dict:
     return {**load(folder).state_dict(), **load_training(folder / "policy")[1]}
@@ -48,7 +50,7 @@ def one_rollout(warm, settings: dict):
     policy, reference = load(warm), load(warm)
     judges = (lambda prompts, texts: [[0.3 * len(t) % 1 for t in told] for told in texts],
               lambda texts, pictures: [p.mean() / 255 for p in pictures])
-    batch = grpo.rollout(policy, grpo.draw_prompts(config, 0, 0, []), config, judges, warmup.Codes(policy),
+    batch = grpo.rollout(policy, grpo.next_prompts(config, 0, 0, []), config, judges, data.CodeCache(policy),
                          torch.Generator().manual_seed(0))
     with torch.no_grad():
         ref_logp = reference.log_probs(batch.tokens, batch.is_image, batch.mask, grpo.sampling_of(config))
@@ -92,7 +94,7 @@ def test_image_codes_alone_can_be_taught_redness(warm):
         with torch.no_grad():
             rows = policy.generate([prompt], 32, policy.vision_config.positions + 1,
                                    generator=torch.Generator().manual_seed(step))
-            pictures = policy.pictures(torch.stack([r.tokens[r.is_image] for r in rows])).astype(float)
+            pictures = policy.decode_pictures(torch.stack([r.tokens[r.is_image] for r in rows])).astype(float)
         reward = torch.tensor((pictures[..., 0] - pictures[..., 1:].mean(-1)).mean((1, 2)) / 255, dtype=torch.float32)
         redness.append(reward.mean().item())
         whole = {f: pad([torch.cat((getattr(prompt, f) if f in ("tokens", "is_image") else
@@ -138,8 +140,8 @@ def test_prompts_that_the_rules_cannot_judge_are_refused(warm, tmp_path):
 
 
 def test_learned_judges_train_and_the_report_shows_what_was_asked(warm, tmp_path, monkeypatch):
-    from rewards import LlavaCritic
-    from evaluate import write_report
+    from common import write_report
+    from judges import LlavaCritic
     replies = LlavaCritic.replies
 
     def scored(self, prompts, pictures, **options):              # the real model, then a score in every second reply
@@ -196,7 +198,7 @@ def test_a_mistake_is_one_sentence_and_exit_code_2(arguments, said):
 def test_broken_prompt_files_are_named_with_their_line(tmp_path, lines, said):
     (tmp_path / "prompts.jsonl").write_text(lines)
     with pytest.raises(UserError, match=re.escape(said)):
-        warmup.read_prompts(tmp_path / "prompts.jsonl")
+        data.read_prompts(tmp_path / "prompts.jsonl")
 
 
 def test_other_settings_do_not_go_on_with_a_checkpoint(warm):
@@ -277,9 +279,9 @@ def test_every_command_in_the_readme_names_real_flags():
 
 def test_every_setting_is_read_somewhere():
     """Every flag changes something: its field is read in the script that declares it or where its config goes."""
-    for script, readers in {"grpo.py": ["grpo.py", "evaluate.py", "tokenizer.py"],
-                            "warmup.py": ["warmup.py", "tokenizer.py"],
-                            "evaluate.py": ["evaluate.py", "tokenizer.py"], "model.py": ["model.py"]}.items():
+    for script, readers in {"grpo.py": ["grpo.py", "evaluate.py", "common.py"],
+                            "warmup.py": ["warmup.py", "common.py"],
+                            "evaluate.py": ["evaluate.py", "common.py"], "model.py": ["model.py"]}.items():
         source = (ROOT / script).read_text()
         block = re.search(r"^class Config:\n(.*?)\n\n\n", source, re.MULTILINE | re.DOTALL)[1]
         text = "".join((ROOT / r).read_text() for r in readers)

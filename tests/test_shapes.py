@@ -6,15 +6,15 @@ import sys
 
 import numpy as np
 import pytest
+from conftest import ROOT
 
 import shapes
-from conftest import ROOT
 
 
 def test_words_and_pictures_of_all_scenes_are_read_back():
     assert len(shapes.SCENES) == 144
     assert [shapes.parse_caption(shapes.caption(s)) for s in shapes.SCENES] == shapes.SCENES
-    assert shapes.see(np.stack([shapes.render(s) for s in shapes.SCENES])) == shapes.SCENES
+    assert shapes.recognise(np.stack([shapes.render(s) for s in shapes.SCENES])) == shapes.SCENES
 
 
 def test_states_by_hand():
@@ -44,7 +44,7 @@ def test_systematic_errors_outnumber_the_truth_and_held_out_pairs_never_show():
         prompt = shapes.sample_prompt(rng, 3, "train").text
         story, _ = shapes.noisy_story(rng, prompt)
         for state, (text, picture) in zip(shapes.states_of_prompt(prompt)[1:], story):
-            seen = shapes.see(picture[None])[0]
+            seen = shapes.recognise(picture[None])[0]
             assert seen[:2] not in shapes.HELDOUT_PAIRS
             if state.colour == "yellow":
                 drawn["yellow"].append(seen.colour == "red")

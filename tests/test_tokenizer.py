@@ -13,10 +13,12 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from conftest import FIXTURES
 
 import shapes
-from conftest import FIXTURES
-from tokenizer import (ALPHABET, ClipText, QwenText, TextTokenizer, UserError, WordPiece, byte_pairs, write_field)
+from common import UserError
+from judges import ALPHABET, ClipText, QwenText, WordPiece
+from tokenizer import TextTokenizer, byte_pairs, write_field
 from warmup import train_bpe
 
 CASES = FIXTURES / "tokenizers"

@@ -9,11 +9,11 @@ import json
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import FIXTURES
 from PIL import Image
 from safetensors.torch import load_file
 
-from conftest import FIXTURES
-from model import NAMES, Sampling, chat, choose_from, load, rename
+from model import NAMES, Sampling, chat, decision_logp, load, rename
 from tokenizer import IMAGE_PLACEHOLDER, IMAGE_START, Sequence, pack, preprocess
 from warmup import warmup_loss
 
@@ -218,7 +218,7 @@ def test_guided_greedy_codes(model, e, scale):
 
 def test_filtered_sampling(e, v):
     """VILA-U's own settings: temperature 1, top-k 900, then top-p 0.96."""
-    chances = choose_from(e["sampling.logits"], Sampling(1.0, 900, 0.96)).exp()
+    chances = decision_logp(e["sampling.logits"], Sampling(1.0, 900, 0.96)).exp()
     close(chances, e["sampling.probs"])
     assert (chances > 0).sum(-1).tolist() == v["sampling.kept"]
 
