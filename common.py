@@ -1,8 +1,18 @@
-"""TODO"""
+"""What every script shares: its flags, its errors, its files, its run directory, a page to look at.
+
+    flags       a dataclass is the command line: `parse_config`, with number ranges and choices in the annotations
+    errors      `UserError`: one sentence and exit code 2, never a traceback for a user's mistake
+    files       read with one-sentence errors, written whole or not at all
+    runs        `Run`: config.json (how it was made), metrics.jsonl, samples/; training state that resumes
+    pages       `draw_sheet` (PNG) and `write_report` (one HTML file that opens offline)
+
+Nothing here is from the paper, and nothing here knows a model or a task. Read it last.
+"""
 import argparse
 import base64
 import difflib
 import errno
+import hashlib
 import html
 import inspect
 import io
@@ -18,6 +28,7 @@ import textwrap
 from contextlib import contextmanager
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Annotated, Iterable, Literal, NamedTuple, get_args, get_origin
 
 import numpy as np
 import torch
@@ -29,22 +40,129 @@ from torch import Tensor
 
 
 class UserError(ValueError):
-    """A mistake of the user's (a path, a flag, a file): shown as one sentence, without a traceback."""
+    """A mistake of the user's (a path, a flag, a file). It is shown as one sentence, without a traceback."""
 
 
-def parse_config(Config, argv: list[str] | None = None, presets: dict[str, dict] | None = None):
-    """A dataclass is the command line: each field a flag, its default the default, its comment the help text. With
-    presets ({name: {field: value}}), --preset NAME changes defaults; flags given beside it win."""
+# ------------------------------------------------------------------------------------------------------------
+# Flags: one dataclass of settings per script, its fields are the command line
+
+class Range(NamedTuple):
+    """The numbers that a flag takes: low..high, or more than `low` where it is `open`."""
+    low: float
+    high: float = math.inf
+    open: bool = False
+
+    def holds(self, value: float) -> bool:
+        return math.isfinite(value) and value <= self.high and (value > self.low if self.open else value >= self.low)
+
+    def __str__(self) -> str:
+        low = f"more than {self.low:g}" if self.open else f"at least {self.low:g}"
+        return low if self.high == math.inf else f"{low} and at most {self.high:g}"
+
+
+Count = Annotated[int, Range(1)]
+Natural = Annotated[int, Range(0)]
+Positive = Annotated[float, Range(0, open=True)]
+NonNegative = Annotated[float, Range(0)]
+Share = Annotated[float, Range(0, 1)]
+TopP = Annotated[float, Range(0, 1, open=True)]
+LearningRate = Annotated[float, Range(0, 1, open=True)]
+Weights = tuple[float, float, float]
+
+
+def parse_weights(text: str) -> Weights:
+    """'1,1,0.5' -> (1.0, 1.0, 0.5). Raises ValueError for anything but three numbers."""
+    first, second, third = map(float, text.split(","))
+    return first, second, third
+
+
+def flag_of(name: str) -> str:
+    """Field name -> flag: group_size -> --group-size."""
+    return "--" + name.replace("_", "-")
+
+
+def shown(value: object) -> str:
+    """A setting as it is written on the command line."""
+    return ",".join(f"{v:g}" for v in value) if isinstance(value, tuple) else str(value)
+
+
+def require(config, name: str, holds: bool, expected: str) -> None:
+    """Raise a UserError that names the flag, its value and what was expected, unless it `holds`."""
+    if not holds:
+        raise UserError(f"{flag_of(name)} {shown(getattr(config, name))}: expected {expected}")
+
+
+def check_config(config) -> None:
+    """Hold every field against its annotation: the range of a number, the choices of a Literal, three weights.
+
+    Raises UserError for the first that does not fit. Configs made in code are checked like those of the command line.
+    """
+    for f in fields(config):
+        value = getattr(config, f.name)
+        if get_origin(f.type) is Annotated:
+            kind, limits = get_args(f.type)
+            words = f"a {'whole ' * (kind is int)}number, {limits}"
+            require(config, f.name, isinstance(value, (int, kind)) and limits.holds(value), words)
+        elif get_origin(f.type) is Literal:
+            require(config, f.name, value in get_args(f.type), " or ".join(get_args(f.type)))
+        elif f.type == Weights:
+            fits = isinstance(value, tuple) and len(value) == 3 and any(value)
+            fits = fits and all(0 <= w < math.inf for w in value)
+            require(config, f.name, fits, "three numbers of at least 0, not all 0")
+
+
+def flag_groups(Config) -> dict[str, tuple[str, str]]:
+    """The source of a settings dataclass -> {field: (group, help text)}. A field, its default and its comment stand on
+    one line; a line '# -- words' opens a group."""
+    group, found = "settings", {}
+    for line in inspect.getsource(Config).splitlines():
+        if match := re.fullmatch(r"    # -- (.*)", line):
+            group = match[1]
+        elif match := re.match(r"    (\w+):.*?#\s*(.*)$", line):
+            found[match[1]] = group, match[2]
+    return found
+
+
+def make_parser(Config, names: dict[str, Iterable[str]]) -> argparse.ArgumentParser:
+    """The command line of a settings dataclass: a flag for each field, in groups, with choices, range and default."""
     class Parser(argparse.ArgumentParser):
         def error(self, message):
             raise UserError(message)
-    comments = dict(re.findall(r"^    (\w+):.*?#\s*(.*)$", inspect.getsource(Config), re.MULTILINE))
-    parser = Parser(description=sys.modules[Config.__module__].__doc__, allow_abbrev=False,
-                    formatter_class=argparse.RawDescriptionHelpFormatter)
+    module = sys.modules[Config.__module__]
+    parser = Parser(description=module.__doc__, usage=f"python {Path(module.__file__).name} [--flag value ...]",
+                    allow_abbrev=False, formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
+                        prog, max_help_position=34, width=118))
+    sections, words = {}, flag_groups(Config)
     for f in fields(Config):
-        kind = {"action": argparse.BooleanOptionalAction} if f.type is bool else {"type": f.type}
-        parser.add_argument("--" + f.name.replace("_", "-"), default=f.default,
-                            help=comments.get(f.name, "").replace("%", "%%") + f" [{f.default}]", **kind)
+        group, text = words[f.name]
+        section = sections.setdefault(group, parser.add_argument_group(group))
+        options = {"type": f.type, "metavar": "TEXT"}
+        if f.type is bool:
+            options = {"action": argparse.BooleanOptionalAction}
+        elif get_origin(f.type) is Literal:
+            options = {"type": str, "metavar": "|".join(c or "''" for c in get_args(f.type))}
+        elif get_origin(f.type) is Annotated:
+            options = {"type": get_args(f.type)[0], "metavar": "N" if get_args(f.type)[0] is int else "X"}
+        elif f.type == Weights:
+            options = {"type": parse_weights, "metavar": "X,X,X"}
+        elif f.type in (int, float):
+            options["metavar"] = "N" if f.type is int else "X"
+        if f.name in names:
+            text += f"; {', '.join(names[f.name])}"
+        default = "" if f.default == "" else f" [{shown(f.default)}]"
+        section.add_argument(flag_of(f.name), default=f.default, help=(text + default).replace("%", "%%"), **options)
+    return parser
+
+
+def parse_config(Config, argv: list[str] | None = None, presets: dict[str, dict] | None = None,
+                 names: dict[str, Iterable[str]] | None = None):
+    """The command line -> a checked Config.
+
+    presets: {name: {field: value}}; `--preset NAME` changes defaults, flags given beside it win.
+    names: {field: the names it takes}, shown by --help where they come from a dict of judges, readers or benchmarks.
+    Raises UserError for an unknown flag, a value of the wrong type, or one out of its range.
+    """
+    parser = make_parser(Config, names or {})
     args, unknown = parser.parse_known_args(argv)
     if presets and args.preset:
         if args.preset not in presets:
@@ -54,7 +172,9 @@ def parse_config(Config, argv: list[str] | None = None, presets: dict[str, dict]
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, 1)
         raise UserError(f"unknown flag {unknown[0]}" + (f": did you mean {near[0]}?" if near else ": see --help"))
-    return Config(**vars(args))
+    config = Config(**vars(args))
+    check_config(config)
+    return config
 
 
 def run_main(main) -> None:
@@ -71,38 +191,26 @@ def run_main(main) -> None:
               file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on from the last checkpoint", file=sys.stderr)
+        print("interrupted: the same command goes on from the last checkpoint, if there is one", file=sys.stderr)
         sys.exit(130)
 
 
-def parse_weights(text: str, flag: str = "--reward-weights", of: str = "text, visual, format"
-                  ) -> tuple[float, float, float]:
-    """A flag's a,b,c -> three numbers of at least 0."""
-    try:
-        weights = tuple(float(part) for part in text.split(","))
-        if len(weights) == 3 and all(0 <= w < math.inf for w in weights) and any(weights):
-            return weights
-    except ValueError:
-        pass
-    raise UserError(f"{flag} {text}: expected three numbers of at least 0, for {of}, not all 0")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Devices and processes
-
+# ------------------------------------------------------------------------------------------------------------
+# Devices, processes, random numbers
 
 def pick_device(name: str, flag: str = "--device") -> torch.device:
+    """'auto' (CUDA, then mps, then cpu) or a device's name -> the device. Raises UserError where it cannot be used."""
     if name == "auto":
-        name = ("cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         torch.empty(1, device=name)
         return torch.device(name)
     except (RuntimeError, AssertionError) as error:
-        raise UserError(f"{flag} {name}: not usable here ({str(error).splitlines()[0]})")
+        raise UserError(f"{flag} {name}: not usable here ({str(error).splitlines()[0]})") from None
 
 
 def start_processes(name: str) -> tuple[int, int, torch.device]:
-    """rank, world size and device; under torchrun torch's own process group (nccl on GPUs, gloo elsewhere)."""
+    """--device -> rank, world size, device. Under torchrun: torch's process group (nccl on GPUs, gloo elsewhere)."""
     device = pick_device(name)
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return 0, 1, device
@@ -114,104 +222,115 @@ def start_processes(name: str) -> tuple[int, int, torch.device]:
 
 
 def averaged(metrics: dict, world: int, device: torch.device) -> dict:
-    """Metrics over all processes: means, but the largest ratio."""
+    """Metrics of one process -> those over all processes: means, but the maximum of what ends in _max."""
     if world == 1:
         return metrics
     values = torch.tensor(list(metrics.values()), device=device)
     everyone = [torch.zeros_like(values) for _ in range(world)]
     dist.all_gather(everyone, values)
     merged = torch.stack(everyone)                                                         # (world, metrics)
-    return {k: (merged[:, i].max() if k == "ratio_max" else merged[:, i].mean()).item() for i, k in enumerate(metrics)}
+    return {name: (merged[:, i].max() if name.endswith("_max") else merged[:, i].mean()).item()
+            for i, name in enumerate(metrics)}
 
 
 def peak_gib(device: torch.device) -> float:
-    """The most memory that was in use so far: on the GPU, or resident on the CPU."""
+    """The most memory in use so far, in GiB: allocated on the GPU, or resident on the CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2 ** 30
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / 2 ** 30
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def seeded(*parts: object) -> torch.Generator:
+    """A CPU generator whose seed is a hash of the parts, so that (0, 12) and (1, 2) never share one."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+
+
+# ------------------------------------------------------------------------------------------------------------
 # Files: read with one-sentence errors, written whole or not at all
 
-
-def read_text(file: Path) -> str:
-    """A UTF-8 file, or UserError."""
+def read_text(path: Path) -> str:
+    """A UTF-8 file's text. Raises UserError where there is none."""
     try:
-        return file.read_text(encoding="utf-8-sig")
+        return Path(path).read_text(encoding="utf-8-sig")
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{file}: cannot be read ({error})")
+        raise UserError(f"{path}: cannot be read ({error})") from None
 
 
 def read_json(path: Path) -> dict:
+    """A JSON file that holds an object. Raises UserError where there is none."""
     try:
-        return json.loads(Path(path).read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path}: missing")
-    except ValueError as error:
-        raise UserError(f"{path}: not JSON ({error})")
-
-
-def open_tensors(path: Path):
-    try:
-        return safe_open(path, framework="pt")
-    except FileNotFoundError:
-        raise UserError(f"{path}: missing")
-    except SafetensorError as error:
-        raise UserError(f"{path}: not a whole safetensors file ({error})")
-
-
-def read_tensor(path: Path, name: str, device: str | torch.device) -> Tensor:
-    """One tensor, copied. The file is mapped anew for each: pages of a mapping count as resident until it is gone."""
-    with open_tensors(path) as file:
-        return file.get_tensor(name).to(device, copy=True)
-
-
-def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:                       # a full disk, say: the caller's folder is not replaced
-        raise UserError(f"{path}: cannot be written ({error}); what was saved before is intact")
-
-
-def snapshot(source: str, where: str) -> Path:
-    """A hub id's files, fetched or found in the cache. Raises UserError where there are none."""
-    from huggingface_hub import snapshot_download
-    try:
-        return Path(snapshot_download(source))
-    except Exception as error:                             # offline, unknown id, no rights: the hub's own first line
-        raise UserError(f"{where} {source}: neither a folder nor a model that the hub gives out "
-                        f"({str(error).splitlines()[0]})")
-
-
-def read_picture(path: Path, where: str) -> np.ndarray:
-    """A picture file -> uint8 [H, W, 3]."""
-    try:
-        return np.asarray(Image.open(path).convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise UserError(f"{where}: {path} is not a picture that can be read ({error})")
+        value = json.loads(read_text(path))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise UserError(f"{path}: not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object, found {str(value)[:40]!r}")
+    return value
 
 
 @contextmanager
-def write_folder(folder: Path):
-    """Write a folder whole or not at all: yields an empty folder beside it that takes its place at the end.
+def reading(path: Path, what: str):
+    """Around code that takes values out of a file's content: what is missing or of another type becomes a UserError
+    '`path`: `what` lacks ...'."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+        raise UserError(f"{path}: {what} lacks {error}") from None
 
-    A kill at any moment leaves the old folder or the new one, under its name or as NAME.old (see `settle_folder`).
+
+def read_lines(path: Path) -> list[dict]:
+    """The JSON lines of a log of our own. Half a line, left by a kill, is cut off the file."""
+    data = path.read_bytes() if path.exists() else b""
+    whole = data[:data.rfind(b"\n") + 1]
+    if len(whole) < len(data):
+        os.truncate(path, len(whole))
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def add_line(path: Path, line: dict) -> None:
+    """Append one JSON line."""
+    with open(path, "a", encoding="utf-8") as lines:
+        lines.write(json.dumps(line) + "\n")
+
+
+@contextmanager
+def write_whole(path: Path):
+    """Write a file or a folder whole or not at all: yields a free path beside it, which takes its place at the end.
+
+    The block writes a file there or makes a folder. A kill at any moment leaves the old one or the new one; a folder
+    may be left under the name NAME.old (see `settle_folder`).
     """
-    folder = Path(folder)
-    new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
-    settle_folder(folder)
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir(parents=True)
+    path = Path(path)
+    new, old = path.with_name(path.name + ".new"), path.with_name(path.name + ".old")
+    settle_folder(path)
+    remove(new)
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield new
     except BaseException:
-        shutil.rmtree(new, ignore_errors=True)
+        remove(new)
         raise
-    if folder.exists():
-        folder.rename(old)
-    new.rename(folder)
-    shutil.rmtree(old, ignore_errors=True)
+    if path.is_dir():
+        path.rename(old)
+        new.rename(path)
+        remove(old)
+    else:
+        new.replace(path)
+
+
+def remove(path: Path) -> None:
+    """Delete a file or folder that may not exist."""
+    if path.is_dir():
+        shutil.rmtree(path, ignore_errors=True)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def settle_folder(folder: Path) -> None:
@@ -221,84 +340,115 @@ def settle_folder(folder: Path) -> None:
         old.rename(folder)
 
 
-# -- answers and replies, one line each as they come, so that a killed run goes on
-
-def read_lines(file: Path) -> list[dict]:
-    """JSON lines; half a line, left by a kill, is cut off."""
-    data = file.read_bytes() if file.exists() else b""
-    whole = data[:data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        os.truncate(file, len(whole))
-    return [json.loads(line) for line in whole.splitlines()]
+def write_text(path: Path, text: str) -> None:
+    """Write a UTF-8 text file whole or not at all."""
+    with write_whole(path) as new:
+        new.write_text(text, encoding="utf-8")
 
 
-def write_whole(file: Path, data: bytes) -> None:
-    """A file that is there whole or not at all, also where the run is killed."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    half = file.with_name(file.name + ".half")
-    half.write_bytes(data)
-    half.replace(file)
+def open_tensors(path: Path):
+    """A safetensors file, opened. Raises UserError where it is missing or damaged."""
+    try:
+        return safe_open(path, framework="pt")
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing") from None
+    except (SafetensorError, OSError) as error:
+        raise UserError(f"{path}: not a whole safetensors file ({error})") from None
 
 
-def add_line(file: Path, line: dict) -> None:
-    with open(file, "a", encoding="utf-8") as lines:
-        lines.write(json.dumps(line) + "\n")
+def read_tensor(path: Path, name: str, device: str | torch.device) -> Tensor:
+    """One tensor of a safetensors file, copied to a device.
+
+    Re-opens the file for every tensor: mapped pages count as resident memory until the mapping is closed.
+    """
+    with open_tensors(path) as file:
+        return file.get_tensor(name).to(device, copy=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# A run's folder: settings, metrics, training state
+def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
+    """Write a safetensors file. Raises UserError where the disk does not take it."""
+    try:
+        save_file(tensors, path, metadata={"format": "pt"})
+    except SafetensorError as error:                       # a full disk, say: the caller's folder is not replaced
+        raise UserError(f"{path}: cannot be written ({error}); what was saved before is intact") from None
 
 
-def check_settings(folder: Path, made: dict, now: dict) -> None:
-    """What was made with other settings is not gone on with: raises UserError naming the first that differs."""
-    free = ("device", "reward_device", "save_every", "updates", "resume", "eval_prompts", "eval_guidance", "out",
-            "micro_batch", "checkpointing", "preset", "cache")
-    for key, value in made.items():
+def snapshot(source: str, where: str) -> Path:
+    """The folder with a hub id's files, fetched or found in the cache. Raises UserError where there are none."""
+    from huggingface_hub import snapshot_download
+    try:
+        return Path(snapshot_download(source))
+    except Exception as error:                             # offline, unknown id, no rights: the hub's own first line
+        raise UserError(f"{where} {source}: neither a folder nor a model that the hub gives out "
+                        f"({str(error).splitlines()[0]})") from None
+
+
+def read_picture(path: Path, where: str) -> np.ndarray:
+    """A picture file -> uint8 [H, W, 3]. Raises UserError where it cannot be read."""
+    try:
+        return np.asarray(Image.open(path).convert("RGB"))
+    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise UserError(f"{where}: {path} is not a picture that can be read ({error})") from None
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A run's directory and its training state
+
+def check_settings(folder: Path, before: dict, now: dict, free: tuple[str, ...] = ()) -> None:
+    """Refuse to resume a run that was started with other settings, but for the `free` ones.
+
+    before, now: settings by field name; before is empty for a new run. Raises UserError for the first that differs.
+    """
+    now = json.loads(json.dumps(now))
+    for key, value in before.items():
         if key not in free and now.get(key, value) != value:
-            raise UserError(f"{folder}: was made with --{key.replace('_', '-')} {value}, not {now[key]}: choose "
-                            f"another --out, or delete the folder")
+            raise UserError(f"{folder}: this run was started with {flag_of(key)} {value}, not {now[key]}: choose another "
+                            f"--out, or delete the folder")
 
 
 class Run:
-    """A run directory: config.json (settings, versions), metrics.jsonl (a line a step), policy/, samples/."""
+    """A run directory: config.json (settings, versions), metrics.jsonl (one line an update), policy/, samples/."""
 
     def __init__(self, config, lines: int = 0):
-        """`lines`: how many lines of an earlier metrics.jsonl are this run's own (what a checkpoint had written)."""
+        """config: a settings dataclass with a field `out`.
+        lines: how many lines of an earlier metrics.jsonl the checkpoint had seen; the rest is dropped."""
         self.folder = Path(config.out)
         (self.folder / "samples").mkdir(parents=True, exist_ok=True)
-        made = {"settings": asdict(config), "command": " ".join(sys.argv), "python": platform.python_version(),
-                "torch": torch.__version__, "threads": torch.get_num_threads()}
-        (self.folder / "config.json").write_text(json.dumps(made, indent=1))
+        write_text(self.folder / "config.json", json.dumps(
+            {"settings": asdict(config), "command": " ".join(sys.argv), "python": platform.python_version(),
+             "torch": torch.__version__, "threads": torch.get_num_threads()}, indent=1))
         self.metrics = self.folder / "metrics.jsonl"
-        kept = self.metrics.read_text().splitlines()[:lines] if self.metrics.exists() else []
-        self.metrics.write_text("".join(line + "\n" for line in kept))
-        self.lines = len(kept)
+        earlier = read_metrics(self.metrics)[:lines]
+        write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in earlier))
+        self.lines = len(earlier)
 
     def log(self, **metrics) -> None:
-        """One flat object a step."""
-        with open(self.metrics, "a") as file:
-            file.write(json.dumps({k: round(v, 6) if isinstance(v, float) else v for k, v in metrics.items()}) + "\n")
+        """Append one flat object, floats rounded to six places."""
+        add_line(self.metrics, {k: round(v, 6) if isinstance(v, float) else v for k, v in metrics.items()})
         self.lines += 1
 
     def sample(self, name: str, title: str, groups: list[dict], judged: list[dict] = ()) -> None:
-        """Answers for people: samples/NAME.json for the report and samples/NAME.png, a sheet to look at. `judged` are a
-        learned judge's questions and replies."""
+        """Keep answers for people: samples/NAME.json for the report, samples/NAME.png as a sheet.
+
+        groups: `rewards.group_record` of each prompt; judged: questions to a learned judge and its replies."""
         file = self.folder / "samples" / f"{name}.json"
-        file.write_text(json.dumps({"title": title, "groups": groups, "judged": list(judged)}))
+        write_text(file, json.dumps({"title": title, "groups": groups, "judged": list(judged)}))
         draw_sheet(groups, file.with_suffix(".png"))
 
 
 def read_metrics(path: Path) -> list[dict]:
-    return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
+    """The lines of a metrics.jsonl, none where there is no such file."""
+    return read_lines(path)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
-    """An Adam's state as named tensors, for safetensors."""
+    """An optimizer's state as named tensors, for a safetensors file."""
     return {f"optimizer.{i}.{key}": value for i, state in optimizer.state_dict()["state"].items()
             for key, value in state.items()}
 
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+    """Put the tensors of `optimizer_tensors` back; others are passed over."""
     state = optimizer.state_dict()
     for name, value in tensors.items():
         if name.startswith("optimizer."):
@@ -307,12 +457,11 @@ def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tenso
     optimizer.load_state_dict(state)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Something to look at: sheets and pages
+# ------------------------------------------------------------------------------------------------------------
+# Something to look at: sheets (PNG) and pages (HTML)
 
-
-def png(picture) -> str:
-    """uint8 [H, W, 3] -> base64 PNG of at most 256 pixels a side, for JSON and HTML."""
+def png(picture: np.ndarray) -> str:
+    """uint8 [H, W, 3] -> a base64 PNG of at most 256 pixels a side, for JSON and HTML."""
     data, image = io.BytesIO(), Image.fromarray(picture)
     image.thumbnail((256, 256))
     image.save(data, "PNG")
@@ -320,47 +469,63 @@ def png(picture) -> str:
 
 
 def draw_sheet(groups: list[dict], path: Path, size: int = 72) -> None:
-    """One row an answer: its texts and pictures in turn, reward parts in front."""
+    """A PNG with one row an answer: the parts of its reward, then its texts and pictures in turn."""
     rows = [(group, answer) for group in groups for answer in group["answers"]]
     columns = max((len(a["steps"]) for _, a in rows), default=1)
-    page = Image.new("RGB", (200 + columns * (size + 60), max(1, len(rows)) * (size + 26)), "white")
-    pen = ImageDraw.Draw(page)
+    sheet = Image.new("RGB", (200 + columns * (size + 60), max(1, len(rows)) * (size + 26)), "white")
+    pen = ImageDraw.Draw(sheet)
 
     def paste(data: str, x: int, y: int) -> None:
-        page.paste(Image.open(io.BytesIO(base64.b64decode(data))).resize((size, size), Image.NEAREST), (x, y))
+        picture = Image.open(io.BytesIO(base64.b64decode(data)))
+        sheet.paste(picture.resize((size, size), Image.NEAREST), (x, y))
     for row, (group, answer) in enumerate(rows):
         top = row * (size + 26)
         pen.text((4, top), group["prompt"][:180], fill="gray")
         if group["pictures"]:
             paste(group["pictures"][0], 4, top + 16)
         parts = [f"{k} {answer[k]:.2f}" for k in ("text", "visual", "format") if answer[k] is not None]
-        pen.multiline_text((size + 12, top + 18), "\n".join(parts + [answer["layout"]]), fill="black")
+        pen.multiline_text((size + 12, top + 18), "\n".join([*parts, answer["layout"]]), fill="black")
         for i, step in enumerate(answer["steps"]):
             x = 200 + i * (size + 60)
             if step["picture"]:
                 paste(step["picture"], x, top + 16)
             else:
                 pen.multiline_text((x, top + 20), textwrap.fill(step["text"], 18), fill="black")
-    page.save(path)
+    sheet.save(path)
+
+
 STYLE = """body{font:14px/1.45 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}
 h1{font-size:1.5em}h2{font-size:1.15em;margin-top:2em}pre{background:#f6f6f6;padding:.8em;overflow:auto;font-size:12px}
 .curves{display:flex;flex-wrap:wrap;gap:12px}figure{margin:0}figcaption{font-size:12px;color:#555}
 .answer{display:flex;flex-wrap:wrap;gap:10px;border-top:1px solid #ddd;padding:8px 0;align-items:flex-start}
-.step{max-width:150px;font-size:13px}.step img,.prompt img{width:84px;image-rendering:pixelated;border:1px solid #ccc}
+.step{max-width:150px;font-size:13px}.step img,.prompt img{width:144px;image-rendering:pixelated;border:1px solid #ccc}
 .note{color:#777;font-size:11px}.parts{width:130px;color:#555;font-size:12px}.prompt{margin-top:1.2em;font-weight:600}
 .group{margin-bottom:1em}"""
 
 
-def curve(name: str, points: list[tuple[float, float]], width: int = 250, height: int = 90) -> str:
+def write_page(path: Path, title: str, body: list[str]) -> Path:
+    """Write one HTML file that opens offline; `body` holds HTML, the title is escaped here."""
+    head = f"<!doctype html><meta charset='utf-8'><title>{html.escape(title)}</title><style>{STYLE}</style>"
+    write_text(path, "\n".join([head, f"<h1>{html.escape(title)}</h1>", *body]))
+    return path
+
+
+def curve(name: str, values: list[float], width: int = 250, height: int = 90) -> str:
     """One metric as inline SVG with its first, lowest, highest and last value."""
-    ys = [y for _, y in points]
-    low, high, last = min(ys), max(ys), max(1, len(points) - 1)
+    low, high, last = min(values), max(values), max(1, len(values) - 1)
     span = (high - low) or 1
     line = " ".join(f"{4 + i * (width - 8) / last:.1f},{height - 4 - (y - low) / span * (height - 8):.1f}"
-                    for i, y in enumerate(ys))
+                    for i, y in enumerate(values))
     return (f'<figure><svg width="{width}" height="{height}" style="background:#fafafa;border:1px solid #ddd">'
             f'<polyline points="{line}" fill="none" stroke="#2563a8" stroke-width="1.5"/></svg><figcaption>'
-            f'{html.escape(name)}: {ys[0]:.3g} → {ys[-1]:.3g} (min {low:.3g}, max {high:.3g})</figcaption></figure>')
+            f'{html.escape(name)}: {values[0]:.3g} → {values[-1]:.3g} (min {low:.3g}, max {high:.3g})'
+            f'</figcaption></figure>')
+
+
+def picture_html(source: str, alt: str) -> str:
+    """An <img> of a file beside the page, or of a base64 PNG."""
+    source = source if "." in source else f"data:image/png;base64,{source}"
+    return f'<img alt="{html.escape(alt)}" loading="lazy" src="{source}">'
 
 
 def answer_html(answer: dict) -> str:
@@ -368,40 +533,39 @@ def answer_html(answer: dict) -> str:
     parts = "<br>".join(f"{k} {answer[k]:.2f}" for k in ("text", "visual", "format") if answer[k] is not None)
     cells = [f'<div class="parts">{parts}<br><span class="note">{html.escape(answer["layout"])}</span></div>']
     for step in answer["steps"]:
-        shown = (f'<img alt="picture" src="data:image/png;base64,{step["picture"]}">' if step["picture"]
-                 else html.escape(step["text"]))
-        notes = [f"{k[:3]} {step[k]:.2f}" for k in ("reward", "advantage") if step[k] is not None]
-        cells.append(f'<div class="step">{shown}<div class="note">{" · ".join(notes)}</div></div>')
+        inside = picture_html(step["picture"], "picture") if step["picture"] else html.escape(step["text"])
+        notes = [f"{k} {step[k]:.2f}" for k in ("reward", "advantage") if step[k] is not None]
+        cells.append(f'<div class="step">{inside}<div class="note">{" · ".join(notes)}</div></div>')
     return f'<div class="answer">{"".join(cells)}</div>'
 
 
+def sheet_html(sheet: dict) -> list[str]:
+    """One file of samples/: prompts with their answers, and what a learned judge was asked."""
+    body = [f"<h2>{html.escape(sheet['title'])}</h2>"]
+    for group in sheet["groups"]:
+        start = "".join("<br>" + picture_html(p, "picture of the prompt") for p in group["pictures"])
+        body.append(f'<div class="group"><div class="prompt">{html.escape(group["prompt"])}{start}</div>'
+                    + "".join(map(answer_html, group["answers"])) + "</div>")
+    judged = [f"[score: {'none' if j['score'] is None else j['score']}]\n{j['question']}\n--> {j['reply']}"
+              for j in sheet["judged"]]
+    if judged:
+        body.append(f"<details><summary>what the text judge was asked last, and its replies</summary><pre>"
+                    f"{html.escape(chr(10).join(judged))}</pre></details>")
+    return body
+
+
 def write_report(folder: Path, table: str = "") -> Path:
-    """report.html of a run directory: how it was made, curves, rates before and after, and its samples in order."""
-    config = json.loads((folder / "config.json").read_text())
+    """report.html of a run directory: how it was made, the evaluation's `table`, curves, and its samples in order."""
     metrics = read_metrics(folder / "metrics.jsonl")
-    body = [f"<h1>{html.escape(folder.name)}</h1>",
-            f"<details><summary>how this run was made</summary><pre>{html.escape(json.dumps(config, indent=1))}</pre>"
-            f"</details>"]
+    body = [f"<details><summary>how this run was made</summary><pre>"
+            f"{html.escape(json.dumps(read_json(folder / 'config.json'), indent=1))}</pre></details>"]
     if table:
         body.append(f"<h2>Evaluation</h2><pre>{html.escape(table)}</pre>")
     for stage in dict.fromkeys(m.get("stage", "grpo") for m in metrics):
         lines = [m for m in metrics if m.get("stage", "grpo") == stage]
         names = [k for k, v in lines[-1].items() if k not in ("step", "stage") and isinstance(v, (int, float))]
-        drawn = [curve(k, [(m["step"], m[k]) for m in lines if m.get(k) is not None]) for k in names]
-        body.append(f'<h2>{html.escape(stage)}</h2><div class="curves">{"".join(drawn)}</div>')
+        curves = [curve(k, [m[k] for m in lines if m.get(k) is not None]) for k in names]
+        body.append(f'<h2>{html.escape(stage)}</h2><div class="curves">{"".join(curves)}</div>')
     for file in sorted((folder / "samples").glob("*.json"), key=lambda f: (f.stat().st_mtime_ns, f.name)):
-        sheet = json.loads(file.read_text())
-        body.append(f"<h2>{html.escape(sheet['title'])}</h2>")
-        for group in sheet["groups"]:
-            start = "".join(f'<br><img alt="start" src="data:image/png;base64,{p}">' for p in group["pictures"])
-            body.append(f'<div class="group"><div class="prompt">{html.escape(group["prompt"])}{start}</div>'
-                        + "".join(map(answer_html, group["answers"])) + "</div>")
-        judged = [f"[score: {'none' if j['score'] is None else j['score']}]\n{j['question']}\n--> {j['reply']}"
-                  for j in sheet["judged"]]
-        if judged:
-            body.append(f"<details><summary>what the text judge was asked last, and said</summary><pre>"
-                        f"{html.escape(chr(10).join(judged))}</pre></details>")
-    page = f"<!doctype html><meta charset='utf-8'><title>{html.escape(folder.name)}</title><style>{STYLE}</style>"
-    path = folder / "report.html"
-    path.write_text(page + "\n".join(body))
-    return path
+        body += sheet_html(read_json(file))
+    return write_page(folder / "report.html", folder.name, body)

@@ -24,7 +24,7 @@ from common import UserError, open_tensors, read_picture, read_text, write_tenso
 from model import UnifiedModel
 from tokenizer import IMAGE_END, IMAGE_START, SPECIAL_TOKENS, THINK_END, THINK_START
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # One sample type; the toy world's samples
 
 KINDS = ("interleaved", "understanding", "t2i")              # the hybrid mix, in the order of --mix
@@ -99,7 +99,7 @@ I2T_QUESTION = "what is it?"
 PRETRAINING = {toy_words: 0.5, toy_t2i: 0.25, toy_i2t: 0.25}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Records of published files: what they lack, and what is left out
 SHORTEST_CAPTION = 5             # letters; as a public JourneyDB pipeline has it
 MARKS = re.compile("|".join(map(re.escape, ("<image>", "<s>", "</s>", "<unk>", *SPECIAL_TOKENS))))
@@ -273,7 +273,7 @@ def files_in(path: Path, *patterns: str) -> list[Path]:
     return files
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The paper's sources: what is published, one reader each, all into `Sample`
 
 # The paper's query templates (data figure); {text} and {question} come from the data.
@@ -544,7 +544,7 @@ def read_prompts(path: Path) -> list[Sample]:
     return samples
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Benchmarks: published questions
 
 
@@ -684,7 +684,7 @@ def captions(path: Path, left_out: LeftOut) -> Iterator[Question]:
                            origin=(file, line, ""))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Samples -> rows of tokens: image codes, what fits
 
 

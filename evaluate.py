@@ -33,7 +33,7 @@ import sys
 from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Literal
 from urllib.parse import quote
 
 import numpy as np
@@ -42,86 +42,50 @@ from PIL import Image
 from tqdm import tqdm
 
 import shapes
-from common import (
-    STYLE,
-    UserError,
-    add_line,
-    check_settings,
-    parse_config,
-    parse_weights,
-    pick_device,
-    read_json,
-    read_lines,
-    read_picture,
-    run_main,
-    write_report,
-    write_whole,
-)
-from data import (
-    I2T_QUESTION,
-    Broken,
-    CodeCache,
-    LeftOut,
-    Question,
-    Sample,
-    as_list,
-    captions,
-    fingerprint,
-    id_of,
-    interleavedbench,
-    keep_usable,
-    mmie,
-    records,
-    toy_prompt,
-    understanding,
-)
+from common import (STYLE, Count, Natural, NonNegative, TopP, UserError, Weights, add_line, check_settings,
+                    parse_config, pick_device, read_json, read_lines, read_picture, run_main, write_report,
+                    write_text, write_whole)
+from data import (I2T_QUESTION, Broken, CodeCache, LeftOut, Question, Sample, as_list, captions, fingerprint,
+                  id_of, interleavedbench, keep_usable, mmie, records, toy_prompt, understanding)
 from judges import LlavaCritic, strip_marks
 from model import Sampling, UnifiedModel, check_budget, load
-from rewards import (
-    check_judges,
-    check_source,
-    format_reward,
-    hybrid_rewards,
-    judge,
-    judge_device,
-    make_judges,
-    own_text,
-)
+from rewards import (check_judge, check_judges, format_reward, hybrid_rewards, judge, make_judge,
+                     make_judges, own_text)
 from tokenizer import Answer
 
 RATES = ("format", "text", "visual", "visual_true", "story")
 COLUMNS = (*RATES, "reward")
+LOW = 0.4                            # temperature of the low-temperature arm
 
 
 @dataclass
 class Config:
     model: str = "out/warmup"        # run directory, checkpoint folder or hub id
-    prompts: int = 384               # fresh prompts
-    split: str = "heldout"           # heldout: edit chains never trained on; pairs: colour-shape pairs never in a story
+    prompts: Count = 384             # fresh prompts
+    split: Literal["heldout", "pairs", "train"] = "heldout"   # heldout: edit chains never trained on; pairs: colour-shape pairs never in a story
     seed: int = 7                    # of prompts and sampling
     json: str = ""                   # write the rates to this file
-    edits: int = 3                   # edits a prompt asks for
-    temperature: float = 1.0         # of the sampled arm: the training temperature
-    low: float = 0.4                 # temperature of the low-temperature arm
+    edits: Count = 3                   # edits a prompt asks for
+    temperature: NonNegative = 1.0         # of the sampled arm: the training temperature
     guidance: float = 1.0            # for image codes, in every arm
-    top_k: int = 0                   # 0 = off
-    top_p: float = 1.0               # 1 = off
-    budget: int = 160                # positions an answer may have
-    batch: int = 192                 # prompts at a time
+    top_k: Natural = 0                   # 0 = off
+    top_p: TopP = 1.0               # 1 = off
+    budget: Count = 160                # positions an answer may have
+    batch: Count = 192                 # prompts at a time
     device: str = "auto"             # cpu, cuda, mps
     ladder: bool = False             # train from --model with more and more rewards, rate each rung
     text_reward: str = "rules"       # judges of the reward column, as in grpo.py
     visual_reward: str = "rules"     # rules, image-reward or clip-score, also NAME=FOLDER
-    reward_weights: str = "1,1,1"    # of r_t, r_v and r_f in that column
+    reward_weights: Weights = (1.0, 1.0, 1.0)    # of r_t, r_v and r_f in that column
     reward_device: str = ""          # where learned judges run; empty: with the model
-    critic_quantize: str = "none"    # nf4: the critic's decoder in 4 bits
+    critic_quantize: Literal["none", "nf4"] = "none"    # nf4: the critic's decoder in 4 bits
     seeds: str = "0,1"               # of the ladder's runs
-    updates: int = 40                # of each of the ladder's runs
+    updates: Count = 40                # of each of the ladder's runs
     benchmark: str = ""              # mmie, interleavedbench, understanding or t2i, instead of the toy world
     data: str = ""                   # its files: the published folder, or a JSONL
     judge: str = ""                  # file:REPLIES of a judge that ran elsewhere, or llava-critic (also NAME=FOLDER)
     before: str = ""                 # a second model, whose numbers stand beside: the warm-up model, say
-    skip: str = "both"               # InterleavedBench tasks without text aspects: both, editing or none
+    skip: Literal["both", "editing", "none"] = "both"   # InterleavedBench tasks without text aspects: both, editing or none
     out: str = ""                    # where answers, table and page go; empty: out/BENCHMARK
     preset: str = ""                 # paper: the paper's settings, see PAPER; flags given beside it win
 # --preset paper: how answers are sampled for the benchmarks
@@ -142,7 +106,7 @@ def rate_answer(prompt: str, answer: Answer) -> dict[str, float]:
     told = [shapes.parse_caption(s.text) for s in answer.segments if s.text is not None]
     n = len(true)
     rates = {
-        "format": format_reward(answer, n),
+        "format": format_reward(answer.layout, n),
         "text": sum(a == b for a, b in zip(told, true)) / n,
         "visual": min(1.0, sum(own is not None and own == scene for (own, _), scene in zip(pairs, seen)) / n),
         "visual_true": sum(a == b for a, b in zip(seen, true)) / n,
@@ -170,13 +134,12 @@ def answer_all(model: UnifiedModel, samples: list[Sample], config: Config, sampl
 
 def evaluate(model: UnifiedModel, config: Config) -> dict:
     """All rates of a model, as the JSON file holds them."""
-    device = judge_device(config.reward_device, config.device)
-    judges = make_judges(config.text_reward, config.visual_reward, device, config.critic_quantize)
-    weights = parse_weights(config.reward_weights)
+    judges = make_judges(config, model.device)
+    weights = config.reward_weights
     rng = random.Random(f"evaluate/{config.seed}")
     samples = [toy_prompt(rng, config.edits, config.split) for _ in range(config.prompts)]
     result = {}
-    for arm, temperature in (("sampled", config.temperature), ("low", config.low), ("greedy", 0.0)):
+    for arm, temperature in (("sampled", config.temperature), ("low", LOW), ("greedy", 0.0)):
         sampling = Sampling(temperature, config.top_k, config.top_p, config.guidance)
         answers = answer_all(model, samples, config, sampling, arm)
         rates = [rate_answer(s.prompt, a) for s, a in zip(samples, answers)]
@@ -207,7 +170,7 @@ def rates_table(results: dict[str, dict]) -> str:
     return "\n".join(lines)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Before and after; the ladder
 
 
@@ -261,7 +224,7 @@ def ladder(config: Config) -> None:
         Path(config.json).write_text(json.dumps(rows, indent=1))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Benchmarks: answers in the published schema -> judges' replies -> the published averages
 
 Rows = dict[str, tuple[float, int]]      # row of the table -> its value and the records behind it
@@ -333,7 +296,8 @@ def mmie_record(question: Question, answer: list[dict], folder: Path, model: str
     official judge."""
     for segment in question.record["question"]:
         if segment["image"] and not (folder / segment["image"]).exists():
-            write_whole(folder / segment["image"], (question.origin[0].parent / segment["image"]).read_bytes())
+            with write_whole(folder / segment["image"]) as new:
+                new.write_bytes((question.origin[0].parent / segment["image"]).read_bytes())
     return {**question.record, "answer": answer, "model": model}
 
 
@@ -421,7 +385,7 @@ def understanding_rows(answered: Answered, config: Config) -> Rows:
 
 def t2i_rows(answered: Answered, config: Config) -> Rows:
     """Mean visual reward of the first picture for each caption; an answer without one counts 0."""
-    _, visual = make_judges("rules", config.visual_reward, judge_device(config.reward_device, config.device))
+    _, visual = make_judges(config, pick_device(config.device))
     drawn = [(q.prompt, s["image"]) for q in answered.questions
              for s in [s for s in answered.answers[q.id]["answer"] if s["image"]][:1]]
     pictures = [read_picture(answered.folder / file, "an answer") for _, file in drawn]
@@ -468,7 +432,7 @@ def same_run(folder: Path, settings: dict) -> None:
     check_settings(folder, read_json(file)["settings"] if file.exists() else {}, settings)
     (folder / "answers").mkdir(parents=True, exist_ok=True)
     made = {"settings": settings, "command": " ".join(sys.argv), "torch": torch.__version__}
-    write_whole(file, json.dumps(made, indent=1).encode())
+    write_text(file, json.dumps(made, indent=1))
 
 
 def answer_questions(source: str, questions: list[Question], config: Config, folder: Path) -> Answered:
@@ -614,7 +578,7 @@ def header(spec: Benchmark, config: Config, arms: dict[str, Answered], reasons: 
     if config.benchmark == "t2i":
         lines.append(f"visual reward: {config.visual_reward}")
     for name, of in arms.items():
-        forms = [format_reward(Answer(of.answers[q.id]["layout"], [], None, None)) for q in of.questions]
+        forms = [format_reward(of.answers[q.id]["layout"]) for q in of.questions]
         lines.append(f"{name}: {of.model}, {len(forms)} answers"
                      + f", {sum(forms) / len(forms):.1%} of them well-formed" * bool(spec.asks))
         lines += [f"    {reason}: {count}" for reason, count in reasons[name].items()]
@@ -664,11 +628,11 @@ def run_benchmark(config: Config) -> None:
     for of in arms.values():
         if spec.file:
             made = [spec.record(q, of.answers[q.id]["answer"], of.folder, of.model) for q in of.questions]
-            write_whole(of.folder / spec.file, json.dumps(made, indent=1, ensure_ascii=False).encode())
+            write_text(of.folder / spec.file, json.dumps(made, indent=1, ensure_ascii=False))
     critic = None
     if config.judge.startswith("llava-critic"):
-        device = judge_device(config.reward_device, config.device)
-        critic, _ = make_judges(config.judge, "rules", device, config.critic_quantize)
+        device = pick_device(config.reward_device or config.device)
+        critic = make_judge("text", config.judge, device, config.critic_quantize)
     for of in arms.values():
         of.replies = given
         if critic:
@@ -696,7 +660,6 @@ def check_benchmark(config: Config) -> None:
         (config.benchmark not in BENCHMARKS, f"--benchmark {config.benchmark}: expected {' or '.join(BENCHMARKS)}"),
         (not config.data, f"--benchmark {config.benchmark}: expected its files at --data as well"),
         (bool(config.data) and not Path(config.data).exists(), f"--data {config.data}: there is no such path"),
-        (config.skip not in SKIPS, f"--skip {config.skip}: expected {' or '.join(SKIPS)}"),
         (config.judge.partition("=")[0] not in ("", "llava-critic") and not config.judge.startswith("file:"),
          f"--judge {config.judge}: expected llava-critic, llava-critic=FOLDER or file:REPLIES"),
         (bool(config.judge) and config.benchmark in ("understanding", "t2i"),
@@ -708,19 +671,13 @@ def check_benchmark(config: Config) -> None:
         if wrong:
             raise UserError(sentence)
     if config.judge.startswith("llava-critic"):
-        check_source("--judge", config.judge)
+        check_judge("--judge", "text", config.judge)
 
 
 def main() -> None:
     """Rate one model in the toy world, climb the ladder, or run a benchmark."""
     config = parse_config(Config, presets={"paper": PAPER})
-    if config.split not in ("heldout", "pairs", "train"):
-        raise UserError(f"--split {config.split}: expected heldout, pairs or train")
-    for name in ("prompts", "batch", "budget"):
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name} {getattr(config, name)}: expected at least 1")
-    check_judges(config.text_reward, config.visual_reward, config.critic_quantize)
-    parse_weights(config.reward_weights)
+    check_judges(config)
     if config.benchmark:
         check_benchmark(config)
         return run_benchmark(config)

@@ -19,6 +19,7 @@ import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Annotated, Literal
 
 import torch
 import torch.distributed as dist
@@ -26,56 +27,17 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
+import shapes
 import warmup
-from common import (
-    Run,
-    UserError,
-    averaged,
-    check_settings,
-    optimizer_tensors,
-    parse_config,
-    parse_weights,
-    peak_gib,
-    restore_optimizer,
-    run_main,
-    start_processes,
-)
-from data import (
-    PROMPT_READERS,
-    CodeCache,
-    LeftOut,
-    Sample,
-    keep_usable,
-    read_prompts,
-    read_sources,
-    toy_prompt,
-)
+from common import (Count, LearningRate, Natural, NonNegative, Positive, Range, Run, Share, TopP, UserError,
+                    Weights, averaged, check_config, check_settings, optimizer_tensors, parse_config,
+                    peak_gib, restore_optimizer, run_main, start_processes)
+from data import (PROMPT_READERS, CodeCache, LeftOut, Sample, keep_usable, read_prompts, read_sources,
+                  toy_prompt)
 from evaluate import before_and_after
-from model import (
-    Sampling,
-    Trajectory,
-    UnifiedModel,
-    by_modality,
-    check_adapters,
-    check_budget,
-    load,
-    load_training,
-    prepare_training,
-    restore,
-    save,
-    trainable_state,
-    with_trainable,
-)
-from rewards import (
-    Scores,
-    check_judges,
-    hybrid_rewards,
-    judge,
-    judge_device,
-    make_judges,
-    shown_group,
-    wanted_steps,
-)
+from model import (Sampling, Trajectory, UnifiedModel, by_modality, check_budget, load, load_training,
+                   prepare_training, restore, save, trainable_state, with_trainable)
+from rewards import Scores, check_judges, group_record, hybrid_rewards, judge, judge_names, make_judges
 from tokenizer import Answer, pad
 
 SPREAD = 1e-3         # a group whose rewards have a smaller standard deviation says nothing: exact zeros
@@ -84,59 +46,70 @@ EPSILON = 1e-4        # added to the standard deviation in Eq. (4) and Eq. (6)
 
 @dataclass
 class Config:
-    model: str = "out/warmup"        # warm-up model: run directory, checkpoint folder or hub id; the KL's reference
-    out: str = "out/grpo"            # run directory
-    prompts: str = ""                # JSONL of "prompt", "images", or NAME=DIR,.. as warmup.py --data; empty: toy world
-    edits: int = 3                   # edits a toy prompt asks for
-    updates: int = 40                # optimizer updates of the run; with --epochs-per-rollout E there are E per rollout
-    prompts_per_update: int = 16     # P: prompts a rollout
-    group_size: int = 4              # G in Eq. (2): answers a prompt
-    epochs_per_rollout: int = 1      # updates on the same answers; from the second on ratio and clip act
-    micro_batch: int = 64            # answers a forward pass; changes memory, never the gradient
-    lr: float = 2e-4                 # Adam's
-    ramp: int = 5                    # updates until lr is reached
-    clip: float = 0.2                # eps in Eq. (2)
-    kl: float = 0.2                  # beta in Eq. (2)
-    text_reward: str = "rules"       # judge of r_t: rules (the toy world's) or llava-critic, also NAME=FOLDER
-    visual_reward: str = "rules"     # judge of r_v: rules, image-reward or clip-score, also NAME=FOLDER
-    reward_weights: str = "1,1,1"    # of r_t, r_v and r_f in Eq. (5); 0 leaves one out
-    reward_device: str = ""          # where learned judges run; empty: with the policy
-    critic_quantize: str = "none"    # nf4: the critic's decoder in 4 bits
-    credit: str = "process"          # process: Eq. (6), every step by its own rewards; outcome: Eq. (4)
-    step_discount: float = 0.5       # gamma of Eq. (6): 1 is the sum as printed, 0 each step's own reward
-    normalise: str = "kind"          # step rewards of Eq. (6) normalised per kind (text, image), or all together: all
-    image_weight: float = 1.0        # what a code counts against a text token in the loss; 1 is Eq. (2) as printed
-    per_modality: bool = False       # text mean + image_weight * image mean instead of 1/|Y|
-    temperature: float = 1.0         # of the rollouts, text and codes alike
-    top_k: int = 0                   # 0 = off
-    top_p: float = 1.0               # 1 = off
-    guidance: float = 1.0            # 1: the model itself; else rollouts and scoring both run the guided distribution
-    budget: int = 160                # positions an answer may have
-    seed: int = 0                    # of prompts and sampling
-    device: str = "auto"             # cpu, cuda, mps; auto takes the best there is
-    save_every: int = 10             # updates between checkpoints
-    eval_prompts: int = 96           # held-out prompts of the evaluation before and after; 0 = none
-    resume: bool = True              # go on where a run of the same settings stopped; --no-resume starts over
-    lora_rank: int = 0               # train adapters of this rank on the decoder's linear layers; 0: the whole policy
-    lora_alpha: float = 16.0         # adapters are scaled by alpha / rank
-    quantize: str = "none"           # nf4: the frozen base in 4 bits (QLoRA)
-    checkpointing: bool = False      # recompute layers in the backward pass: less memory, about a third more time
-    eval_guidance: float = 0.0       # guidance of the evaluation before and after; 0: that of the rollouts
-    preset: str = ""                 # paper: the paper's settings on VILA-U 7B, see PAPER; flags given beside it win
-# --preset paper: what the paper states is marked so, the rest is ours and fits one GPU (the paper's QLoRA variant).
+    # -- data
+    model: str = "out/warmup"                # warm-up model: run directory, checkpoint folder or hub id; the KL's reference
+    prompts: str = ""                        # JSONL file, or NAME=DIR,.. as warmup.py --data; empty: the toy world's
+    edits: Count = 3                         # edits that a toy prompt asks for
+    # -- algorithm
+    updates: Count = 40                      # optimizer updates of the run
+    prompts_per_update: Count = 16           # P: prompts a rollout
+    group_size: Annotated[int, Range(2)] = 4 # G in Eq. (2): answers a prompt; one alone has nothing to be compared with
+    epochs_per_rollout: Count = 1            # updates on the same answers; from the second on ratio and clip act
+    micro_batch: Count = 64                  # answers a forward pass; changes memory, never the gradient
+    lr: LearningRate = 2e-4                  # of Adam; reached after RAMP updates
+    clip: Share = 0.2                        # eps in Eq. (2)
+    kl: NonNegative = 0.2                    # beta in Eq. (2)
+    credit: Literal["process", "outcome"] = "process"    # process: Eq. (6), each step by its rewards; outcome: Eq. (4)
+    step_discount: Share = 0.5               # gamma of Eq. (6): 1 is the sum as printed, 0 each step's own reward
+    normalise: Literal["kind", "all"] = "kind"    # step rewards of Eq. (6): per kind (text, image), or one pool (all)
+    per_modality: bool = False               # loss: text mean + image mean instead of 1/|Y| over all decisions
+    # -- rewards
+    text_reward: str = "rules"               # judge of r_t, NAME or NAME=FOLDER
+    visual_reward: str = "rules"             # judge of r_v, NAME or NAME=FOLDER
+    reward_weights: Weights = (1.0, 1.0, 1.0)    # of r_t, r_v and r_f in Eq. (5); 0 leaves one out
+    reward_device: str = ""                  # where learned judges run; empty: with the policy
+    critic_quantize: Literal["none", "nf4"] = "none"    # nf4: the critic's decoder in 4 bits
+    # -- sampling
+    temperature: Positive = 1.0              # of the rollouts, text and codes alike
+    top_k: Natural = 0                       # 0: off
+    top_p: TopP = 1.0                        # 1: off
+    guidance: NonNegative = 1.0              # 1: the model itself; else rollouts and scoring run the guided distribution
+    budget: Count = 160                      # positions that an answer may have
+    # -- adapters
+    lora_rank: Natural = 0                   # rank of adapters on the decoder's linear layers; 0: train the whole policy
+    lora_alpha: Positive = 16.0              # adapters are scaled by alpha / rank
+    quantize: Literal["none", "nf4"] = "none"    # nf4: the frozen base in 4 bits (QLoRA)
+    checkpointing: bool = False              # recompute layers in the backward pass: less memory, a third more time
+    # -- run
+    out: str = "out/grpo"                    # run directory
+    seed: int = 0                            # of prompts and sampling
+    device: str = "auto"                     # cpu, cuda, mps; auto takes the best there is
+    save_every: Count = 10                   # updates between checkpoints
+    resume: bool = True                      # go on where a run of the same settings stopped; --no-resume starts over
+    eval_prompts: Natural = 96               # held-out prompts of the evaluation before and after; 0: none
+    eval_guidance: NonNegative = 0.0         # guidance of that evaluation; 0: that of the rollouts
+    preset: str = ""                         # paper: the paper's settings on VILA-U 7B, see PAPER; flags beside it win
+
+
+RAMP = 5                                     # updates until the learning rate is reached
+FREE = ("device", "reward_device", "save_every", "updates", "resume", "eval_prompts", "eval_guidance", "out",
+        "micro_batch", "checkpointing", "preset")      # settings that may change when a run goes on
+
+# --preset paper: what the paper states is marked so; the rest is ours and fits one GPU (the paper's QLoRA variant).
 PAPER = dict(
     model="out/warmup-7b",                                        # what warmup.py --preset paper --out wrote
     group_size=4, updates=3000, eval_guidance=3.0,                # paper; 256 x 256 pictures come with the model
-    step_discount=1.0, normalise="all", credit="process",              # paper, Eq. (6) as printed
-    text_reward="llava-critic", visual_reward="image-reward", reward_weights="1,1,1",          # paper, Eq. (5)
-    critic_quantize="nf4",                                                                     # ours
-    lora_rank=64, lora_alpha=16.0, quantize="nf4", checkpointing=True,                         # ours
-    prompts_per_update=8, micro_batch=2, lr=2e-5, ramp=20, kl=0.04, budget=1024,               # ours
-    save_every=50, eval_prompts=32,                                                            # ours
+    step_discount=1.0, normalise="all", credit="process",         # paper, Eq. (6) as printed
+    text_reward="llava-critic", visual_reward="image-reward",     # paper, Eq. (5)
+    reward_weights=(1.0, 1.0, 1.0),                               # paper, Eq. (5)
+    critic_quantize="nf4",                                        # ours
+    lora_rank=64, lora_alpha=16.0, quantize="nf4", checkpointing=True,             # ours
+    prompts_per_update=8, micro_batch=2, lr=2e-5, kl=0.04, budget=1024,            # ours
+    save_every=50, eval_prompts=32,                                                # ours
 )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Advantages
 
 
@@ -186,7 +159,7 @@ def process_advantages(step_rewards: list[list[float]], kinds: list[list[str]] |
     return result
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The loss
 
 
@@ -225,7 +198,7 @@ def grpo_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor, advantages: Tens
     return -(objective * weights).sum((1, 2)), ratio, kl
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Steps 1-4: prompts, rollout, rewards, advantages
 
 
@@ -238,10 +211,10 @@ def prompt_pool(config: Config) -> tuple[list[Sample], LeftOut]:
     else:
         samples = read_sources(config.prompts, "--prompts", PROMPT_READERS, left_out)
         pool = [Sample(s.prompt, s.prompt_pictures, origin=s.origin) for of in samples.values() for s in of]
-    weights = parse_weights(config.reward_weights)
+    weights = config.reward_weights
     ruled = [w and name == "rules" for w, name in zip(weights, (config.text_reward, config.visual_reward))]
     for sample in pool:
-        if any(ruled) and wanted_steps(sample.prompt) is None:
+        if any(ruled) and shapes.wanted_steps(sample.prompt) is None:
             raise UserError(f"--prompts {config.prompts}: the rule judges know only the toy world's edits, not "
                             f"{sample.prompt[:60]!r}; choose --text-reward and --visual-reward, or give them weight 0")
     return pool, left_out
@@ -316,7 +289,7 @@ def advantages(answers: list[Answer], scores: list[Scores], config: Config) -> t
     credit "outcome": Eq. (4) of the hybrid reward, one number an answer. credit "process": Eq. (6) of the step rewards;
     the format reward comes with the last token and belongs to the text decisions (no code can mend a tag).
     """
-    G, weights = config.group_size, parse_weights(config.reward_weights)
+    G, weights = config.group_size, config.reward_weights
     worth = dict(zip("tvf", weights))
     result = []
     for g in range(0, len(answers), G):
@@ -338,7 +311,7 @@ def advantages(answers: list[Answer], scores: list[Scores], config: Config) -> t
     return result, sum(silent) / len(silent)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Step 6: update
 
 
@@ -361,7 +334,7 @@ def update(scorer: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: Rol
     the gradient. Raises UserError on a loss that is not finite, before any weight moves.
     """
     B, sampling = len(batch.tokens), sampling_of(config)
-    weights = decision_weights(batch.mask, batch.is_image, config.image_weight, config.per_modality)
+    weights = decision_weights(batch.mask, batch.is_image, per_modality=config.per_modality)
     text, image = by_modality(batch.mask, batch.is_image)
     counts = {"text": max(1, int(text.sum())), "image": max(1, int(image.sum()))}
     total, sums = 0.0, {}
@@ -390,7 +363,7 @@ def update(scorer: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: Rol
     return {"loss": total, "grad_norm": norm.item(), **sums}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The loop
 
 
@@ -401,26 +374,12 @@ def sampling_of(config: Config) -> Sampling:
 
 def check(config: Config) -> None:
     """Settings that cannot work, found before anything is loaded."""
-    problems = [
-        (config.group_size < 2, f"--group-size {config.group_size}: a group of one has nothing to be compared with, "
-                                f"expected at least 2"),
-        (config.credit not in ("process", "outcome"), f"--credit {config.credit}: expected process or outcome"),
-        (config.normalise not in ("kind", "all"), f"--normalise {config.normalise}: expected kind or all"),
-        (not 0 <= config.step_discount <= 1, f"--step-discount {config.step_discount}: expected 0..1"),
-        (config.temperature <= 0, f"--temperature {config.temperature}: rollouts are sampled, expected more than 0"),
-        (not 0 < config.top_p <= 1, f"--top-p {config.top_p}: expected more than 0 and at most 1"),
-        (min(config.updates, config.prompts_per_update, config.epochs_per_rollout, config.micro_batch,
-             config.save_every) < 1, "--updates, --prompts-per-update, --epochs-per-rollout, --micro-batch and "
-                                     "--save-every: expected at least 1"),
-        (config.updates % config.epochs_per_rollout != 0, f"--updates {config.updates} is no multiple of "
-                                                          f"--epochs-per-rollout {config.epochs_per_rollout}"),
-    ]
-    for wrong, sentence in problems:
-        if wrong:
-            raise UserError(sentence)
-    check_adapters(config)
-    check_judges(config.text_reward, config.visual_reward, config.critic_quantize)
-    parse_weights(config.reward_weights)
+    check_config(config)
+    if config.updates % config.epochs_per_rollout:
+        raise UserError(f"--updates {config.updates}: expected a multiple of --epochs-per-rollout "
+                        f"{config.epochs_per_rollout}")
+    check_judges(config)
+
 
 
 def rollout_metrics(batch: Rollout, weights: tuple[float, float, float]) -> dict:
@@ -442,8 +401,8 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> list[S
     """Steps 1 to 7, from the last checkpoint on -> the pool of prompts, empty for the toy world's."""
     folder = Path(config.out)
     state, tensors = load_training(folder / "policy") if config.resume else (None, {})
-    check_settings(folder, (state or {}).get("settings", {}), asdict(config))
-    weights = parse_weights(config.reward_weights)
+    check_settings(folder, (state or {}).get("settings", {}), asdict(config), FREE)
+    weights = config.reward_weights
     pool, left_out = prompt_pool(config)
     policy = load(config.model, device, config.quantize)
     prepare_training(policy, config.lora_rank, config.lora_alpha, config.seed)
@@ -459,8 +418,7 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> list[S
     if world > 1:
         # a rollout without a single picture leaves the image head out
         scorer = torch.nn.parallel.DistributedDataParallel(scorer, find_unused_parameters=True)
-    judges = make_judges(config.text_reward, config.visual_reward, judge_device(config.reward_device, device),
-                         config.critic_quantize)
+    judges = make_judges(config, device)
     codes, sampling = CodeCache(policy), sampling_of(config)
     pool = ready_pool(pool, left_out, policy, codes, config, world)
     if pool and rank == 0:
@@ -484,7 +442,7 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> list[S
         compared = time.perf_counter()
         for epoch in range(config.epochs_per_rollout):
             for group in optimizer.param_groups:
-                group["lr"] = config.lr * min(1.0, (step + epoch + 1) / config.ramp)
+                group["lr"] = config.lr * min(1.0, (step + epoch + 1) / RAMP)
             metrics = update(scorer, optimizer, batch, ref_logp, config)                                     # 5, 6
         now = time.perf_counter()
         metrics = averaged({**rollout_metrics(batch, weights), **metrics, "seconds": now - began,
@@ -504,7 +462,7 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> list[S
                           "format": "reward/format", "kl/image": "kl/image"}.items()})
         if done // config.save_every > step // config.save_every or done == config.updates:
             G = config.group_size
-            groups = [shown_group(s, batch.answers[i * G:i * G + G], batch.scores[i * G:i * G + G],
+            groups = [group_record(s, batch.answers[i * G:i * G + G], batch.scores[i * G:i * G + G],
                                   batch.by_answer[i * G:i * G + G]) for i, s in enumerate(batch.samples[:3])]
             run.sample(f"{done:06d}", f"Rollout of update {done}", groups, said_by(judges))
             save(policy, folder / "policy", {"step": done, "lines": run.lines, "settings": asdict(config)},
@@ -522,7 +480,7 @@ def show(policy: UnifiedModel, run: Run, config: Config, pool: list[Sample], jud
     samples = pool[:4] or [toy_prompt(rng, config.edits, "heldout") for _ in range(4)]
     batch = rollout(policy, samples, replace(config, group_size=3), judges, CodeCache(policy),
                     torch.Generator().manual_seed(0))
-    groups = [shown_group(s, batch.answers[3 * i:3 * i + 3], batch.scores[3 * i:3 * i + 3],
+    groups = [group_record(s, batch.answers[3 * i:3 * i + 3], batch.scores[3 * i:3 * i + 3],
                           batch.by_answer[3 * i:3 * i + 3]) for i, s in enumerate(samples)]
     run.sample(name, title, groups, said_by(judges))
 
@@ -535,7 +493,8 @@ def said_by(judges: tuple, most: int = 24) -> list[dict]:
 
 def main() -> None:
     """Warm-up model if there is none, training, evaluation before and after."""
-    config = parse_config(Config, presets={"paper": PAPER})
+    config = parse_config(Config, presets={"paper": PAPER},
+                          names={"text_reward": judge_names("text"), "visual_reward": judge_names("visual")})
     check(config)
     rank, world, device = start_processes(config.device)
     if rank == 0 and config.model == Config.model and not warmup.is_done(Path(config.model)):
@@ -547,6 +506,6 @@ def main() -> None:
     if world > 1:
         dist.destroy_process_group()
     if rank == 0:
-        before_and_after(config, toy=all(wanted_steps(sample.prompt) for sample in pool))
+        before_and_after(config, toy=all(shapes.wanted_steps(sample.prompt) for sample in pool))
 if __name__ == "__main__":
     run_main(main)

@@ -13,30 +13,13 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from common import UserError, open_tensors, read_json, read_tensor, snapshot
+from common import UserError, open_tensors, read_json, read_text, read_tensor, snapshot
 from model import NAMES, Decoder, DecoderConfig, KVCache, assign, rename, tensor_files
-from tokenizer import (
-    SIGLIP_HEADS,
-    VISION_NAMES,
-    Attention,
-    Block,
-    SiglipTower,
-    TowerConfig,
-    byte_pairs,
-    pad,
-    preprocess,
-)
+from tokenizer import (SIGLIP_HEADS, VISION_NAMES, Attention, Block, SiglipTower, TowerConfig, byte_pairs,
+                       pad, preprocess)
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The judges' text: WordPiece (BERT), byte-level BPE (CLIP and Qwen2)
-
-
-def read_vocabulary(path: Path) -> str:
-    """A vocabulary file's text. Raises UserError where there is none."""
-    try:
-        return Path(path).read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: cannot be read as a vocabulary ({error})")
 
 
 class WordPiece:
@@ -44,7 +27,7 @@ class WordPiece:
     transformers' slow BertTokenizer. `added` are special tokens behind the vocabulary: BLIP has [DEC] and [ENC]."""
 
     def __init__(self, vocab_file: Path, added: tuple[str, ...] = ()):
-        pieces = read_vocabulary(vocab_file).split("\n")
+        pieces = read_text(vocab_file).split("\n")
         pieces = pieces[:-1] if pieces[-1] == "" else pieces
         self.ids = {piece: i for i, piece in enumerate(pieces)}
         self.special = ["[UNK]", "[SEP]", "[PAD]", "[CLS]", "[MASK]"]
@@ -146,10 +129,10 @@ class ByteText:
         """vocab.json, merges.txt and, where there is one, added_tokens.json of a checkpoint."""
         folder = Path(folder)
         try:
-            vocab = json.loads(read_vocabulary(folder / "vocab.json"))
+            vocab = json.loads(read_text(folder / "vocab.json"))
             file = folder / "added_tokens.json"
-            added = json.loads(read_vocabulary(file)) if file.exists() else {}
-            merges = read_vocabulary(folder / "merges.txt").split("\n")
+            added = json.loads(read_text(file)) if file.exists() else {}
+            merges = read_text(folder / "merges.txt").split("\n")
             merges = [line for line in merges if line and not line.startswith("#version")]
             return cls(vocab, merges, added | {t: vocab[t] for t in ("<|startoftext|>", "<|endoftext|>") if t in vocab})
         except (ValueError, TypeError, AttributeError) as error:
@@ -223,7 +206,7 @@ class ClipText(ByteText):
             torch.tensor([row.index(end) for row in rows])
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The paper's visual judges: ImageReward, and CLIP-score for the ablation
 
 PIXEL_MEAN, PIXEL_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)       # CLIP's, BLIP's
@@ -376,6 +359,7 @@ class ImageReward:
 
     source: hub id THUDM/ImageReward, or a folder with ImageReward.pt and med_config.json; BERT's vocab.txt lies beside
     them or comes from the hub (bert-base-uncased). Raises UserError for anything else."""
+    HUB = "THUDM/ImageReward"
     MEAN, STD, LENGTH, BATCH = 0.16717362830052426, 1.0333394966054072, 35, 16
 
     def __init__(self, source: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32):
@@ -474,7 +458,7 @@ class ClipScore:
 
     source: hub id (openai/clip-vit-large-patch14, openai/clip-vit-base-patch32) or a folder in transformers' layout.
     Raises UserError for anything else."""
-    BATCH = 32
+    HUB, BATCH = "openai/clip-vit-large-patch14", 32
 
     def __init__(self, source: str | Path, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32):
         folder = judge_folder(source, "visual judge")
@@ -525,7 +509,7 @@ class ClipScore:
         return [min(1.0, 2.5 * max(0.0, value)) for value in self.cosine(texts, pictures)]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The paper's text judge: LLaVA-Critic (arXiv 2410.02712), a LLaVA-OneVision (arXiv 2408.03326) trained to score
 #
 #     picture --tiles--> SigLIP tower --projector--> rows of features, a newline vector after each
@@ -724,6 +708,7 @@ class LlavaCritic:
 
     `seen` holds the latest (question, reply, score), `asked` and `unparsable` count all. Raises UserError for a source
     (hub id or folder) that is no such checkpoint."""
+    HUB = "lmms-lab/llava-critic-7b"
     BATCH, BUDGET, KEEP = 8, 1024, 1000      # questions at a time, tokens a reply may have, judgements kept
 
     def __init__(self, source: str | Path, device: str | torch.device = "cpu", quantize: str = "none"):
@@ -766,5 +751,7 @@ class LlavaCritic:
         self.asked, self.unparsable = self.asked + len(scores), self.unparsable + scores.count(None)
         rest = iter(scores)
         return [[next(rest) for _ in told] for told in texts]
-PUBLISHED = {"llava-critic": "lmms-lab/llava-critic-7b", "image-reward": "THUDM/ImageReward",
-             "clip-score": "openai/clip-vit-large-patch14"}
+JUDGES = {                       # part of Eq. (5) -> name on the command line -> judge
+    "text": {"llava-critic": LlavaCritic},
+    "visual": {"image-reward": ImageReward, "clip-score": ClipScore},
+}

@@ -30,46 +30,17 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from common import (
-    UserError,
-    open_tensors,
-    parse_config,
-    pick_device,
-    read_json,
-    read_picture,
-    read_tensor,
-    run_main,
-    settle_folder,
-    snapshot,
-    write_folder,
-    write_tensors,
-)
-from tokenizer import (
-    IMAGE_END,
-    IMAGE_PLACEHOLDER,
-    IMAGE_START,
-    THINK_END,
-    THINK_START,
-    VISION_NAMES,
-    Answer,
-    Attention,
-    Block,
-    ImageTokenizer,
-    Sequence,
-    TextTokenizer,
-    VisionConfig,
-    pack,
-    pad,
-    parse_answer,
-    preprocess,
-    to_pictures,
-)
+from common import (Count, Natural, UserError, open_tensors, parse_config, pick_device, read_json,
+                    read_picture, read_tensor, run_main, settle_folder, snapshot, write_tensors, write_whole)
+from tokenizer import (IMAGE_END, IMAGE_PLACEHOLDER, IMAGE_START, THINK_END, THINK_START, VISION_NAMES,
+                       Answer, Attention, Block, ImageTokenizer, Sequence, TextTokenizer, VisionConfig, pack,
+                       pad, parse_answer, preprocess, to_pictures)
 
 VICUNA = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
           "detailed, and polite answers to the user's questions.")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The decoder (LLaMA) and its cache
 
 
@@ -190,7 +161,7 @@ class Decoder(nn.Module):
         return self.norm(x)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The image head
 
 
@@ -226,7 +197,7 @@ class DepthTransformer(nn.Module):
         return self.out(self.norm(x))[:, 0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The distribution that is sampled and scored
 
 
@@ -273,7 +244,7 @@ def sample_index(logp: Tensor, generator: torch.Generator | None) -> tuple[Tenso
     return index[:, 0], logp.gather(-1, index)[:, 0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The unified model
 
 
@@ -530,7 +501,7 @@ def chat(text: str, system: str) -> str:
     return f"{system} USER: {text} ASSISTANT:" if text.strip() else f"{system} USER:ASSISTANT:"
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # QLoRA: a frozen base in 4 bits (NF4, arXiv 2305.14314) and low-rank adapters that are trained (arXiv 2106.09685)
 
 NF4_BLOCK = 64       # weights that share one scale, their largest absolute value
@@ -717,16 +688,7 @@ def check_budget(policy: UnifiedModel, budget: int, name: str) -> None:
                         f"expected more than that for each step")
 
 
-def check_adapters(config) -> None:
-    """The QLoRA flags of warmup.py and grpo.py."""
-    if config.quantize not in ("none", "nf4"):
-        raise UserError(f"--quantize {config.quantize}: expected nf4 or none")
-    if config.lora_rank < 0 or config.lora_alpha <= 0:
-        raise UserError(f"--lora-rank {config.lora_rank} --lora-alpha {config.lora_alpha}: expected a rank of 0 (off) "
-                        f"or more, and an alpha above 0")
-
-
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Checkpoints in the published layout: llm/, mm_projector/, vision_tower/
 
 NAMES = {       # folder -> {name there: name here}; {} is a layer number
@@ -936,7 +898,8 @@ def save(model: UnifiedModel, folder: Path, state: dict | None = None,
     """Write a checkpoint, whole or not at all: in the published layout, or the adapters alone where there are any.
     `state` (JSON) and `tensors` are what training needs to go on (where it was, optimizer): training.json and
     training.safetensors."""
-    with write_folder(folder) as new:
+    with write_whole(folder) as new:
+        new.mkdir()
         if model.adapter:
             told = {"base": model.source, "quantize": model.quantize, **model.adapter}
             (new / "adapter.json").write_text(json.dumps(told, indent=1))
@@ -990,7 +953,7 @@ def load_training(folder: Path) -> tuple[dict | None, dict[str, Tensor]]:
         return read_json(Path(folder) / "training.json"), {name: file.get_tensor(name) for name in file.keys()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Run alone: one interleaved answer
 
 
@@ -1002,9 +965,9 @@ class Config:
     out: str = "out/answer"      # where answer.html and the PNGs go
     draw: bool = False           # text-to-image: the answer is one picture of the prompt
     seed: int = 0                # of the sampling
-    budget: int = 512            # positions an answer may have, if the decoder's context has room for them
+    budget: Count = 512          # positions an answer may have, if the decoder's context has room for them
     temperature: float = 1.0     # 0 = greedy
-    top_k: int = 0               # 0 = off
+    top_k: Natural = 0           # 0 = off
     top_p: float = 1.0           # 1 = off
     guidance: float = 1.0        # for image codes; VILA-U and the paper draw with 3
     quantize: str = "none"       # nf4: the decoder's linear layers in 4 bits

@@ -96,6 +96,14 @@ def states_of_prompt(text: str) -> list[Scene]:
     return list(itertools.accumulate(edits, apply, initial=start))
 
 
+def wanted_steps(text: str) -> int | None:
+    """The number of edits that a prompt asks for; None where it is not a prompt of the toy world."""
+    try:
+        return len(states_of_prompt(text)) - 1
+    except ValueError:
+        return None
+
+
 # ---------------------------------------------------------------- pictures
 
 def draw_cell(shape: str, colour: str) -> np.ndarray:

@@ -32,7 +32,7 @@ SPECIAL_TOKENS = [IMAGE_START, IMAGE_END, "<vi_start>", "<vi_end>", THINK_START,
 IMAGE_PLACEHOLDER = -200                # stands for an `<image>` mark among token ids, as in VILA-U
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Transformer pieces
 ACTIVATIONS = {"gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
                "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x)}
@@ -93,7 +93,7 @@ class Block(nn.Module):
         return x + self.fc2(self.activation(self.fc1(self.norm2(x))))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Text
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6       # SentencePiece's types of pieces
 SPACE = "\u2581"                                                              # how a piece writes a space
@@ -361,7 +361,7 @@ class TextTokenizer:
         return self._text(pieces)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Pictures: VILA-U's image tokenizer (arXiv 2409.04429)
 #
 #     pixels [B, 3, H, W] --SigLIP tower--> features [B, N, C] --residual quantizer--> codes [B, N, D]
@@ -630,7 +630,7 @@ VISION_NAMES = {     # prefixes in vision_tower/model.safetensors -> here; {} is
 }
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Sequences and answers
 
 

@@ -20,7 +20,7 @@ import time
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Callable
+from typing import Callable, Literal
 
 import numpy as np
 import torch
@@ -28,62 +28,16 @@ from torch import Tensor
 from tqdm import tqdm
 
 import shapes
-from common import (
-    Run,
-    UserError,
-    check_settings,
-    optimizer_tensors,
-    parse_config,
-    parse_weights,
-    pick_device,
-    restore_optimizer,
-    run_main,
-    write_report,
-)
-from data import (
-    I2T_QUESTION,
-    KINDS,
-    MARKS,
-    PRETRAINING,
-    READERS,
-    CodeCache,
-    LeftOut,
-    Sample,
-    keep_usable,
-    parse_sources,
-    read_sources,
-    row_of,
-    toy_i2t,
-    toy_prompt,
-    toy_story,
-    toy_t2i,
-)
-from model import (
-    DecoderConfig,
-    DepthConfig,
-    UnifiedModel,
-    by_modality,
-    chat,
-    check_adapters,
-    load,
-    load_training,
-    prepare_training,
-    save,
-)
-from rewards import RulesText, RulesVisual, judge, shown_group
-from tokenizer import (
-    BYTE,
-    CONTROL,
-    NORMAL,
-    SPACE,
-    SPECIAL_TOKENS,
-    UNKNOWN,
-    ImageTokenizer,
-    TextTokenizer,
-    VisionConfig,
-    pad,
-    write_field,
-)
+from common import (Count, LearningRate, Natural, Positive, Run, UserError, Weights, check_config,
+                    check_settings, optimizer_tensors, parse_config, pick_device, restore_optimizer, run_main,
+                    shown, write_report)
+from data import (I2T_QUESTION, KINDS, MARKS, PRETRAINING, READERS, CodeCache, LeftOut, Sample, keep_usable,
+                  parse_sources, read_sources, row_of, toy_i2t, toy_prompt, toy_story, toy_t2i)
+from model import (DecoderConfig, DepthConfig, UnifiedModel, by_modality, chat, load, load_training,
+                   prepare_training, save)
+from rewards import RulesText, RulesVisual, judge, group_record
+from tokenizer import (BYTE, CONTROL, NORMAL, SPACE, SPECIAL_TOKENS, UNKNOWN, ImageTokenizer, TextTokenizer,
+                       VisionConfig, pad, write_field)
 
 
 @dataclass
@@ -91,35 +45,37 @@ class Config:
     out: str = "out/warmup"          # run directory
     seed: int = 0                    # of weights and data
     device: str = "auto"             # cpu, cuda, mps; auto takes the best there is
-    edits: int = 3                   # edits a story: the answer has as many steps
-    tokenizer_steps: int = 500       # stage 1: optimizer steps
-    pretrain_steps: int = 400        # stage 2
-    warmup_steps: int = 360          # stage 3
-    batch: int = 48                  # samples a step of stages 2 and 3
-    lr: float = 2e-3                 # peak learning rate of stage 2
-    warmup_lr: float = 1e-3          # peak learning rate of stage 3
+    edits: Count = 3                 # edits a story: the answer has as many steps
+    tokenizer_steps: Count = 500     # stage 1: optimizer steps
+    pretrain_steps: Count = 400      # stage 2
+    warmup_steps: Count = 360        # stage 3
+    batch: Count = 48                # samples a step of stages 2 and 3
+    lr: LearningRate = 2e-3          # peak learning rate of stage 2
+    warmup_lr: LearningRate = 1e-3   # peak learning rate of stage 3
     data: str = ""                   # stage 3 from files: NAME=DIR,NAME=DIR (see READERS); empty: the toy world
-    mix: str = "2,1,1"               # ratio of interleaved, understanding and text-to-image samples in stage 3
+    mix: Weights = (2.0, 1.0, 1.0)   # ratio of interleaved, understanding and text-to-image samples in stage 3
     cache: str = "out/codes"         # where the codes of --data's pictures are kept for later runs
-    loss: str = "eq1"                # eq1: mean over all decisions; official: text mean + image mean, as VILA-U trains
-    save_every: int = 100            # steps between checkpoints
+    loss: Literal["eq1", "official"] = "eq1"   # eq1: mean over all decisions; official: text mean + image mean, as VILA-U trains
+    save_every: Count = 100          # steps between checkpoints
     model: str = ""                  # start from this checkpoint (folder or hub id): stage 3 alone; empty: all stages
-    micro_batch: int = 48            # samples a forward pass; changes memory, never the gradient
-    lora_rank: int = 0               # train adapters of this rank on the decoder's linear layers; 0: the whole policy
-    lora_alpha: float = 16.0         # adapters are scaled by alpha / rank
-    quantize: str = "none"           # nf4: the frozen base in 4 bits (QLoRA)
+    micro_batch: Count = 48          # samples a forward pass; changes memory, never the gradient
+    lora_rank: Natural = 0           # train adapters of this rank on the decoder's linear layers; 0: the whole policy
+    lora_alpha: Positive = 16.0      # adapters are scaled by alpha / rank
+    quantize: Literal["none", "nf4"] = "none"   # nf4: the frozen base in 4 bits (QLoRA)
     checkpointing: bool = False      # recompute layers in the backward pass: less memory, about a third more time
     preset: str = ""                 # paper: the paper's settings on VILA-U 7B, see PAPER; flags given beside it win
+FREE = ("device", "save_every", "out", "micro_batch", "checkpointing", "preset", "cache")    # may change when a run goes on
+
 # --preset paper: what the paper states is marked so, the rest is ours and fits one GPU (the paper's QLoRA variant).
 PAPER = dict(
     model="mit-han-lab/vila-u-7b-256",                            # paper, 256 x 256 pictures
-    mix="0.3,1,1",                                                # paper: 0.3M interleaved, 1M and 1M others
+    mix=(0.3, 1.0, 1.0),                                            # paper: 0.3M interleaved, 1M and 1M others
     lora_rank=64, lora_alpha=16.0, quantize="nf4", checkpointing=True,                         # ours
     warmup_steps=3000, batch=64, micro_batch=2, warmup_lr=1e-4, save_every=100,                # ours
 )
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Batches: the mix, little padding
 
 
@@ -132,11 +88,6 @@ def toy_batches(shares: dict, config: Config, stage: str) -> Callable[[int], lis
     return batch
 
 
-def hybrid_mix(mix: str) -> dict:
-    """The toy world's mix of kinds, in the ratio --mix."""
-    return dict(zip((toy_story, toy_i2t, toy_t2i), parse_weights(mix, "--mix", ", ".join(KINDS))))
-
-
 def published_batches(samples: dict[str, list[Sample]], model: UnifiedModel, run: "Run", config: Config, codes: CodeCache,
                       left_out: LeftOut) -> tuple[Callable[[int], list[Sample]], list[Sample]]:
     """Samples of files by kind -> the batch of every step, and the interleaved samples. The kinds are drawn in the
@@ -145,8 +96,7 @@ def published_batches(samples: dict[str, list[Sample]], model: UnifiedModel, run
 
     Only pictures that the run will show are encoded, now; broken ones are left out here, before training. Counts and
     what was left out go to data.json."""
-    weights = parse_weights(config.mix, "--mix", ", ".join(KINDS))
-    order = random.Random(f"{config.seed}/mix").choices(KINDS, weights, k=config.warmup_steps * config.batch)
+    order = random.Random(f"{config.seed}/mix").choices(KINDS, config.mix, k=config.warmup_steps * config.batch)
     kept, counts, seen, places = {kind: [] for kind in KINDS}, {}, Counter(), []
     for kind in (kind for kind in KINDS if kind in order):
         draws = order.count(kind)
@@ -154,7 +104,7 @@ def published_batches(samples: dict[str, list[Sample]], model: UnifiedModel, run
         found = itertools.islice(keep_usable(pool, model, codes, left_out), draws)
         kept[kind] = list(tqdm(found, desc=f"codes of {kind} samples", total=min(draws, len(pool))))
         if not kept[kind]:
-            raise UserError(f"--data: no usable {kind} sample is left, but --mix {config.mix} asks for some")
+            raise UserError(f"--data: no usable {kind} sample is left, but --mix {shown(config.mix)} asks for some")
         counts[kind] = {"samples": len(kept[kind]), "draws": draws, "epochs": round(draws / len(kept[kind]), 2)}
         tqdm.write(f"{kind:14} {len(kept[kind]):9,} samples, {draws:,} of {len(order):,} draws: "
                    f"{counts[kind]['epochs']} epochs")
@@ -195,7 +145,7 @@ def padding(rows: list[tuple]) -> float:
     return 1 - sum(len(row[0]) for row in rows) / (len(rows) * len(rows[0][0]))
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Eq. (1)
 
 
@@ -215,7 +165,7 @@ def warmup_loss(logp: Tensor, mask: Tensor, is_image: Tensor, kind: str = "eq1",
     return loss, {"loss": loss.item(), **{k: v.item() for k, v in parts.items()}}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # The miniature
 
 
@@ -289,7 +239,7 @@ def miniature(seed: int, folder: Path, texts: list[str] = ()) -> UnifiedModel:
     return model
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Stage 1: the image tokenizer
 
 TOKENIZER_LR = 2e-3
@@ -440,7 +390,7 @@ def train_image_tokenizer(model: UnifiedModel, run: Run, config: Config, start: 
     tokenizer.requires_grad_(False)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# ------------------------------------------------------------------------------------------------------------
 # Stages 2 and 3: the decoder
 
 
@@ -497,7 +447,7 @@ def warm_up(config: Config) -> None:
     """Run the stages that are still to be done, from the last checkpoint of the same settings."""
     folder, device = Path(config.out), pick_device(config.device)
     state, tensors = load_training(folder / "policy")
-    check_settings(folder, (state or {}).get("settings", {}), asdict(config))
+    check_settings(folder, (state or {}).get("settings", {}), asdict(config), FREE)
     left_out = LeftOut()
     samples = read_sources(config.data, "--data", READERS, left_out) if config.data else {}
     if state:
@@ -522,24 +472,15 @@ def warm_up(config: Config) -> None:
             train_decoder(model, run, config, stage, config.pretrain_steps, config.lr,
                           toy_batches(PRETRAINING, config, stage), CodeCache(model), here, held)
         else:
-            rng, codes, batch = random.Random(0), CodeCache(model), toy_batches(hybrid_mix(config.mix), config, stage)
+            rng, codes, batch = random.Random(0), CodeCache(model), toy_batches(dict(zip((toy_story, toy_i2t, toy_t2i), config.mix)), config, stage)
             prompts, judges = [toy_prompt(rng, 2, "heldout") for _ in range(6)], (RulesText(), RulesVisual())
             if config.data:
-                codes, judges = CodeCache(model, Path(config.cache)), (no_text_judge, no_visual_judge)
+                codes, judges = CodeCache(model, Path(config.cache)), (None, None)
                 batch, prompts = published_batches(samples, model, run, config, codes, left_out)
             show(model, run, "before", "before the warm-up: it cannot interleave", prompts[:6], codes, judges)
             train_decoder(model, run, config, stage, config.warmup_steps, config.warmup_lr, batch, codes, here, held)
             show(model, run, "after", "after the warm-up", prompts[:6], codes, judges)
         checkpoint(model, run, config, STAGES[STAGES.index(stage) + 1], 0, {})
-
-
-def no_text_judge(prompts: list[str], texts: list[list[str]]) -> list[list[None]]:
-    """Published data has no rules to judge by."""
-    return [[None] * len(told) for told in texts]
-
-
-def no_visual_judge(texts: list[str], pictures: list) -> list[None]:
-    return [None] * len(texts)
 
 
 def show(model: UnifiedModel, run: Run, name: str, title: str, prompts: list[Sample], codes: CodeCache,
@@ -552,7 +493,7 @@ def show(model: UnifiedModel, run: Run, name: str, title: str, prompts: list[Sam
     trajectories = model.generate(rows, 1, budget, generator=torch.Generator().manual_seed(0))
     answers = model.read_answers(trajectories)
     scores = judge([s.prompt for s in prompts], answers, *judges)
-    run.sample(name, title, [shown_group(s, [a], [c]) for s, a, c in zip(prompts, answers, scores)])
+    run.sample(name, title, [group_record(s, [a], [c]) for s, a, c in zip(prompts, answers, scores)])
 
 
 def is_done(folder: Path) -> bool:
@@ -563,20 +504,15 @@ def is_done(folder: Path) -> bool:
 
 def check(config: Config) -> None:
     """Settings that cannot work, found before anything is loaded."""
-    for name in ("edits", "tokenizer_steps", "pretrain_steps", "warmup_steps", "batch", "save_every", "micro_batch"):
-        if getattr(config, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(config, name)}: expected at least 1")
-    weights = dict(zip(KINDS, parse_weights(config.mix, "--mix", ", ".join(KINDS))))
+    check_config(config)
+    weights = dict(zip(KINDS, config.mix))
     if config.data:
         kinds = {READERS[name][1] for name, _ in parse_sources(config.data, "--data")}
         for kind in KINDS:
             if weights[kind] and kind not in kinds:
                 fitting = " or ".join(name for name, (_, of) in READERS.items() if of == kind)
-                raise UserError(f"--mix {config.mix} asks for {kind} samples, but --data has no source of them: add "
+                raise UserError(f"--mix {shown(config.mix)} asks for {kind} samples, but --data has no source of them: add "
                                 f"{fitting}, or give them weight 0")
-    if config.loss not in ("eq1", "official"):
-        raise UserError(f"--loss {config.loss}: expected eq1 or official")
-    check_adapters(config)
     if not config.model and (config.lora_rank or config.quantize != "none"):
         raise UserError("--lora-rank and --quantize: the miniature is trained from nothing, expected --model as well")
 

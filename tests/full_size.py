@@ -22,34 +22,11 @@ from safetensors.torch import load_file, save_file
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 import data
 import grpo
-from model import (
-    NAMES,
-    DecoderConfig,
-    DepthConfig,
-    Sampling,
-    UnifiedModel,
-    load,
-    prepare_training,
-    rename,
-    trainable_state,
-    with_trainable,
-    write_configs,
-)
-from rewards import make_judges
-from tokenizer import (
-    BYTE,
-    CONTROL,
-    IMAGE_END,
-    IMAGE_START,
-    NORMAL,
-    SPECIAL_TOKENS,
-    THINK_END,
-    THINK_START,
-    UNKNOWN,
-    TextTokenizer,
-    VisionConfig,
-    write_field,
-)
+from model import (NAMES, DecoderConfig, DepthConfig, Sampling, UnifiedModel, load, prepare_training, rename,
+                   trainable_state, with_trainable, write_configs)
+from rewards import RulesText, RulesVisual
+from tokenizer import (BYTE, CONTROL, IMAGE_END, IMAGE_START, NORMAL, SPECIAL_TOKENS, THINK_END, THINK_START,
+                       UNKNOWN, TextTokenizer, VisionConfig, write_field)
 
 DECODER = DecoderConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
                         vocab_size=32006, rope_factor=2.0, context=4096)
@@ -164,7 +141,7 @@ class Timer:
 
 def update(folder: Path, quantize: str, rank: int, file: Path, sample: bool) -> None:
     """One GRPO update of a group of two answers: sampled here, or read from `file`."""
-    config = grpo.Config(model=str(folder), reward_weights="0,0,1", credit="outcome", group_size=2,
+    config = grpo.Config(model=str(folder), reward_weights=(0.0, 0.0, 1.0), credit="outcome", group_size=2,
                          prompts_per_update=1, micro_batch=2, budget=300, quantize=quantize, lora_rank=rank,
                          checkpointing=True)
     with Timer("load"):
@@ -174,7 +151,7 @@ def update(folder: Path, quantize: str, rank: int, file: Path, sample: bool) -> 
         reference = trainable_state(policy)
     if sample:
         with Timer("rollout"):
-            batch = grpo.rollout(policy, [data.Sample(PROMPT, [])], config, make_judges("rules", "rules", "cpu"),
+            batch = grpo.rollout(policy, [data.Sample(PROMPT, [])], config, (RulesText(), RulesVisual()),
                                  data.CodeCache(policy), torch.Generator().manual_seed(0))
         for answer, score in zip(batch.answers, batch.scores):
             print(answer.layout, len(answer.step_of), "positions, format", score.format)

@@ -123,7 +123,7 @@ def test_a_code_that_was_cut_since_has_ratio_zero_and_no_nan():
     assert ratio.item() == 0 and loss.isfinite().all() and logits.grad.isfinite().all() and kl.isfinite().all()
 
 
-@pytest.mark.parametrize("wrong", [dict(group_size=1), dict(reward_weights="1,x,1"), dict(reward_weights="1,1"),
+@pytest.mark.parametrize("wrong", [dict(group_size=1), dict(reward_weights="1,x,1"), dict(reward_weights=(1.0, 1.0)),
                                    dict(text_reward="oracle"), dict(visual_reward="llava-critic"), dict(credit="step"),
                                    dict(step_discount=2.0), dict(temperature=0.0),
                                    dict(updates=5, epochs_per_rollout=2)])

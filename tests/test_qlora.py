@@ -13,22 +13,8 @@ import data
 import grpo
 import warmup
 from common import UserError, parse_config
-from model import (
-    LINEAR,
-    LoRALinear,
-    NF4Linear,
-    Sampling,
-    by_modality,
-    from_nf4,
-    load,
-    load_training,
-    merge,
-    prepare_training,
-    save,
-    to_nf4,
-    trainable_state,
-    with_trainable,
-)
+from model import (LINEAR, LoRALinear, NF4Linear, Sampling, by_modality, from_nf4, load, load_training, merge,
+                   prepare_training, save, to_nf4, trainable_state, with_trainable)
 from tokenizer import THINK_END, THINK_START
 
 FOLDER = ROOT / "tests" / "fixtures" / "vila_u_tiny"

@@ -19,21 +19,10 @@ from safetensors.torch import load_file, save_file
 
 import shapes
 from common import UserError
-from judges import (
-    LLAVA_NOT_NEEDED,
-    POINTWISE,
-    TOWER,
-    ClipScore,
-    ImageReward,
-    LlavaCritic,
-    centre_square,
-    critic_chat,
-    load_llava,
-    parse_score,
-    unpad,
-)
+from judges import (LLAVA_NOT_NEEDED, POINTWISE, TOWER, ClipScore, ImageReward, LlavaCritic, centre_square,
+                    critic_chat, load_llava, parse_score, unpad)
 from model import NF4Linear
-from rewards import RulesText, RulesVisual, Scores, format_reward, hybrid_rewards, judge, make_judges
+from rewards import RulesText, RulesVisual, Scores, format_reward, hybrid_rewards, judge, make_judge
 from tokenizer import IMAGE_PLACEHOLDER, Answer, Segment
 
 PROMPT = "paint it blue, move it to center. <BEGIN> a red circle at top left <image>"
@@ -81,7 +70,7 @@ def test_breaking_a_tag_changes_only_the_format_reward():
     ("VpvTwtVpvTwtE", 0), ("wTwtVpvTwtVpvE", 0), ("TwtVpvTwtVpvwE", 0), ("TwtVpvTwtVpvTwtVpvE", 0), ("E", 0)])
 def test_format_reward_by_layout(layout, good):
     a = Answer(layout, [None] * (2 * layout.count("Vp")), NONE, NONE)
-    assert format_reward(a, 2) == good
+    assert format_reward(a.layout, 2) == good
 
 
 def test_a_missing_step_scores_zero():
@@ -310,7 +299,8 @@ def test_learned_judges_answer_to_their_own_kind_of_mistake(image_reward, clip_s
     texts = [shapes.caption(s) for s in STATES]
     for visual in (image_reward, clip_score):
         def parts(a: Answer):
-            return judge([PROMPT], [a], critic, visual)[0].parts
+            scores = judge([PROMPT], [a], critic, visual)[0]
+            return scores.text, scores.visual, scores.format
         right, pictures, words, tag = map(parts, (answer(), answer(scenes=STATES[::-1]), answer(texts=texts[::-1]),
                                                   answer(layout="TwtVpvwtVpvE")))
         assert pictures[0] == right[0] and pictures[1] != right[1] and pictures[2] == right[2] == 1
@@ -320,10 +310,12 @@ def test_learned_judges_answer_to_their_own_kind_of_mistake(image_reward, clip_s
 
 
 def test_judges_are_chosen_by_name_and_folder():
-    text, visual = make_judges(f"llava-critic={CRITIC}", f"clip-score={CLIP}", "cpu", "nf4")
+    text = make_judge("text", f"llava-critic={CRITIC}", torch.device("cpu"), "nf4")
+    visual = make_judge("visual", f"clip-score={CLIP}", torch.device("cpu"))
     assert isinstance(text, LlavaCritic) and isinstance(visual, ClipScore)
     assert any(isinstance(m, NF4Linear) for m in text.model.modules())
-    text, visual = make_judges("rules", f"image-reward={IMAGE_REWARD}", "cpu")
+    text = make_judge("text", "rules", torch.device("cpu"))
+    visual = make_judge("visual", f"image-reward={IMAGE_REWARD}", torch.device("cpu"))
     assert isinstance(text, RulesText) and isinstance(visual, ImageReward)
 
 

@@ -226,7 +226,7 @@ def test_damaged_checkpoints_are_refused(warm, tmp_path):
 
 def test_a_dead_group_trains_nothing_and_says_so(warm, tmp_path, capsys):
     """With a constant reward every advantage is exactly zero: without a KL the policy does not move at all."""
-    config = grpo.Config(model=str(warm), out=str(tmp_path / "dead"), reward_weights="0,0,1", kl=0.0, **RUN)
+    config = grpo.Config(model=str(warm), out=str(tmp_path / "dead"), reward_weights=(0.0, 0.0, 1.0), kl=0.0, **RUN)
     grpo.train(config, 0, 1, torch.device("cpu"))
     assert same(load(tmp_path / "dead").state_dict(), load(warm).state_dict())
     assert all(line["zero_spread"] == 1 for line in metrics(tmp_path / "dead"))
