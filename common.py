@@ -233,6 +233,19 @@ def averaged(metrics: dict, world: int, device: torch.device) -> dict:
             for i, name in enumerate(metrics)}
 
 
+def average_gradients(optimizer: torch.optim.Optimizer) -> None:
+    """Replace the gradients of an optimizer's parameters by their means over all processes.
+
+    A parameter without a gradient here may have one elsewhere (no picture was sampled here, say): it counts as 0."""
+    if not dist.is_initialized():
+        return
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            dist.all_reduce(p.grad)
+            p.grad /= dist.get_world_size()
+
+
 def peak_gib(device: torch.device) -> float:
     """The most memory in use so far, in GiB: allocated on the GPU, or resident on the CPU."""
     if device.type == "cuda":

@@ -124,11 +124,12 @@ def interval(values: np.ndarray, seed: int, resamples: int = 2000) -> list[float
 def answer_all(model: UnifiedModel, samples: list[Sample], config: Config, sampling: Sampling, title: str
                ) -> list[Answer]:
     """One answer for each prompt, in batches, seeds fixed."""
-    generator, codes, answers = torch.Generator().manual_seed(config.seed), CodeCache(model), []
+    codes, answers = CodeCache(model), []
     for start in tqdm(range(0, len(samples), config.batch), desc=title, leave=False):
         part = samples[start:start + config.batch]
         prompts = [model.prompt(s.prompt, codes(s.prompt_pictures), s.draw) for s in part]
-        answers += model.read_answers(model.generate(prompts, 1, config.budget, sampling, generator))
+        seeds = [(config.seed, i) for i in range(start, start + len(part))]
+        answers += model.read_answers(model.generate(prompts, 1, config.budget, sampling, seeds))
     return answers
 
 
@@ -174,10 +175,11 @@ def rates_table(results: dict[str, dict]) -> str:
 # Before and after; the ladder
 
 
-def before_and_after(run, toy: bool) -> None:
+def before_and_after(run, prompts: list[str]) -> None:
     """Rate the warm-up model and the trained one on the same fresh prompts; table, evaluation.json, report.html. A run
     on other prompts than the toy world's gets the report alone: see --benchmark."""
     folder, results = Path(run.out), {}
+    toy = all(shapes.wanted_steps(prompt) for prompt in prompts)
     for name, model in (("before", run.model), ("after", run.out)) if run.eval_prompts and toy else ():
         config = Config(model=str(model), prompts=run.eval_prompts, edits=run.edits, temperature=run.temperature,
                         guidance=run.eval_guidance or run.guidance, budget=run.budget, device=run.device,
@@ -460,8 +462,7 @@ def answer_questions(source: str, questions: list[Question], config: Config, fol
             if all(q.id in told for q in part):
                 continue
             prompts = [model.prompt(q.prompt, codes(q.prompt_pictures), q.draw) for q in part]
-            generator = torch.Generator().manual_seed(config.seed * 1_000_003 + start)
-            rows = model.generate(prompts, 1, config.budget, sampling, generator)
+            rows = model.generate(prompts, 1, config.budget, sampling, [(config.seed, q.id) for q in part])
             for question, row, answer in zip(part, rows, model.read_answers(rows)):
                 if question.id not in told:
                     segments = as_segments(answer, question.id, folder)

@@ -593,10 +593,9 @@ class Llava(nn.Module):
         longest, context = max(len(row) for row in rows), self.decoder.config.context
         if longest + budget > context:
             raise UserError(f"text judge: {longest} positions and a reply of {budget} exceed its context of {context}")
-        at = torch.tensor([len(row) for row in rows], device=device)                       # (B,) next position
-        caches = [KVCache(longest + budget) for _ in self.decoder.layers]
-        positions = torch.arange(longest, device=device).expand(len(rows), -1)
-        state = self.decoder(pad(rows), positions, caches)[torch.arange(len(rows), device=device), at - 1]  # (B, C)
+        place = torch.tensor([len(row) for row in rows], device=device)                    # (B,) next position
+        cache = KVCache(len(self.decoder.layers), longest + budget)
+        state = self.decoder.prefill(rows, cache)                                          # (B, C)
         ids = torch.zeros(len(rows), 0, dtype=torch.long, device=device)
         ends = torch.tensor(sorted(stop), dtype=torch.long, device=device)
         for _ in range(budget):
@@ -607,8 +606,8 @@ class Llava(nn.Module):
             ids = torch.cat((ids, token[:, None]), dim=1)
             if torch.isin(ids, ends).any(1).all():
                 break
-            state = self.decoder(self.decoder.embed(token)[:, None], at[:, None], caches)[:, 0]
-            at = at + 1
+            state = self.decoder.step(self.decoder.embed(token), place, cache)
+            place = place + 1
         return [row[:next((i for i, token in enumerate(row) if token in stop), len(row))] for row in ids.tolist()]
 
 

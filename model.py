@@ -5,14 +5,15 @@
     hidden    [B, T, C]  the state at position t predicts position t+1: lm_head its text token, the depth
                          transformer its D codes, one after the other
 
-B rows, T positions, N positions of one image, D depth (codes a position), V text vocabulary, K codebook, C width,
-H heads, P prompts, G answers a prompt. Three verbs: `forward` gives hidden states, `log_probs` scores decisions (every
-caller that needs a probability uses it), `generate` samples. What is sampled is what is scored: temperature, top-k,
-top-p and guidance live in `guide` and `decision_logp`, which both call. Then QLoRA (a base in 4 bits, adapters), loading
-and saving in VILA-U's published layout.
+B rows, T positions, N positions of one image, D depth (codes a position), V text vocabulary, K codebook,
+C width, H heads, P prompts, G answers a prompt.
+
+Three verbs: `forward` gives hidden states, `log_probs` scores decisions, `generate` samples them. The
+distribution that is sampled is the one that is scored: temperature, top-k, top-p and guidance live in `guide`
+and `decision_logp`, which both call. Behind them come QLoRA, then loading and saving in VILA-U's layout.
 
     python model.py --prompt "paint it blue. <BEGIN> a red circle at top left <image>" --image start.png
-                                                        # one interleaved answer from out/warmup: text, PNGs, a page
+                                # one interleaved answer from out/warmup: text, PNGs and a page
     python model.py --model mit-han-lab/vila-u-7b-256 --quantize nf4 --draw --guidance 3 --prompt "a fox in the snow"
 """
 import html
@@ -20,7 +21,9 @@ import json
 import re
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from functools import cache, partial
 from pathlib import Path
+from typing import Callable, Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -30,11 +33,12 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from common import (Count, Natural, UserError, open_tensors, parse_config, pick_device, read_json,
-                    read_picture, read_tensor, run_main, settle_folder, snapshot, write_tensors, write_whole)
-from tokenizer import (IMAGE_END, IMAGE_PLACEHOLDER, IMAGE_START, THINK_END, THINK_START, VISION_NAMES,
-                       Answer, Attention, Block, ImageTokenizer, Sequence, TextTokenizer, VisionConfig, pack,
-                       pad, parse_answer, preprocess, to_pictures)
+from common import (Count, Natural, NonNegative, TopP, UserError, open_tensors, parse_config, pick_device,
+                    picture_html, read_json, read_picture, read_tensor, reading, run_main, seeded, settle_folder,
+                    snapshot, write_page, write_text, write_tensors, write_whole)
+from tokenizer import (IMAGE_END, IMAGE_PLACEHOLDER, IMAGE_START, THINK_END, THINK_START, VISION_NAMES, Answer,
+                       Attention, Block, ImageTokenizer, Sequence, TextTokenizer, VisionConfig, pack, pad,
+                       parse_answer, preprocess, to_pictures)
 
 VICUNA = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
           "detailed, and polite answers to the user's questions.")
@@ -43,10 +47,9 @@ VICUNA = ("A chat between a curious user and an artificial intelligence assistan
 # ------------------------------------------------------------------------------------------------------------
 # The decoder (LLaMA) and its cache
 
-
 @dataclass
 class DecoderConfig:
-    """Sizes of the text side, the names of llm/config.json."""
+    """Sizes of the text side, under the names of llm/config.json."""
     hidden_size: int
     intermediate_size: int
     num_hidden_layers: int
@@ -56,7 +59,7 @@ class DecoderConfig:
     rms_norm_eps: float = 1e-5
     rope_theta: float = 10000.0
     rope_factor: float = 1.0             # linear rope scaling: positions are divided by it (VILA-U: 2)
-    context: int = 4096                  # positions a sequence may have: tokenizer_model_max_length, model_max_length
+    context: int = 4096                  # positions a sequence may have
     attention_bias: bool = False
     qkv_bias: bool = False               # on q, k and v alone, as in Qwen2
 
@@ -70,29 +73,49 @@ class DepthConfig:
 
 
 class KVCache:
-    """Keys and values of one attention layer. Row b writes slot positions[b, t]: rows may be at different places.
+    """Keys and values of every layer, for B rows that all write the same slot.
 
-    Nothing is padded on the left: what lies beyond a row's own position is hidden by the mask and overwritten later.
+    A prompt fills the first slots of its row. The slots between its end and the end of the longest prompt are
+    hidden by `bias`. From then on each pass writes slot `used` of every row:
+
+        slot        0  1  2  3  4  5        two prompts of 4 and 2 positions, then two decoded positions
+        row 0       p  p  p  p  a  a
+        row 1       p  p  -  -  a  a        -: bias -inf; rotary angles follow positions, not slots
     """
 
-    def __init__(self, size: int):
-        self.size, self.k, self.v, self.positions = size, None, None, None
+    def __init__(self, layers: int, slots: int):
+        self.slots, self.used = slots, 0
+        self.k: list[Tensor | None] = [None] * layers         # [B, H, slots, head_dim]
+        self.v: list[Tensor | None] = [None] * layers
+        self.bias: Tensor | None = None                        # [B, 1, 1, slots], 0 or -inf; None: nothing hidden
 
-    def __call__(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        if self.k is None:
-            self.k, self.v = (x.new_zeros(x.shape[0], x.shape[1], self.size, x.shape[3]) for x in (k, v))
-        rows = torch.arange(k.shape[0], device=k.device)[:, None]
-        self.k[rows, :, self.positions] = k.transpose(1, 2)              # (B, T, H, head_dim) at [b, :, position]
-        self.v[rows, :, self.positions] = v.transpose(1, 2)
-        return self.k[:, :, :self.keys], self.v[:, :, :self.keys]
+    def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Store keys and values of the next T slots and look at all slots so far. q, k, v [B, H, T, head_dim]."""
+        T = k.shape[2]
+        if self.k[layer] is None:
+            shape = (k.shape[0], k.shape[1], self.slots, k.shape[3])
+            self.k[layer], self.v[layer] = k.new_zeros(shape), v.new_zeros(shape)
+        end = self.used + T
+        self.k[layer][:, :, self.used:end] = k
+        self.v[layer][:, :, self.used:end] = v
+        keys, values = self.k[layer][:, :, :end], self.v[layer][:, :, :end]
+        mask = self.bias[..., :end] if T == 1 and self.bias is not None else None
+        return F.scaled_dot_product_attention(q, keys, values, attn_mask=mask, is_causal=T > 1,
+                                              enable_gqa=q.shape[1] != k.shape[1])
 
-    def at(self, positions: Tensor, keys: int) -> None:
-        """The slots [B, T] that the next call writes, and how many slots it looks at."""
-        self.positions, self.keys = positions, keys
+    def hide(self, lengths: Tensor) -> None:
+        """Hide what lies between the end of each prompt (lengths [B]) and the end of the longest one."""
+        slot = torch.arange(self.slots, device=lengths.device)
+        hidden = (slot >= lengths[:, None]) & (slot < self.used)
+        self.bias = torch.zeros(hidden.shape, dtype=self.k[0].dtype, device=lengths.device)
+        self.bias = self.bias.masked_fill(hidden, -torch.inf)[:, None, None]
 
-    def repeat(self, times: int) -> None:
-        """Give each row `times` copies: the prompt's prefill is shared by its group."""
-        self.k, self.v = (x.repeat_interleave(times, 0) for x in (self.k, self.v))
+    def select(self, rows: Tensor) -> None:
+        """Keep the rows with these indices, in this order; an index may stand several times."""
+        for layer in range(len(self.k)):
+            self.k[layer], self.v[layer] = self.k[layer][rows], self.v[layer][rows]
+        if self.bias is not None:
+            self.bias = self.bias[rows]
 
 
 class SwiGLU(nn.Module):
@@ -100,7 +123,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, width: int, inner: int):
         super().__init__()
-        self.gate_proj, self.up_proj = nn.Linear(width, inner, bias=False), nn.Linear(width, inner, bias=False)
+        self.gate_proj = nn.Linear(width, inner, bias=False)
+        self.up_proj = nn.Linear(width, inner, bias=False)
         self.down_proj = nn.Linear(inner, width, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -108,14 +132,18 @@ class SwiGLU(nn.Module):
 
 
 class DecoderLayer(nn.Module):
+    """Pre-norm attention and MLP."""
+
     def __init__(self, c: DecoderConfig):
         super().__init__()
-        self.norm1, self.norm2 = (nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps) for _ in range(2))
+        self.norm1 = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
+        self.norm2 = nn.RMSNorm(c.hidden_size, eps=c.rms_norm_eps)
         self.attn = Attention(c.hidden_size, c.num_attention_heads, c.num_key_value_heads,
                               bias=c.attention_bias or c.qkv_bias, out_bias=c.attention_bias)
         self.mlp = SwiGLU(c.hidden_size, c.intermediate_size)
 
     def forward(self, x: Tensor, **attention) -> Tensor:
+        """x [B, T, C] -> [B, T, C]; keyword arguments go to Attention."""
         x = x + self.attn(self.norm1(x), **attention)
         return x + self.mlp(self.norm2(x))
 
@@ -131,51 +159,75 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.angles: tuple[Tensor, Tensor] | None = None       # cosines and sines of all positions, made once a device
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """positions [B, T] -> cos, sin [B, T, head_dim], angles in float32."""
-        dim = self.config.hidden_size // self.config.num_attention_heads
-        inv_freq = self.config.rope_theta ** (-torch.arange(0, dim, 2, device=positions.device).float() / dim)
-        angle = positions[..., None].float() / self.config.rope_factor * inv_freq          # (B, T, head_dim/2)
-        angle = torch.cat((angle, angle), dim=-1)
-        return angle.cos().to(self.norm.weight.dtype), angle.sin().to(self.norm.weight.dtype)
+        """positions [B, T] -> cos, sin [B, T, head_dim] in the model's type, computed in float32."""
+        weight = self.norm.weight
+        if self.angles is None or self.angles[0].device != weight.device or self.angles[0].dtype != weight.dtype:
+            with torch.inference_mode(False):                  # training reads the same table later
+                self.angles = rotary_table(self.config, weight)
+        return self.angles[0][positions], self.angles[1][positions]
 
-    def forward(self, x: Tensor, positions: Tensor | None = None, caches: list[KVCache] | None = None) -> Tensor:
-        """x [B, T, C] -> [B, T, C]. Without caches: a causal pass over positions 0..T-1. With caches: row b's t-th
-        input stands at positions[b, t] and sees every slot up to it."""
-        if caches is None:
+    def forward(self, x: Tensor, positions: Tensor | None = None, attend: Callable | None = None) -> Tensor:
+        """x [B, T, C] -> hidden states [B, T, C].
+
+        Without `attend`: a causal pass over positions 0..T-1. With it: attend(layer, q, k, v) looks at a cache,
+        and row b's t-th input stands at positions[b, t].
+        """
+        if positions is None:
             positions = torch.arange(x.shape[1], device=x.device)[None]
-            attention = dict(rotary=self.rotary(positions), causal=True)
-        else:
-            keys = int(positions.max()) + 1
-            mask = torch.arange(keys, device=x.device) <= positions[:, None, :, None]      # (B, 1, T, keys)
-            attention = dict(rotary=self.rotary(positions), mask=mask)
+        rotary = self.rotary(positions)
         for i, layer in enumerate(self.layers):
-            if caches is not None:
-                caches[i].at(positions, keys)
-                attention["cache"] = caches[i]
+            attention = {"rotary": rotary, "causal": True}
+            if attend is not None:
+                attention = {"rotary": rotary, "attend": partial(attend, i)}
             if self.checkpointing and torch.is_grad_enabled():
                 x = checkpoint(layer, x, use_reentrant=False, **attention)
             else:
                 x = layer(x, **attention)
         return self.norm(x)
 
+    def prefill(self, rows: list[Tensor], cache: KVCache) -> Tensor:
+        """Run prompts (embeddings [T_b, C] each) into an empty cache -> the state [B, C] at each one's last position."""
+        hidden = self(pad(rows), attend=cache.attend)
+        cache.used = hidden.shape[1]
+        lengths = torch.tensor([len(row) for row in rows], device=hidden.device)
+        if min(map(len, rows)) < cache.used:
+            cache.hide(lengths)
+        return hidden[torch.arange(len(rows), device=hidden.device), lengths - 1]
+
+    def step(self, x: Tensor, positions: Tensor, cache: KVCache) -> Tensor:
+        """Run one more position of each row: x [B, C] at positions [B] -> states [B, C]."""
+        state = self(x[:, None], positions[:, None], cache.attend)[:, 0]
+        cache.used += 1
+        return state
+
+
+def rotary_table(config: DecoderConfig, weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines [context, head_dim] on the device and in the type of `weight`."""
+    dim = config.hidden_size // config.num_attention_heads
+    inv_freq = config.rope_theta ** (-torch.arange(0, dim, 2, device=weight.device).float() / dim)
+    position = torch.arange(config.context, device=weight.device).float() / config.rope_factor
+    angle = torch.outer(position, inv_freq).repeat(1, 2)                                   # (context, head_dim)
+    return angle.cos().to(weight.dtype), angle.sin().to(weight.dtype)
+
 
 # ------------------------------------------------------------------------------------------------------------
 # The image head
 
-
 class DepthTransformer(nn.Module):
     """The D codes of one position, each given the hidden state before it and the codes above it (VILA-U's RQ head).
 
-    Context at depth d: the projected hidden state (d = 0), the projected sum of code vectors 1..d (d > 0).
+    Context at depth d: the projected hidden state (d = 0), or the projected sum of code vectors 1..d (d > 0).
     """
 
     def __init__(self, c: DepthConfig, hidden: int, code_dim: int, depth: int, codebook: int):
         super().__init__()
         self.from_hidden, self.from_codes = nn.Linear(hidden, c.width), nn.Linear(code_dim, c.width)
         self.position = nn.Parameter(torch.zeros(1, depth, c.width))
-        self.blocks = nn.ModuleList(Block(c.width, c.heads, 4 * c.width, "gelu", eps=1e-5) for _ in range(c.layers))
+        self.blocks = nn.ModuleList(Block(c.width, c.heads, 4 * c.width, "gelu", eps=1e-5)
+                                    for _ in range(c.layers))
         self.norm, self.out = nn.LayerNorm(c.width, eps=1e-5), nn.Linear(c.width, codebook)
 
     def forward(self, hidden: Tensor, vectors: Tensor) -> Tensor:
@@ -186,46 +238,49 @@ class DepthTransformer(nn.Module):
             x = block(x, causal=True)
         return self.out(self.norm(x))
 
-    def step(self, d: int, x: Tensor, caches: list[KVCache]) -> Tensor:
-        """One depth with the earlier ones in the caches: x [n, C] (d = 0: hidden state, else the running sum of
-        code vectors) -> logits [n, K]."""
-        x = (self.from_codes if d else self.from_hidden)(x)[:, None] + self.position[:, d:d + 1]
-        at = torch.full((x.shape[0], 1), d, device=x.device)
-        for block, cache in zip(self.blocks, caches):
-            cache.at(at, d + 1)
-            x = block(x, cache=cache)
+    def next_logits(self, d: int, x: Tensor, cache: KVCache) -> Tensor:
+        """Logits [n, K] of depth d, the earlier depths in the cache. x is the hidden state [n, C] at d = 0, else the
+        running sum of code vectors [n, code_dim]."""
+        project = self.from_codes if d else self.from_hidden
+        x = project(x)[:, None] + self.position[:, d:d + 1]
+        for i, block in enumerate(self.blocks):
+            x = block(x, attend=partial(cache.attend, i))
+        cache.used += 1
         return self.out(self.norm(x))[:, 0]
 
 
 # ------------------------------------------------------------------------------------------------------------
 # The distribution that is sampled and scored
 
-
 @dataclass(frozen=True)
 class Sampling:
-    """How a decision is drawn. The defaults are RL's: the model itself (temperature 1, nothing cut, no guidance)."""
-    temperature: float = 1.0     # 0 = greedy
-    top_k: int = 0               # 0 = off
-    top_p: float = 1.0           # 1 = off
-    guidance: float = 1.0        # classifier-free guidance for image codes; 1 = off
+    """How a decision is sampled. The defaults are RL's: the model itself."""
+    temperature: float = 1.0     # 0: greedy
+    top_k: int = 0               # 0: off
+    top_p: float = 1.0           # 1: off
+    guidance: float = 1.0        # classifier-free guidance for image codes; 1: off
 
 
 def guide(cond: Tensor, uncond: Tensor | None, scale: float) -> Tensor:
-    """Classifier-free guidance on logits, at every depth: u + s (c - u), in float32 (VILA-U, Sec. 3; the paper: 3)."""
+    """Classifier-free guidance on logits, at every depth: u + s (c - u), in float32 (VILA-U; the paper uses s = 3).
+
+    Choice: the policy is the distribution that is sampled. With a scale other than 1, scoring runs the
+    unconditional branch too, for policy, old policy and reference alike.
+    """
     cond = cond.float()
     return cond if uncond is None else uncond.float() + scale * (cond - uncond.float())
 
 
 def decision_logp(logits: Tensor, sampling: Sampling) -> Tensor:
-    """logits [..., V] -> log-probabilities [..., V] of the distribution decisions are drawn from, float32.
+    """logits [..., V] -> log-probabilities [..., V] of the distribution that decisions come from, float32.
 
-    Temperature, then top-k, then top-p with the crossing token kept, as VILA-U's code sampler orders them. What is
-    cut has -inf: the scorer must see the same zeros as the sampler.
+    Temperature, then top-k, then top-p with the crossing token kept: the order of VILA-U's code sampler.
+    Choice: sampler and scorer call this one function. What is cut has -inf in both.
     """
     logits = logits.float()
     if sampling.temperature == 0:
-        only = torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-        return only.log()
+        best = torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
+        return best.log()
     logits = logits / sampling.temperature
     if 0 < sampling.top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[..., -1:], -torch.inf)
@@ -236,37 +291,57 @@ def decision_logp(logits: Tensor, sampling: Sampling) -> Tensor:
     return logits.log_softmax(-1)
 
 
-def sample_index(logp: Tensor, generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-    """log-probabilities [n, V] -> drawn index [n] and its log-probability [n]. Drawn on the generator's device, so
-    that a seed gives the same answers wherever the model runs."""
-    device = generator.device if generator is not None else logp.device
-    index = torch.multinomial(logp.exp().to(device), 1, generator=generator).to(logp.device)
+def sample_index(logp: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
+    """log-probabilities [n, V] and a uniform number in [0, 1) for each row -> sampled index [n], its logp [n].
+
+    The index is where the cumulative distribution passes the uniform number, found where the model runs.
+    Choice: a decision's random number belongs to its answer, position and depth. So a seed gives the same answers
+    on every device and in every batch, but where a number lies within rounding of a boundary.
+    """
+    mass = logp.exp().cumsum(-1)
+    target = uniform * (1 - 2 ** -22) * mass[:, -1]            # less than the whole mass even after rounding
+    index = torch.searchsorted(mass, target[:, None], right=True)          # first index whose mass exceeds the target
     return index[:, 0], logp.gather(-1, index)[:, 0]
 
 
 # ------------------------------------------------------------------------------------------------------------
 # The unified model
 
-
 @dataclass
 class Trajectory:
     """One sampled answer. Positions are the answer's, the prompt is kept beside them.
 
-    `mask` is True for what the policy decided (every sampled text token, closing tags and </s> included, and every
-    sampled code); it is recorded while sampling, never inferred from ids.
+    Choice: every sampled text token (closing tags and </s> included) is one decision, every sampled code is one;
+    prompt and padding are none. `mask` is recorded while sampling, it is never inferred from ids.
     """
     prompt: Sequence
     tokens: Tensor                # [T, D] int64
     is_image: Tensor              # [T] bool
-    mask: Tensor                  # [T, D] bool
+    mask: Tensor                  # [T, D] bool, True on decisions
     logp: Tensor                  # [T, D] float32, under the sampled distribution
     truncated: bool               # ended by the length budget instead of </s>
+
+
+def as_batch(trajectories: list[Trajectory], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Prompts and answers as one batch padded on the right -> tokens [B, T, D], is_image [B, T], mask and logp
+    [B, T, D]; mask is False and logp 0 on prompts and padding."""
+    columns = []
+    for t in trajectories:
+        before = (len(t.prompt), t.mask.shape[1])
+        columns.append((torch.cat((t.prompt.tokens, t.tokens)), torch.cat((t.prompt.is_image, t.is_image)),
+                        torch.cat((t.mask.new_zeros(before), t.mask)),
+                        torch.cat((t.logp.new_zeros(before), t.logp))))
+    tokens, is_image, mask, logp = (pad(list(column)).to(device) for column in zip(*columns))
+    return tokens, is_image, mask, logp
 
 
 def by_modality(mask: Tensor, is_image: Tensor) -> tuple[Tensor, Tensor]:
     """Decisions mask [B, T, D] and is_image [B, T] -> text decisions and image decisions, [B, T, D] each."""
     image = mask & is_image[..., None]
     return mask & ~image, image
+
+
+TEXT, IMAGE, ENDED = 0, 1, 2      # what a row of `generate` does at a position
 
 
 class UnifiedModel(nn.Module):
@@ -280,10 +355,12 @@ class UnifiedModel(nn.Module):
         self.depth = DepthTransformer(depth, decoder.hidden_size, vision.width, vision.depth, vision.codebook_size)
         self.vision = ImageTokenizer(vision).requires_grad_(False)   # trained by itself, then fixed: codes are targets
         self.depth_config, self.vision_config = depth, vision
-        self.text: TextTokenizer = None                              # set by load / the warm-up
+        # Whoever builds the model sets these: `load`, or the warm-up for a model from nothing.
+        self.text: TextTokenizer = None
         self.system_prompt = VICUNA
-        self.source, self.quantize = "", "none"                      # what the weights were loaded from, and how
-        self.adapter: dict | None = None                             # rank and alpha, if there are adapters
+        self.configs: dict[str, dict] = {}               # the published config.json files, by folder
+        self.source, self.quantize = "", "none"          # what the weights were loaded from, and how
+        self.adapter: dict | None = None                 # rank and alpha, if there are adapters
 
     @property
     def device(self) -> torch.device:
@@ -293,45 +370,50 @@ class UnifiedModel(nn.Module):
         """What warm-up and GRPO train: decoder, both heads and projector, or adapters; never the image tokenizer."""
         return [p for p in self.parameters() if p.requires_grad]
 
-    # -- hidden states ---------------------------------------------------------------------------------------------
+    # -- hidden states
 
     def embed(self, tokens: Tensor, is_image: Tensor) -> Tensor:
         """tokens [B, T, D], is_image [B, T] -> input embeddings [B, T, C]. An image position enters as the projected
         sum of its code vectors, whether it was given or generated."""
         x = self.decoder.embed(tokens[..., 0].masked_fill(is_image, 0))
         if is_image.any():
-            picture = self.projector(self.vision.vectors(tokens[is_image]).sum(-2))        # (n, C)
-            x = x.index_put((is_image,), picture.to(x.dtype))
+            x = x.index_put((is_image,), self.embed_codes(tokens[is_image]).to(x.dtype))
         return x
+
+    def embed_codes(self, codes: Tensor) -> Tensor:
+        """codes [n, D] -> input embeddings [n, C]."""
+        return self.projector(self.vision.vectors(codes).sum(-2))
 
     def forward(self, tokens: Tensor, is_image: Tensor) -> Tensor:
         """Hidden states [B, T, C] of whole sequences, padded on the right (a causal model never sees the padding)."""
         return self.decoder(self.embed(tokens, is_image))
 
-    # -- scoring ---------------------------------------------------------------------------------------------------
+    # -- scoring
 
     def log_probs(self, tokens: Tensor, is_image: Tensor, mask: Tensor, sampling: Sampling = Sampling()) -> Tensor:
-        """THE scoring function: log-probability of every decision under the distribution it is drawn from.
+        """THE scoring function: log-probability of every decision under the distribution it is sampled from.
 
-        tokens [B, T, D] int64, is_image [B, T], mask [B, T, D] bool (True = score it; images whole or not at all)
-        -> [B, T, D] float32, 0 where mask is False. A code that truncation has cut since it was drawn has -inf.
+        tokens [B, T, D] int64, is_image [B, T], mask [B, T, D] bool (True: score it; images whole or not at all)
+        -> [B, T, D] float32, 0 where mask is False. A code that truncation has cut since it was sampled has -inf.
         """
         before = self.forward(tokens, is_image)[:, :-1]        # alignment: the state one place before predicts
         logp = torch.zeros(tokens.shape, device=tokens.device)
-        text = mask[:, :, 0] & ~is_image
+        text = mask[:, :, 0] & ~is_image                                                   # (B, T)
         if text.any():
-            at = decision_logp(self.decoder.lm_head(before[text[:, 1:]]), sampling)          # (n, V)
-            logp = logp.index_put((*text.nonzero().T, torch.zeros_like(tokens[..., 0][text])),
-                                  at.gather(-1, tokens[text][:, :1])[:, 0])
-        image = mask[:, :, 0] & is_image
+            chances = decision_logp(self.decoder.lm_head(before[text[:, 1:]]), sampling)   # (n, V)
+            column = torch.zeros_like(mask)
+            column[..., 0] = text
+            logp = logp.masked_scatter(column, chances.gather(-1, tokens[text][:, :1]))
+        image = mask[:, :, 0] & is_image                                                   # (B, T)
         if image.any():
             codes = tokens[image]                                                          # (n, D)
             vectors = self.vision.vectors(codes)
             uncond = None
             if sampling.guidance != 1:
                 uncond = self.depth(self.unconditional(codes), vectors)
-            at = decision_logp(guide(self.depth(before[image[:, 1:]], vectors), uncond, sampling.guidance), sampling)
-            logp = logp.index_put((image,), at.gather(-1, codes[..., None])[..., 0])       # (n, D)
+            logits = guide(self.depth(before[image[:, 1:]], vectors), uncond, sampling.guidance)
+            chances = decision_logp(logits, sampling)                                      # (n, D, K)
+            logp = logp.index_put((image,), chances.gather(-1, codes[..., None])[..., 0])
         return logp
 
     def unconditional(self, codes: Tensor) -> Tensor:
@@ -345,109 +427,162 @@ class UnifiedModel(nn.Module):
         hidden = self.forward(tokens, is_image.expand(len(images), -1))
         return hidden[:, -N - 1:-1].flatten(0, 1)
 
-    # -- sampling --------------------------------------------------------------------------------------------------
+    # -- sampling
 
-    @torch.no_grad()
     def generate(self, prompts: list[Sequence], group: int = 1, budget: int = 512, sampling: Sampling = Sampling(),
-                 generator: torch.Generator | None = None) -> list[Trajectory]:
-        """Interleaved answers: `group` for each prompt, in order. Rows are in different modes at the same time.
+                 seeds: list[tuple] | None = None, rows: int = 0) -> list[Trajectory]:
+        """Interleaved answers: `group` for each prompt, in order.
 
-        A row in text mode draws a token; <im_start> switches it to image mode for exactly N positions of D codes; then
-        it is in text mode again and has to choose <im_end> itself. A row ends at </s> or after `budget` positions; an
-        image that does not fit any more is not started and the row ends as truncated. Nothing is forced but the prompt
-        (which may end in <im_start>: then the answer starts with an image).
-        Raises UserError where a prompt and its budget exceed the decoder's context, or the budget holds no image that
-        a prompt opens.
+        A row in text mode samples a token. <im_start> switches it to image mode for exactly N positions of D codes,
+        then it is in text mode again and has to choose <im_end> itself. It ends at </s> or after `budget` positions;
+        an image that does not fit any more is not started, and the row ends as truncated. Nothing is forced but the
+        prompt (which may end in <im_start>: then the answer starts with an image).
+        Choice: what the policy should learn, closing tags included, is its own decision.
+
+        seeds: one tuple for each prompt, by default its place in the list. Answer g of prompt p follows from
+        (*seeds[p], g) alone: neither the batch nor `rows` nor the device changes it.
+        rows: answers in memory at a time (0: all).
+        Raises UserError where a prompt and its budget exceed the decoder's context, or where the budget holds no
+        image that a prompt opens.
         """
-        N, D, device = self.vision_config.positions, self.vision_config.depth, self.device
-        longest = max(len(p) for p in prompts)
-        if budget < 1 or longest + budget > self.decoder.config.context:
+        N, D, context = self.vision_config.positions, self.vision_config.depth, self.decoder.config.context
+        longest = max(map(len, prompts))
+        if budget < 1 or longest + budget > context:
             raise UserError(f"a prompt of {longest} positions and an answer of up to {budget} exceed the decoder's "
-                            f"context of {self.decoder.config.context}: shorten the prompt or lower --budget")
-        caches = [KVCache(longest + budget) for _ in self.decoder.layers]
-        state = self.prefill(prompts, caches).repeat_interleave(group, 0)                  # (B, C)
-        for cache in caches:
-            cache.repeat(group)
-        rows = len(state)
-        place = torch.tensor([len(p) for p in prompts], device=device).repeat_interleave(group)   # next position
-        if sampling.guidance != 1:
-            empty = self.unconditional_prompt().to(device)
-            blank_caches = [KVCache(len(empty) + N) for _ in self.decoder.layers]
-            blank_start = self.prefill([empty], blank_caches).expand(rows, -1)             # predicts an image's start
-            for cache in blank_caches:
-                cache.repeat(rows)
-            blank = blank_start
-        alive = torch.ones(rows, dtype=torch.bool, device=device)
-        drawing = torch.tensor([int(p.tokens[-1, 0]) == self.text.id(IMAGE_START) for p in prompts], device=device)
-        if drawing.any() and budget < N:
+                            f"context of {context}: shorten the prompt or lower --budget")
+        if budget < N and any(self.opens_image(prompt) for prompt in prompts):
             raise UserError(f"an image takes {N} positions, but the budget is {budget}: raise --budget")
-        left = N * drawing.repeat_interleave(group).long()                                 # image positions to come
-        truncated = torch.zeros(rows, dtype=torch.bool, device=device)
-        columns = []
+        seeds = seeds or [(p,) for p in range(len(prompts))]
+        answers = [(p, torch.rand(budget, D, generator=seeded(*seeds[p], g)))
+                   for p in range(len(prompts)) for g in range(group)]
+        trajectories = []
+        for start in range(0, len(answers), rows or len(answers)):
+            places, uniforms = zip(*answers[start:start + (rows or len(answers))])
+            first = places[0]
+            part, index = prompts[first:places[-1] + 1], torch.tensor(places) - first
+            columns = self.sample_rows(part, index, torch.stack(uniforms), sampling)
+            for p, tokens, logp, mode, truncated in zip(places, *(column.cpu().clone() for column in columns)):
+                n = int((mode != ENDED).sum())
+                tokens, logp, is_image = tokens[:n], logp[:n], mode[:n] == IMAGE
+                decisions = is_image[:, None] | (torch.arange(D) == 0)                     # D codes, or one token
+                trajectories.append(Trajectory(prompts[p], tokens, is_image, decisions, logp, bool(truncated)))
+        return trajectories
+
+    @torch.inference_mode()
+    def sample_rows(self, prompts: list[Sequence], index: Tensor, uniform: Tensor, sampling: Sampling
+                    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The loop of `generate`, one position of every row at a time. Rows that have ended leave the batch.
+
+        prompts [P], index [B] which of them each row answers, uniform [B, budget, D] its random numbers
+        -> tokens [B, budget, D], logp [B, budget, D], mode [B, budget] (TEXT, IMAGE, ENDED), truncated [B].
+        """
+        (B, budget, D), device = uniform.shape, self.device
+        index, uniform = index.to(device), uniform.to(device)
+        kv = KVCache(len(self.decoder.layers), max(map(len, prompts)) + budget)
+        state = self.prefill(prompts, kv)[index]                                           # (B, C)
+        kv.select(index)                                       # the prompt's keys and values serve its whole group
+        place = torch.tensor([len(prompt) for prompt in prompts], device=device)[index]    # (B,) next position
+        opens = torch.tensor([self.opens_image(prompt) for prompt in prompts], device=device)[index]
+        left = self.vision_config.positions * opens                                        # (B,) of its image
+        mode = torch.where(opens, IMAGE, TEXT)                                             # (B,)
+        answer = torch.arange(B, device=device)                # which answer a row of the batch writes
+        uncond = Unconditional(self, B) if sampling.guidance != 1 else None
+        all_tokens = torch.zeros(B, budget, D, dtype=torch.long, device=device)
+        all_logp = torch.zeros(B, budget, D, device=device)
+        all_modes = torch.full((B, budget), ENDED, device=device)
+        truncated = torch.zeros(B, dtype=torch.bool, device=device)
+        modes, answers = mode.tolist(), list(range(B))         # the same on the CPU
         for t in range(budget):
-            text, image = alive & (left == 0), alive & (left > 0)
-            tokens = torch.zeros(rows, D, dtype=torch.long, device=device)
-            logp = torch.zeros(rows, D, device=device)
-            if text.any():
-                tokens[text, 0], logp[text, 0] = sample_index(decision_logp(self.decoder.lm_head(state[text]), sampling),
-                                                      generator)
-            if image.any():
-                tokens[image], logp[image] = self.draw_codes(
-                    state[image], blank[image] if sampling.guidance != 1 else None, sampling, generator)
-            decided = text[:, None] & (torch.arange(D, device=device) == 0) | image[:, None]
-            columns.append((tokens, image, decided, logp))
-            opens = text & (tokens[:, 0] == self.text.id(IMAGE_START))
-            ends = text & (tokens[:, 0] == self.text.id("</s>"))
-            cut = alive & ~ends & ((t + 1 == budget) | (opens & (t + 1 + N > budget)))
-            truncated |= cut
-            alive = alive & ~ends & ~cut
-            if not alive.any():
+            text, image, _ = mode.argsort(stable=True).split([modes.count(m) for m in (TEXT, IMAGE, ENDED)])
+            blank = None
+            if uncond:
+                blank = uncond.states(answer[image], [a for a, m in zip(answers, modes) if m == IMAGE])
+            tokens, logp = self.decide(state, text, image, blank, uniform[answer, t], sampling)
+            all_tokens[answer, t], all_logp[answer, t], all_modes[answer, t] = tokens, logp, mode
+            x = self.embed_sampled(tokens, image)                                          # (B, C)
+            codes = x[image]                                                               # (n_image, C)
+            mode, left, cut = self.next_mode(tokens[:, 0], mode, left, budget - t - 1)
+            truncated[answer] |= cut
+            modes = mode.tolist()                              # the one wait for the device
+            alive = len(modes) - modes.count(ENDED)
+            if not alive:
                 break
-            x = self.embed(tokens[:, None], image[:, None])                                # (B, 1, C)
-            state = self.decoder(x, place[:, None], caches)[:, 0]
-            if sampling.guidance != 1 and image.any():      # the other branch sees the codes and nothing else
-                at = (len(empty) + (N - left).clamp(min=0) * image)[:, None]
-                blank = torch.where(image[:, None], self.decoder(x, at, blank_caches)[:, 0], blank)
-            left = torch.where(opens, N, left - image.long())
-            if sampling.guidance != 1:
-                blank = torch.where(opens[:, None], blank_start, blank)
-            place = place + alive.long()
-        tokens, is_image, mask, logp = (torch.stack(c, 1).cpu() for c in zip(*columns))    # (B, T, ...)
-        lengths = mask[:, :, 0].sum(1).tolist()
-        return [Trajectory(prompts[b // group], tokens[b, :n], is_image[b, :n], mask[b, :n], logp[b, :n],
-                           bool(truncated[b])) for b, n in enumerate(lengths)]
+            if alive <= COMPACT * len(modes):
+                keep = (mode == ENDED).long().argsort(stable=True)[:alive]
+                kv.select(keep)
+                x, mode, left, place, answer = (column[keep] for column in (x, mode, left, place, answer))
+                answers = [a for a, m in zip(answers, modes) if m != ENDED]
+                modes = [m for m in modes if m != ENDED]
+            state = uncond.step(x, codes, place, kv) if uncond else self.decoder.step(x, place, kv)
+            place = place + 1
+        return all_tokens, all_logp, all_modes, truncated
 
-    def prefill(self, prompts: list[Sequence], caches: list[KVCache]) -> Tensor:
+    def prefill(self, prompts: list[Sequence], kv: KVCache) -> Tensor:
         """Write the prompts' keys and values; the state [P, C] at each prompt's last position predicts its answer."""
-        tokens, is_image = pad([p.tokens for p in prompts]), pad([p.is_image for p in prompts])
-        tokens, is_image = tokens.to(self.device), is_image.to(self.device)
-        positions = torch.arange(tokens.shape[1], device=self.device).expand(len(prompts), -1)
-        hidden = self.decoder(self.embed(tokens, is_image), positions, caches)
-        last = torch.tensor([len(p) - 1 for p in prompts], device=self.device)
-        return hidden[torch.arange(len(prompts), device=self.device), last]
+        prompts = [prompt.to(self.device) for prompt in prompts]
+        return self.decoder.prefill([self.embed(p.tokens, p.is_image) for p in prompts], kv)
 
-    def draw_codes(self, state: Tensor, blank: Tensor | None, sampling: Sampling,
-                   generator: torch.Generator | None) -> tuple[Tensor, Tensor]:
-        """D codes for each row, depth by depth: state [n, C] -> codes [n, D], logp [n, D]. `blank` is the state of the
-        unconditional branch; both branches go on with the same code."""
-        n, both = len(state), state if blank is None else torch.cat((state, blank))
-        caches = [KVCache(self.vision_config.depth) for _ in self.depth.blocks]
-        codes, logps, x, total = [], [], both, 0
+    def embed_sampled(self, tokens: Tensor, image: Tensor) -> Tensor:
+        """tokens [B, D] of one position, `image` the indices of its image rows -> input embeddings [B, C]."""
+        x = self.decoder.embed(tokens[:, 0].index_fill(0, image, 0))
+        if len(image):
+            x[image] = self.embed_codes(tokens[image]).to(x.dtype)
+        return x
+
+    def decide(self, state: Tensor, text: Tensor, image: Tensor, blank: Tensor | None, uniform: Tensor,
+               sampling: Sampling) -> tuple[Tensor, Tensor]:
+        """Sample one position of each row: a token for the rows `text`, D codes for the rows `image`.
+
+        state [B, C], blank [n_image, C] the unconditional states of the image rows, uniform [B, D]
+        -> tokens [B, D], logp [B, D], 0 where nothing is decided.
+        """
+        tokens = torch.zeros(uniform.shape, dtype=torch.long, device=state.device)
+        logp = torch.zeros(uniform.shape, device=state.device)
+        if len(text):
+            chances = decision_logp(self.decoder.lm_head(state[text]), sampling)           # (n_text, V)
+            tokens[text, 0], logp[text, 0] = sample_index(chances, uniform[text, 0])
+        if len(image):
+            tokens[image], logp[image] = self.sample_codes(state[image], blank, uniform[image], sampling)
+        return tokens, logp
+
+    def next_mode(self, token: Tensor, mode: Tensor, left: Tensor, room: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What each row does next: its first code or token [B], its mode [B], the positions left of its image [B] and
+        the room left in its budget -> mode [B], left [B], cut [B] (ended by the budget)."""
+        N = self.vision_config.positions
+        opens = (mode == TEXT) & (token == self.text.id(IMAGE_START))
+        ends = (mode == TEXT) & (token == self.text.id("</s>"))
+        left = torch.where(opens, N, left - (mode == IMAGE).long())
+        cut = (mode != ENDED) & ~ends
+        if room:
+            cut = cut & opens & (room < N)
+        following = torch.where(left > 0, IMAGE, TEXT)
+        return torch.where((mode == ENDED) | ends | cut, ENDED, following), left, cut
+
+    def sample_codes(self, state: Tensor, blank: Tensor | None, uniform: Tensor, sampling: Sampling
+                     ) -> tuple[Tensor, Tensor]:
+        """D codes for each row, depth by depth: state [n, C], uniform [n, D] -> codes [n, D], logp [n, D].
+
+        blank [n, C]: the states of the unconditional branch. Both branches go on with the same code."""
+        n, x = len(state), state if blank is None else torch.cat((state, blank))
+        cache, total = KVCache(len(self.depth.blocks), self.vision_config.depth), 0
+        codes, logps = [], []
         for d in range(self.vision_config.depth):
-            logits = self.depth.step(d, x, caches)
+            logits = self.depth.next_logits(d, x, cache)
             logits = guide(logits[:n], None if blank is None else logits[n:], sampling.guidance)
-            code, logp = sample_index(decision_logp(logits, sampling), generator)
-            codes.append(code), logps.append(logp)
+            code, logp = sample_index(decision_logp(logits, sampling), uniform[:, d])
+            codes.append(code)
+            logps.append(logp)
             total = total + self.vision.quantizer.codebook(d)[code]                        # running sum (n, code_dim)
             x = total if blank is None else torch.cat((total, total))
         return torch.stack(codes, 1), torch.stack(logps, 1)
 
-    # -- prompts ---------------------------------------------------------------------------------------------------
+    # -- prompts and pictures
 
     def prompt(self, text: str, codes: list[Tensor] = (), draw: bool = False) -> Sequence:
-        """A user's turn in the chat template (vicuna_v1), `<image>` marks replaced by the given pictures' codes
-        [N, D], each inside <im_start> <im_end>. `draw` ends it with <im_start>: text-to-image. Raises UserError where
-        marks and pictures differ in number."""
+        """A user's turn in the chat template (vicuna_v1). Each `<image>` mark becomes the codes [N, D] of the next
+        picture inside <im_start> <im_end>. `draw` ends it with <im_start>: text-to-image.
+
+        Raises UserError where marks and pictures differ in number."""
         if text.count("<image>") != len(codes):
             raise UserError(f"the prompt has {text.count('<image>')} <image> marks for {len(codes)} pictures: "
                             f"{text[:80]!r}")
@@ -468,37 +603,100 @@ class UnifiedModel(nn.Module):
         """What guidance compares with: an empty message, then <im_start>."""
         return self.prompt("", draw=True)
 
+    def opens_image(self, prompt: Sequence) -> bool:
+        """Does the answer to this prompt start with an image?"""
+        return bool(not prompt.is_image[-1] and prompt.tokens[-1, 0] == self.text.id(IMAGE_START))
+
     @torch.no_grad()
     def decode_pictures(self, codes: Tensor) -> np.ndarray:
         """codes [n, N, D] -> uint8 [n, H, W, 3]. Equal pictures are decoded once."""
         if not len(codes):
             return np.zeros((0, self.vision_config.image_size, self.vision_config.image_size, 3), np.uint8)
         unique, index = torch.unique(codes, dim=0, return_inverse=True)
-        drawn = [to_pictures(self.vision.decode(part.to(self.device))) for part in unique.split(64)]
-        return np.concatenate(drawn)[index.cpu().numpy()]
+        pictures = [to_pictures(self.vision.decode(part.to(self.device))) for part in unique.split(64)]
+        return np.concatenate(pictures)[index.cpu().numpy()]
 
     @torch.no_grad()
     def encode_pictures(self, pictures: list[np.ndarray | Image.Image], crop: bool = False) -> Tensor:
-        """Pictures of any size -> codes [n, N, D]; squashed or cropped to the square first."""
-        pixels = [torch.stack([preprocess(p, self.vision_config.image_size, crop) for p in pictures[i:i + 64]])
-                  for i in range(0, len(pictures), 64)]
-        dtype = self.projector[0].weight.dtype
-        return torch.cat([self.vision.encode(p.to(self.device, dtype)).cpu() for p in pixels])
+        """Pictures of any size -> codes [n, N, D]; resized to a square, or cropped to one first."""
+        dtype, codes = self.projector[0].weight.dtype, []
+        for i in range(0, len(pictures), 64):
+            pixels = [preprocess(p, self.vision_config.image_size, crop) for p in pictures[i:i + 64]]
+            codes.append(self.vision.encode(torch.stack(pixels).to(self.device, dtype)).cpu())
+        return torch.cat(codes)
 
     def read_answers(self, trajectories: list[Trajectory]) -> list[Answer]:
         """Trajectories as judges and people read them: segments with their texts and decoded pictures."""
         answers = [parse_answer(t.tokens, t.is_image, self.text) for t in trajectories]
-        drawn = [s for a in answers for s in a.segments if s.codes is not None]
-        if drawn:
-            for segment, picture in zip(drawn, self.decode_pictures(torch.stack([s.codes for s in drawn]))):
+        images = [s for a in answers for s in a.segments if s.codes is not None]
+        if images:
+            for segment, picture in zip(images, self.decode_pictures(torch.stack([s.codes for s in images]))):
                 segment.picture = picture
         return answers
+
+
+COMPACT = 0.75       # ended rows leave the batch once this share of its rows, or less, is alive
+
+
+class Unconditional:
+    """The branch that guidance compares with: for each row that is in image mode, the empty prompt and the codes of
+    its image so far. It is the second half of the decoder's pass; rows in text mode have no part in it."""
+
+    def __init__(self, model: UnifiedModel, answers: int):
+        prompt = model.unconditional_prompt()
+        self.decoder, self.length = model.decoder, len(prompt)
+        self.cache = KVCache(len(model.decoder.layers), len(prompt) + model.vision_config.positions)
+        self.start = model.prefill([prompt], self.cache)       # (1, C) predicts an image's first position
+        self.state, self.slot = self.start[:0], torch.zeros(0, dtype=torch.long, device=model.device)
+        self.seat = torch.zeros(answers, dtype=torch.long, device=model.device)   # an answer's row in the cache; 0: none
+        self.drawing: list[int] = []                           # the answers that have one
+
+    def states(self, answers: Tensor, drawing: list[int]) -> Tensor:
+        """States [n, C] of the answers (indices [n], on the device and as a list) that are in image mode now."""
+        if drawing != self.drawing:
+            seat = self.seat[answers]                          # 0, the empty prompt alone, where an image has opened
+            self.cache.select(torch.cat((seat.new_zeros(1), seat)))
+            self.state = torch.cat((self.start, self.state))[seat]
+            self.slot = torch.cat((self.slot.new_full((1,), self.length), self.slot))[seat]
+            self.seat.zero_()
+            self.seat[answers] = torch.arange(1, len(drawing) + 1, device=seat.device)
+            self.drawing = drawing
+        return self.state
+
+    def step(self, x: Tensor, codes: Tensor, place: Tensor, kv: KVCache) -> Tensor:
+        """One decoder pass over x [B, C] at `place` [B] and, behind it, the codes of the image rows [n, C] in this
+        branch -> states [B, C]; this branch's own are kept."""
+        B, n = len(x), len(codes)
+        rows = torch.arange(1, n + 1, device=x.device)
+        seen = torch.arange(self.cache.slots, device=x.device) <= self.slot[:, None, None, None]    # (n, 1, 1, slots)
+
+        def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            y = kv.attend(layer, q[:B], k[:B], v[:B])
+            if not n:
+                return y
+            keys, values = self.cache.k[layer], self.cache.v[layer]
+            keys[rows, :, self.slot], values[rows, :, self.slot] = k[B:, :, 0], v[B:, :, 0]
+            own = F.scaled_dot_product_attention(q[B:], keys[1:], values[1:], attn_mask=seen,
+                                                 enable_gqa=q.shape[1] != k.shape[1])
+            return torch.cat((y, own))
+        state = self.decoder(torch.cat((x, codes))[:, None], torch.cat((place, self.slot))[:, None], attend)[:, 0]
+        kv.used += 1
+        self.slot = self.slot + 1
+        self.state = state[B:]
+        return state[:B]
 
 
 def chat(text: str, system: str) -> str:
     """The conversation template of the published model (vicuna_v1) with one user turn. An empty message is treated
     like a missing one, as there: nothing stands between 'USER:' and 'ASSISTANT:'."""
     return f"{system} USER: {text} ASSISTANT:" if text.strip() else f"{system} USER:ASSISTANT:"
+
+
+def check_budget(policy: UnifiedModel, budget: int, name: str) -> None:
+    """Refuse a budget without room for an image. Raises UserError."""
+    if budget < policy.vision_config.positions:
+        raise UserError(f"--budget {budget}: one image of {name} takes {policy.vision_config.positions} positions, "
+                        f"expected more than that for each step")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -510,34 +708,42 @@ NF4 = torch.tensor([-1.0, -0.6961928009986877, -0.5250730514526367, -0.394917488
                     -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
                     0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
                     0.7229568362236023, 1.0])
-NF4_BOUNDS = (NF4[1:] + NF4[:-1]) / 2                                       # a value between two goes to the nearer one
-NF4_PAIRS = torch.stack((NF4.repeat_interleave(16), NF4.repeat(16)), 1)     # [256, 2]: what a byte holds
+
+
+@cache
+def nf4_tables(device: torch.device) -> tuple[Tensor, Tensor]:
+    """The bounds [15] between neighbouring values and the pairs [256, 2] that a byte stands for, once a device."""
+    with torch.inference_mode(False):
+        bounds = (NF4[1:] + NF4[:-1]) / 2                      # a weight between two values goes to the nearer one
+        pairs = torch.stack((NF4.repeat_interleave(16), NF4.repeat(16)), 1)
+        return bounds.to(device), pairs.to(device)
 
 
 def to_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
     """weight, any shape of n values -> bytes uint8 [n / 2], two 4-bit codes each, the first in the high bits, and
-    scales float32 [n / 64]. bitsandbytes' quantize_4bit(quant_type="nf4", blocksize=64), value for value."""
+    scales float32 [n / 64]. Equals bitsandbytes' quantize_4bit(quant_type="nf4", blocksize=64), value for value."""
     blocks = weight.reshape(-1, NF4_BLOCK)
     scales = blocks.abs().amax(1).float()
     codes = torch.empty(blocks.shape, dtype=torch.uint8, device=weight.device)
+    bounds, _ = nf4_tables(weight.device)
     for code, block, scale in zip(*(x.split(2 ** 16) for x in (codes, blocks, scales))):     # 4 M values at a time
         scaled = block.float() * (1 / scale.clamp(min=1e-38))[:, None]
-        code.copy_(torch.bucketize(scaled, NF4_BOUNDS.to(weight.device), out_int32=True))
+        code.copy_(torch.bucketize(scaled, bounds, out_int32=True))
     codes = codes.view(-1, 2)
     return codes[:, 0] << 4 | codes[:, 1], scales
 
 
 def from_nf4(packed: Tensor, scales: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """What `to_nf4` gave -> weight [out, in]. Computed in float32, then rounded to `dtype`."""
+    """The inverse of `to_nf4` -> weight [out, in]. Computed in float32, then rounded to `dtype`."""
     weight = torch.empty(len(scales), NF4_BLOCK, dtype=dtype, device=packed.device)
-    pairs = NF4_PAIRS.to(packed.device)
+    _, pairs = nf4_tables(packed.device)
     for part, bytes_, scale in zip(weight.split(2 ** 16), packed.split(2 ** 21), scales.split(2 ** 16)):
         part.copy_(pairs.index_select(0, bytes_.int()).view(-1, NF4_BLOCK).mul_(scale[:, None]))
     return weight.view(shape)
 
 
 class NF4Product(torch.autograd.Function):
-    """x W^T for a W in 4 bits, which the backward pass unpacks again: in full, one layer's exists at a time."""
+    """x W^T for a W in 4 bits. The backward pass unpacks it again: only one layer's full weight exists at a time."""
 
     @staticmethod
     def forward(ctx, x: Tensor, packed: Tensor, scales: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -557,7 +763,8 @@ class NF4Linear(nn.Module):
         super().__init__()
         self.out_features, self.in_features = weight.shape
         packed, scales = to_nf4(weight)
-        self.register_buffer("packed", packed), self.register_buffer("scales", scales)
+        self.register_buffer("packed", packed)
+        self.register_buffer("scales", scales)
         self.bias, self.dtype = bias, weight.dtype
 
     @property
@@ -583,16 +790,19 @@ class LoRALinear(nn.Module):
         return self.base(x) + self.scale * F.linear(F.linear(x, self.a.to(x.dtype)), self.b.to(x.dtype))
 
     def merged(self) -> nn.Linear:
-        """One plain layer that does the same."""
+        """One plain layer with the same output."""
         weight = self.base.weight
-        return plain_linear((weight.float() + self.scale * self.b @ self.a).to(weight.dtype), self.base.bias)
+        linear = nn.Linear(self.base.in_features, self.base.out_features, bias=False, device="meta")
+        linear.weight = nn.Parameter((weight.float() + self.scale * self.b @ self.a).to(weight.dtype))
+        linear.bias = self.base.bias
+        return linear
 
 
 class AddedRows(nn.Module):
-    """A frozen embedding or lm_head [V, C] with own, trained rows for the added tokens `ids`.
+    """A frozen embedding or lm_head [V, C] with trained rows of their own for the added tokens `ids`.
 
-    Choice: <think> and </think> start as the same mean row. Adapters inside the layers could never tell them apart,
-    neither read nor written, so these rows (two of 32,006) are trained along.
+    Choice: <think> and </think> start as the mean row. The two rows start equal, so adapters inside the layers could
+    never distinguish the tokens, as input or as output. We therefore train these two rows (of 32,006) as well.
     """
 
     def __init__(self, base: nn.Embedding | nn.Linear, ids: list[int]):
@@ -609,24 +819,22 @@ class AddedRows(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         y = self.base(x)
         if isinstance(self.base, nn.Linear):                                               # logits [..., V]
-            ids = torch.tensor(self.ids, device=x.device)
-            return y.index_copy(-1, ids, F.linear(x, self.rows.to(x.dtype)))
+            own = F.linear(x, self.rows.to(x.dtype))
+            for n, i in enumerate(self.ids):
+                y[..., i] = own[..., n]
+            return y
         for i, row in zip(self.ids, self.rows):                                            # embeddings [..., C]
             y = torch.where((x == i)[..., None], row.to(y.dtype), y)
         return y
 
 
-def plain_linear(weight: Tensor, bias: Tensor | None = None) -> nn.Linear:
-    """nn.Linear around a weight that is there already."""
-    linear = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
-    linear.weight, linear.bias = nn.Parameter(weight), bias
-    return linear
+def prepare_training(model: UnifiedModel, rank: int, alpha: float, seed: int = 0) -> None:
+    """Prepare for training. Rank 0: cast the whole policy to float32 (Adam's steps vanish in bfloat16) and train it.
+    Otherwise freeze it and add adapters to every linear layer of the decoder; a model that was loaded with adapters
+    keeps them.
 
-
-def prepare_training(model: "UnifiedModel", rank: int, alpha: float, seed: int = 0) -> None:
-    """Decide what is trained, in float32 (Adam's steps are too small for bfloat16): with rank 0 the whole policy, else
-    an adapter on every linear layer of the decoder, everything else frozen. A model that was loaded with its adapters
-    keeps them. Raises UserError where it has others than asked for."""
+    Raises UserError where the model has other adapters than asked for, or 4-bit weights are to be trained.
+    """
     if model.adapter and rank and model.adapter != {"rank": rank, "alpha": alpha}:
         raise UserError(f"--lora-rank {rank} --lora-alpha {alpha}: the model already has adapters of rank "
                         f"{model.adapter['rank']} and alpha {model.adapter['alpha']}")
@@ -647,7 +855,7 @@ def prepare_training(model: "UnifiedModel", rank: int, alpha: float, seed: int =
     model.adapter = {"rank": rank, "alpha": alpha}
 
 
-def merge(model: "UnifiedModel") -> None:
+def merge(model: UnifiedModel) -> None:
     """Fold the adapters into plain layers (4-bit ones are unpacked): the same policy as an ordinary model."""
     with torch.no_grad():
         for owner in list(model.decoder.modules()):
@@ -660,38 +868,119 @@ def merge(model: "UnifiedModel") -> None:
     model.adapter = None
 
 
-@contextmanager
-def with_trainable(model: nn.Module, values: dict[str, Tensor]):
-    """The model with its trained parameters as in `values`. The KL's reference is the policy with its first values: no
-    second base, and for a full fine-tune no second image tokenizer."""
-    now = {name: p.data for name, p in model.named_parameters() if p.requires_grad}
-    def put(tensors):
-        for name, p in model.named_parameters():
-            if p.requires_grad:
-                p.data = tensors[name]
-    put(values)
-    try:
-        yield model
-    finally:
-        put(now)
-
-
 def trainable_state(model: nn.Module) -> dict[str, Tensor]:
-    """Copies of all trained parameters, by name."""
+    """Copies of all trainable parameters, by name."""
     return {name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
 
 
-def check_budget(policy: UnifiedModel, budget: int, name: str) -> None:
-    """An answer has to have room for an image."""
-    if budget < policy.vision_config.positions:
-        raise UserError(f"--budget {budget}: one image of {name} takes {policy.vision_config.positions} positions, "
-                        f"expected more than that for each step")
+@contextmanager
+def with_trainable(model: nn.Module, values: dict[str, Tensor]):
+    """Swap the trainable parameters for `values` inside a with-block.
+
+    Choice: the KL reference is this same model with the parameters it started from, so nothing frozen is held twice.
+    """
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    now = {name: p.data for name, p in trainable.items()}
+    for name, p in trainable.items():
+        p.data = values[name]
+    try:
+        yield model
+    finally:
+        for name, p in trainable.items():
+            p.data = now[name]
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Weights by name: one loader for the policy and for every judge
+
+class Stored(NamedTuple):
+    """A tensor of a checkpoint that has not been read yet."""
+    file: Path
+    shape: tuple[int, ...]
+    read: Callable[[], Tensor]       # a fresh copy on the CPU
+
+
+def stored_tensors(files: list[Path]) -> dict[str, Stored]:
+    """The tensors of some safetensors files by name. Raises UserError where a file is damaged."""
+    found = {}
+    for file in files:
+        with open_tensors(file) as tensors:
+            for name in tensors.keys():
+                found[name] = Stored(file, tuple(tensors.get_slice(name).get_shape()),
+                                     partial(read_tensor, file, name, "cpu"))
+    return found
+
+
+def tensor_files(folder: Path) -> list[Path]:
+    """The safetensors files of one folder: those of its index, or the only one. Raises UserError where one is missing."""
+    index = folder / "model.safetensors.index.json"
+    if not index.exists():
+        return [folder / "model.safetensors"]
+    with reading(index, '{"weight_map": {tensor: file}}'):
+        names = sorted(set(read_json(index)["weight_map"].values()))
+    for name in names:
+        if not (folder / name).exists():
+            raise UserError(f"{folder / name}: missing, but {index} names it")
+    return [folder / name for name in names]
+
+
+def rename(name: str, table: dict[str, str]) -> str | None:
+    """A tensor's name through a table of prefixes ({} is a number), None if no prefix fits."""
+    for prefix, replacement in table.items():
+        match = re.match(re.escape(prefix).replace(r"\{\}", r"(\d+)"), name)
+        if match:
+            return replacement.format(*match.groups()) + name[match.end():]
+    return None
+
+
+def fill(model: nn.Module, stored: dict[str, Stored], names: dict[str, str], folder: Path,
+         device: str | torch.device, dtype: torch.dtype | None = None, quantize: str = "none") -> None:
+    """Read every stored tensor to its place in a model that may still be on the meta device, one at a time.
+
+    names: prefixes in the files -> prefixes here. dtype None: the type it is stored in. quantize "nf4": the decoder's
+    linear layers in 4 bits. Raises UserError, naming file and tensor, for one that is unknown, missing or misshaped.
+    """
+    missing = set(model.state_dict())
+    for theirs, tensor in stored.items():
+        ours = rename(theirs, names)
+        if ours not in missing:
+            raise UserError(f"{tensor.file}: unknown tensor {theirs}, or beyond the sizes that its config gives")
+        value = tensor.read()
+        if value.is_floating_point():
+            value = value.to(dtype=dtype)
+        assign(model, ours, value.to(device), f"{tensor.file}: tensor {theirs}", quantize)
+        missing.discard(ours)
+    if missing:
+        theirs = rename(min(missing), {ours: theirs for theirs, ours in names.items()})
+        raise UserError(f"{folder}: tensor {theirs} is missing ({len(missing)} in all)")
+
+
+LINEAR = re.compile(r"decoder\.layers\.\d+\.(attn|mlp)\.\w+_proj\.weight")      # what is quantised and adapted
+
+
+def assign(model: nn.Module, name: str, value: Tensor, what: str, quantize: str = "none") -> None:
+    """Put a tensor where its parameter or buffer is, if the shapes agree. With quantize "nf4" a decoder layer's
+    nn.Linear gives way to an NF4Linear. Raises UserError, beginning with `what`, for another shape."""
+    path, _, leaf = name.rpartition(".")
+    owner = model.get_submodule(path)
+    expected = getattr(owner, leaf).shape
+    if value.shape != expected:
+        raise UserError(f"{what} has shape {list(value.shape)}, expected {list(expected)}")
+    if quantize == "nf4" and LINEAR.fullmatch(name):
+        if value.numel() % NF4_BLOCK:
+            raise UserError(f"--quantize nf4: {what} has {value.numel()} values, no multiple of {NF4_BLOCK}")
+        layer, _, leaf = path.rpartition(".")
+        setattr(model.get_submodule(layer), leaf, NF4Linear(value, owner.bias))
+    elif leaf in owner._parameters:
+        setattr(owner, leaf, nn.Parameter(value, requires_grad=value.is_floating_point()))
+    else:
+        setattr(owner, leaf, value)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Checkpoints in the published layout: llm/, mm_projector/, vision_tower/
 
-NAMES = {       # folder -> {name there: name here}; {} is a layer number
+NAMES = {       # folder -> {prefix there: prefix here}; {} is a layer number
     "llm": {
         "model.embed_tokens.": "decoder.embed.",
         "model.layers.{}.input_layernorm.": "decoder.layers.{}.norm1.",
@@ -719,20 +1008,13 @@ NAMES = {       # folder -> {name there: name here}; {} is a layer number
         **{theirs: "vision." + ours for theirs, ours in VISION_NAMES.items()},
     },
 }
+ALL_NAMES = {theirs: ours for table in NAMES.values() for theirs, ours in table.items()}
+
 # Stored but not needed: SigLIP's text tower, pooling head and last norm, the codebooks' training statistics; and what
 # goes beyond the model that is built: the tower's last layer, further copies of a shared codebook.
 NOT_NEEDED = re.compile(r"rqvaesiglip\.(siglip_model\.(text_model|vision_model\.(head|post_layernorm)|logit_)|logit_|"
                         r"quantizer\.codebooks\.\d+\.(embed_ema|cluster_size_ema)$)")
 SURPLUS = re.compile(r"vision\.(tower\.blocks|quantizer\.codebooks)\.")
-
-
-def rename(name: str, table: dict[str, str]) -> str | None:
-    """A tensor's name through a table of prefixes, None if no prefix fits."""
-    for theirs, ours in table.items():
-        match = re.match(re.escape(theirs).replace(r"\{\}", r"(\d+)"), name)
-        if match:
-            return ours.format(*match.groups()) + name[match.end():]
-    return None
 
 
 def checkpoint_folder(source: str) -> Path:
@@ -742,146 +1024,111 @@ def checkpoint_folder(source: str) -> Path:
         settle_folder(folder)
         if (folder / "llm").is_dir() or (folder / "adapter.json").exists():
             return folder
-    if Path(source).exists() or source.count("/") != 1 or source.startswith((".", "/", "out/")):
+    if Path(source).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) or source.startswith("out/"):
         raise UserError(f"--model {source}: no checkpoint there (expected the folders llm/, mm_projector/ and "
                         f"vision_tower/, or a run directory that holds them in policy/)")
     return snapshot(source, "--model")
 
 
-def tensor_files(folder: Path) -> list[Path]:
-    """The safetensors files of one part: those of its index, else the only one."""
-    index = folder / "model.safetensors.index.json"
-    try:
-        names = sorted(set(read_json(index)["weight_map"].values())) if index.exists() else ["model.safetensors"]
-    except (KeyError, TypeError, AttributeError):
-        raise UserError(f'{index}: expected {{"weight_map": {{tensor: file}}}}')
-    for name in names:
-        if not (folder / name).exists():
-            raise UserError(f"{folder / name}: missing" + (f", but {index} names it" if index.exists() else ""))
-    return [folder / name for name in names]
-
-
 def load(source: str | Path, device: str | torch.device = "cpu", quantize: str = "none") -> UnifiedModel:
-    """A checkpoint in the published layout (hub id or folder) -> model. Sizes come from its config files and tensor
-    shapes; tensors stream one at a time to `device`, in the type they are stored in or, with quantize "nf4", the
-    decoder's linear layers in 4 bits; only needed ones are read. A folder of adapters brings its base, as it was
-    quantised when they were trained.
+    """A checkpoint in the published layout (hub id or folder) -> model.
 
-    Raises UserError, naming file, tensor, found and expected shape, for whatever is missing, unknown or mis-shaped."""
+    Sizes come from its config files and tensor shapes. Tensors stream one at a time to `device`, in the type they are
+    stored in or, with quantize "nf4", the decoder's linear layers in 4 bits; only needed ones are read. A folder of
+    adapters brings its base, as it was quantised when they were trained.
+    Raises UserError, naming file, tensor, found and expected shape, for what is missing, unknown or misshaped.
+    """
     folder = checkpoint_folder(str(source))
     if (folder / "adapter.json").exists():
         return load_adapters(folder, device)
-    if quantize not in ("none", "nf4"):
-        raise UserError(f"--quantize {quantize}: expected nf4 or none")
-    llm, tower = read_json(folder / "llm" / "config.json"), read_json(folder / "vision_tower" / "config.json")
-    shapes = {}
-    for file in tensor_files(folder / "vision_tower"):
-        with open_tensors(file) as tensors:
-            shapes |= {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}
-    try:
-        vision = VisionConfig.from_published(tower, shapes)
-        decoder = DecoderConfig(
-            **{f: llm[f] for f in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-                                   "vocab_size")},
-            **{f: llm[f] for f in ("num_key_value_heads", "rms_norm_eps", "rope_theta", "attention_bias")
-               if llm.get(f)},
-            rope_factor=(llm.get("rope_scaling") or {}).get("factor", 1.0),
-            context=llm.get("tokenizer_model_max_length") or llm.get("model_max_length")
-            or llm["max_position_embeddings"])
-        head = tower["rqtransformer"]
-        depth = DepthConfig(head["embed_dim"], head["head"]["n_layer"], head["head"]["block"]["n_head"])
-    except (KeyError, TypeError) as error:
-        raise UserError(f"{folder}: its config.json files or vision tensors lack {error}")
-    with torch.device("meta"):
-        model = UnifiedModel(decoder, depth, vision)
+    configs = {part: read_json(folder / part / "config.json") for part in ("", *NAMES) if part != "mm_projector"}
+    stored = stored_tensors(tensor_files(folder / "vision_tower"))
+    with reading(folder, "one of its config.json files or its vision tensors"):
+        model = empty_model(configs, {name: tensor.shape for name, tensor in stored.items()})
     model.text = TextTokenizer.from_folder(folder / "llm")              # small files first: they fail fast
-    model.system_prompt = read_json(folder / "config.json").get("system_prompt", VICUNA)
-    read_weights(model, folder, device, quantize)
+    load_weights(model, folder, device, quantize)
     add_tokens(model, [THINK_START, THINK_END])
     model.source, model.quantize = str(Path(source).resolve() if Path(source).exists() else source), quantize
     return model
 
 
-def read_weights(model: UnifiedModel, folder: Path, device: str | torch.device, quantize: str = "none") -> None:
-    """Every tensor of a checkpoint to its place in the model, which may still be on the meta device."""
-    wanted = set(model.state_dict())
-    missing = set(wanted)
-    for part in NAMES:
-        for file in tensor_files(folder / part):
-            with open_tensors(file) as tensors:
-                names = tensors.keys()
-            for theirs in names:
-                ours = rename(theirs, NAMES[part])
-                if ours is None and not NOT_NEEDED.match(theirs):
-                    raise UserError(f"{file}: unknown tensor {theirs}")
-                if ours is None or SURPLUS.match(ours) and ours not in wanted:
-                    continue
-                if ours not in wanted:
-                    raise UserError(f"{file}: tensor {theirs} is beyond the sizes that config.json gives")
-                assign(model, ours, read_tensor(file, theirs, device), f"{file}: tensor {theirs}", quantize)
-                missing.discard(ours)
-    if missing:
-        theirs = {part: rename(sorted(missing)[0], {b: a for a, b in NAMES[part].items()}) for part in NAMES}
-        part, name = next((part, name) for part, name in theirs.items() if name)
-        raise UserError(f"{folder / part}: tensor {name} is missing ({len(missing)} in all)")
+def empty_model(configs: dict[str, dict], shapes: dict[str, tuple]) -> UnifiedModel:
+    """The published config files, by folder, and the shapes of the vision tensors -> a model on the meta device."""
+    llm, tower = configs["llm"], configs["vision_tower"]
+    decoder = DecoderConfig(
+        hidden_size=llm["hidden_size"], intermediate_size=llm["intermediate_size"],
+        num_hidden_layers=llm["num_hidden_layers"], num_attention_heads=llm["num_attention_heads"],
+        vocab_size=llm["vocab_size"], num_key_value_heads=llm.get("num_key_value_heads"),
+        rms_norm_eps=llm.get("rms_norm_eps", 1e-5), rope_theta=llm.get("rope_theta", 10000.0),
+        rope_factor=(llm.get("rope_scaling") or {}).get("factor", 1.0),
+        context=context_of(llm), attention_bias=llm.get("attention_bias", False))
+    head = tower["rqtransformer"]
+    depth = DepthConfig(head["embed_dim"], head["head"]["n_layer"], head["head"]["block"]["n_head"])
+    with torch.device("meta"):
+        model = UnifiedModel(decoder, depth, VisionConfig.from_published(tower, shapes))
+    model.configs, model.system_prompt = configs, configs[""].get("system_prompt", VICUNA)
+    return model
+
+
+def context_of(llm: dict) -> int:
+    """How many positions the decoder was trained for; VILA-U states it under its own key."""
+    for key in ("tokenizer_model_max_length", "model_max_length"):
+        if llm.get(key):
+            return llm[key]
+    return llm["max_position_embeddings"]
+
+
+def load_weights(model: UnifiedModel, folder: Path, device: str | torch.device, quantize: str = "none") -> None:
+    """Every needed tensor of a checkpoint to its place in the model. Raises UserError, see `fill`."""
+    stored, wanted = {}, set(model.state_dict())
+    for part, table in NAMES.items():
+        found = stored_tensors(tensor_files(folder / part))
+        for theirs, tensor in found.items():
+            ours = rename(theirs, table)
+            surplus = ours is not None and SURPLUS.match(ours) and ours not in wanted
+            if not NOT_NEEDED.match(theirs) and not surplus:
+                stored[theirs] = tensor
+    fill(model, stored, ALL_NAMES, folder, device, quantize=quantize)
     model.vision.requires_grad_(False)
 
 
 def load_adapters(folder: Path, device: str | torch.device) -> UnifiedModel:
     """adapter.json (base, quantize, rank, alpha) and adapter.safetensors -> the base with these adapters."""
-    told = read_json(folder / "adapter.json")
+    with reading(folder / "adapter.json", "the file"):
+        config = read_json(folder / "adapter.json")
+        base, quantize, rank, alpha = config["base"], config["quantize"], config["rank"], config["alpha"]
     try:
-        base, quantize, rank, alpha = told["base"], told["quantize"], told["rank"], told["alpha"]
         model = load(base, device, quantize)
-    except KeyError as error:
-        raise UserError(f"{folder / 'adapter.json'}: lacks {error}")
     except UserError as error:
-        raise UserError(f"{folder / 'adapter.json'}: its base cannot be loaded: {error}")
+        raise UserError(f"{folder / 'adapter.json'}: its base cannot be loaded: {error}") from None
     prepare_training(model, rank, alpha)
-    read_adapters(model, folder, device)
+    load_adapter_weights(model, folder, device)
     return model
 
 
-def read_adapters(model: UnifiedModel, folder: Path, device: str | torch.device) -> None:
-    """adapter.safetensors to its place in a model that has such adapters."""
-    file, wanted = folder / "adapter.safetensors", set(trainable_state(model))
-    with open_tensors(file) as tensors:
-        names = set(tensors.keys())
-    if names != wanted:
-        name = sorted(names ^ wanted)[0]
+def load_adapter_weights(model: UnifiedModel, folder: Path, device: str | torch.device) -> None:
+    """adapter.safetensors to its place in a model that has such adapters. Raises UserError where they differ."""
+    file = folder / "adapter.safetensors"
+    stored, wanted = stored_tensors([file]), set(trainable_state(model))
+    if stored.keys() != wanted:
+        name = sorted(stored.keys() ^ wanted)[0]
         raise UserError(f"{file}: tensor {name} is {'missing' if name in wanted else 'unknown'}")
-    for name in sorted(wanted):
-        assign(model, name, read_tensor(file, name, device), f"{file}: tensor {name}")
+    for name, tensor in stored.items():
+        assign(model, name, tensor.read().to(device), f"{file}: tensor {name}")
 
 
 def restore(model: UnifiedModel, folder: Path) -> None:
     """Put a checkpoint's trained weights into the model that its training started from."""
-    (read_adapters if model.adapter else read_weights)(model, folder, model.device)
-LINEAR = re.compile(r"decoder\.layers\.\d+\.(attn|mlp)\.\w+_proj\.weight")      # what is quantised and adapted
-
-
-def assign(model: nn.Module, name: str, value: Tensor, what: str, quantize: str = "none") -> None:
-    """Put a tensor where its parameter or buffer is, if the shapes agree; a decoder layer's weight in 4 bits if asked
-    for (its nn.Linear then gives way to an NF4Linear)."""
-    path, _, leaf = name.rpartition(".")
-    owner = model.get_submodule(path)
-    expected = getattr(owner, leaf).shape
-    if value.shape != expected:
-        raise UserError(f"{what} has shape {list(value.shape)}, expected {list(expected)}")
-    if quantize == "nf4" and LINEAR.fullmatch(name):
-        if value.numel() % NF4_BLOCK:
-            raise UserError(f"--quantize nf4: {what} has {value.numel()} values, no multiple of {NF4_BLOCK}")
-        layer, _, leaf = path.rpartition(".")
-        setattr(model.get_submodule(layer), leaf, NF4Linear(value, owner.bias))
-        return
-    if leaf in owner._parameters:
-        value = nn.Parameter(value, requires_grad=value.is_floating_point())
-    setattr(owner, leaf, value)
+    if model.adapter:
+        load_adapter_weights(model, folder, model.device)
+    else:
+        load_weights(model, folder, model.device)
 
 
 def add_tokens(model: UnifiedModel, tokens: list[str]) -> None:
-    """Add special tokens the checkpoint lacks; their embedding and lm_head rows start as the mean row, as VILA-U does
-    for its own."""
+    """Add the special tokens that the checkpoint lacks.
+
+    Choice: their embedding and lm_head rows start as the mean row, as VILA-U does for its own."""
     new = [token for token in tokens if not model.text.knows(token)]
     if not new:
         return
@@ -896,18 +1143,19 @@ def add_tokens(model: UnifiedModel, tokens: list[str]) -> None:
 def save(model: UnifiedModel, folder: Path, state: dict | None = None,
          tensors: dict[str, Tensor] | None = None) -> None:
     """Write a checkpoint, whole or not at all: in the published layout, or the adapters alone where there are any.
-    `state` (JSON) and `tensors` are what training needs to go on (where it was, optimizer): training.json and
+
+    state (JSON) and tensors are what training needs to go on (where it was, the optimizer): training.json and
     training.safetensors."""
     with write_whole(folder) as new:
         new.mkdir()
         if model.adapter:
-            told = {"base": model.source, "quantize": model.quantize, **model.adapter}
-            (new / "adapter.json").write_text(json.dumps(told, indent=1))
+            config = {"base": model.source, "quantize": model.quantize, **model.adapter}
+            write_text(new / "adapter.json", json.dumps(config, indent=1))
             write_tensors(trainable_state(model), new / "adapter.safetensors")
         else:
             write_published(model, new)
         if state is not None:
-            (new / "training.json").write_text(json.dumps(state))
+            write_text(new / "training.json", json.dumps(state))
             write_tensors(tensors or {}, new / "training.safetensors")
 
 
@@ -917,75 +1165,95 @@ def write_published(model: UnifiedModel, folder: Path) -> None:
     weights = model.state_dict()
     for part, table in NAMES.items():
         back = {ours: theirs for theirs, ours in table.items()}
-        named = {rename(ours, back): w.contiguous() for ours, w in weights.items() if rename(ours, back)}
-        write_tensors(named, folder / part / "model.safetensors")
+        tensors = {rename(ours, back): w.contiguous() for ours, w in weights.items() if rename(ours, back)}
+        write_tensors(tensors, folder / part / "model.safetensors")
     model.text.save(folder / "llm")
 
 
 def write_configs(model: UnifiedModel, folder: Path) -> None:
-    """The four config.json files of the published layout."""
+    """The four config.json files of the published layout. Keys of a loaded checkpoint that we do not know stay."""
+    for part, config in published_configs(model).items():
+        (folder / part).mkdir(parents=True, exist_ok=True)
+        config = updated(model.configs.get(part, {}), config)
+        write_text(folder / part / "config.json", json.dumps(config, indent=1))
+
+
+def updated(old: dict, new: dict) -> dict:
+    """`old` with the values of `new`, dictionaries inside likewise."""
+    both = {key: updated(old[key], value) for key, value in new.items()
+            if isinstance(value, dict) and isinstance(old.get(key), dict)}
+    return {**old, **new, **both}
+
+
+def published_configs(model: UnifiedModel) -> dict[str, dict]:
+    """A model's sizes as the published config files state them, by folder."""
     d, k, v = model.decoder.config, model.depth_config, model.vision_config
     llm = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu",
            **{f: x for f, x in asdict(d).items() if f not in ("rope_factor", "context", "qkv_bias")},
            "rope_scaling": {"type": "linear", "factor": d.rope_factor} if d.rope_factor != 1 else None,
            "max_position_embeddings": d.context, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    tower = {"model_type": "rqvaesigliptransformer_model", "hidden_size": v.width,
-             "vision_layers_used": v.layers, "rqvaesiglip": v.to_published(),
+    tower = {"model_type": "rqvaesigliptransformer_model", "hidden_size": v.width, "vision_layers_used": v.layers,
+             "rqvaesiglip": v.to_published(),
              "rqtransformer": {"embed_dim": k.width, "block_size": [v.grid, v.grid, v.depth],
                                "head": {"n_layer": k.layers, "block": {"n_head": k.heads}},
-                               "input_embed_dim_1": d.hidden_size, "input_embed_dim_2": v.width,
+                               "input_embed_dim_1": v.width, "input_embed_dim_2": d.hidden_size,
                                "vocab_size": v.codebook_size}}
-    configs = {"": {"model_type": "vila_u_llama", "architectures": ["VILAULlamaModel"],
-                    "image_aspect_ratio": "resize", "system_prompt": model.system_prompt},
-               "llm": llm, "vision_tower": tower,
-               "mm_projector": {"mm_projector_type": "mlp2x_gelu", "model_type": "v2l_projector"}}
-    for part, config in configs.items():
-        (folder / part).mkdir(parents=True, exist_ok=True)
-        (folder / part / "config.json").write_text(json.dumps(config, indent=1))
+    return {"": {"model_type": "vila_u_llama", "architectures": ["VILAULlamaModel"],
+                 "image_aspect_ratio": "resize", "system_prompt": model.system_prompt},
+            "llm": llm, "vision_tower": tower,
+            "mm_projector": {"mm_projector_type": "mlp2x_gelu", "model_type": "v2l_projector"}}
 
 
-def load_training(folder: Path) -> tuple[dict | None, dict[str, Tensor]]:
-    """What `save` kept beside the weights: (None, {}) where there is no such checkpoint."""
+def load_training(folder: Path) -> tuple[dict, dict[str, Tensor]]:
+    """The state and tensors that `save` wrote beside the weights; ({}, {}) where there is no such checkpoint."""
+    folder = Path(folder)
     settle_folder(folder)
-    if not (Path(folder) / "training.json").exists():
-        return None, {}
-    with open_tensors(Path(folder) / "training.safetensors") as file:
-        return read_json(Path(folder) / "training.json"), {name: file.get_tensor(name) for name in file.keys()}
+    if not (folder / "training.json").exists():
+        return {}, {}
+    with open_tensors(folder / "training.safetensors") as file:
+        return read_json(folder / "training.json"), {name: file.get_tensor(name) for name in file.keys()}
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Run alone: one interleaved answer
 
-
 @dataclass
 class Config:
-    prompt: str = "a red circle at top left"   # each `<image>` mark in it takes the next file of --image
-    image: str = ""              # picture files for the prompt's <image> marks, separated by commas
+    # -- model
     model: str = "out/warmup"    # run directory, checkpoint folder or hub id
-    out: str = "out/answer"      # where answer.html and the PNGs go
-    draw: bool = False           # text-to-image: the answer is one picture of the prompt
-    seed: int = 0                # of the sampling
-    budget: Count = 512          # positions an answer may have, if the decoder's context has room for them
-    temperature: float = 1.0     # 0 = greedy
-    top_k: Natural = 0           # 0 = off
-    top_p: float = 1.0           # 1 = off
-    guidance: float = 1.0        # for image codes; VILA-U and the paper draw with 3
-    quantize: str = "none"       # nf4: the decoder's linear layers in 4 bits
+    quantize: Literal["none", "nf4"] = "none"    # nf4: the decoder's linear layers in 4 bits
     merge: str = ""              # write the model, its adapters folded in, to this folder in the published layout; stop
-    device: str = "auto"         # cpu, cuda, mps
+    # -- prompt
+    prompt: str = "a red circle at top left"     # each `<image>` mark in it takes the next file of --image
+    image: str = ""              # picture files for the prompt's <image> marks, separated by commas
+    draw: bool = False           # text-to-image: the answer is one picture of the prompt
+    # -- sampling
+    budget: Count = 512          # positions an answer may have
+    temperature: NonNegative = 1.0    # 0: greedy
+    top_k: Natural = 0           # 0: off
+    top_p: TopP = 1.0            # 1: off
+    guidance: NonNegative = 1.0  # for image codes; VILA-U and the paper draw with 3
+    # -- run
+    out: str = "out/answer"      # where answer.html and the PNGs go
+    seed: int = 0                # of the sampling
+    device: str = "auto"         # cpu, cuda, mps; auto takes the best there is
 
 
-def answer_page(prompt: str, pictures: list[np.ndarray], answer: Answer, folder: Path) -> Path:
+def write_answer_page(prompt: str, pictures: list[np.ndarray], answer: Answer, folder: Path) -> Path:
     """The answer as files: answer.html shows texts and pictures in turn, the pictures lie beside it as PNGs."""
-    def show(name: str, picture: np.ndarray) -> str:
-        Image.fromarray(picture).save(folder / name)
-        return f'<img src="{name}" style="width:192px;image-rendering:pixelated">'
-    body = [f"<h3>{html.escape(prompt)}</h3>"] + [show(f"prompt_{i}.png", p) for i, p in enumerate(pictures)] + ["<hr>"]
+    folder.mkdir(parents=True, exist_ok=True)
+    body = []
+    for i, picture in enumerate(pictures):
+        Image.fromarray(picture).save(folder / f"prompt_{i}.png")
+        body.append(picture_html(f"prompt_{i}.png", "picture of the prompt"))
+    body.append("<hr>")
     for i, segment in enumerate(answer.segments):
-        body.append(f"<p>{html.escape(segment.text)}</p>" if segment.picture is None
-                    else show(f"step_{i}.png", segment.picture))
-    (folder / "answer.html").write_text("<!doctype html><meta charset='utf-8'>" + "\n".join(body))
-    return folder / "answer.html"
+        if segment.picture is None:
+            body.append(f"<p>{html.escape(segment.text)}</p>")
+        else:
+            Image.fromarray(segment.picture).save(folder / f"step_{i}.png")
+            body.append(picture_html(f"step_{i}.png", "picture of the answer"))
+    return write_page(folder / "answer.html", prompt, body)
 
 
 def main() -> None:
@@ -996,7 +1264,9 @@ def main() -> None:
         if not model.adapter:
             raise UserError(f"--merge {config.merge}: {config.model} has no adapters")
         merge(model)
-        return save(model, Path(config.merge))
+        save(model, Path(config.merge))
+        print(f"a checkpoint in the published layout: {config.merge}")
+        return
     pictures = [read_picture(Path(name), "--image") for name in config.image.split(",") if name]
     marks = config.prompt.count("<image>")
     if marks != len(pictures):
@@ -1005,13 +1275,16 @@ def main() -> None:
     prompt = model.prompt(config.prompt, list(model.encode_pictures(pictures)) if pictures else [], config.draw)
     sampling = Sampling(config.temperature, config.top_k, config.top_p, config.guidance)
     budget = max(1, min(config.budget, model.decoder.config.context - len(prompt)))
-    rows = model.generate([prompt], 1, budget, sampling, torch.Generator().manual_seed(config.seed))
-    answer = model.read_answers(rows)[0]
+    trajectory, = model.generate([prompt], 1, budget, sampling, [(config.seed,)])
+    answer, = model.read_answers([trajectory])
     for segment in answer.segments:
-        print(segment.text if segment.picture is None else f"[picture {segment.picture.shape[1]}x"
-                                                           f"{segment.picture.shape[0]}]")
-    Path(config.out).mkdir(parents=True, exist_ok=True)
-    print(f"{answer.layout}{' (cut by --budget)' if rows[0].truncated else ''}; "
-          f"{answer_page(config.prompt, pictures, answer, Path(config.out))}")
+        if segment.picture is None:
+            print(segment.text)
+        else:
+            print(f"[picture {segment.picture.shape[1]}x{segment.picture.shape[0]}]")
+    page = write_answer_page(config.prompt, pictures, answer, Path(config.out))
+    print(f"{answer.layout}{' (cut by --budget)' if trajectory.truncated else ''}; {page}")
+
+
 if __name__ == "__main__":
     run_main(main)

@@ -182,6 +182,17 @@ def check_judges(config) -> None:
     check_judge("--visual-reward", "visual", config.visual_reward)
 
 
+def check_rules(config, prompts: list[str]) -> None:
+    """Refuse prompts (of --prompts) that the rule judges cannot judge. Raises UserError."""
+    r_t, r_v, _ = config.reward_weights
+    if not ((r_t and config.text_reward == "rules") or (r_v and config.visual_reward == "rules")):
+        return
+    for prompt in prompts:
+        if shapes.wanted_steps(prompt) is None:
+            raise UserError(f"--prompts {config.prompts}: the rule judges know only the toy world's edits, not "
+                            f"{prompt[:60]!r}; choose --text-reward and --visual-reward, or give them weight 0")
+
+
 def check_judge(flag: str, part: str, spec: str) -> None:
     """Raises UserError for an unknown name, or a FOLDER that is neither there nor a hub id (one slash)."""
     name, _, folder = spec.partition("=")

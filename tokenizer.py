@@ -54,20 +54,22 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(context_width or width, self.kv_heads * self.head_dim, bias=bias)
         self.o_proj = nn.Linear(heads * self.head_dim, width, bias=out_bias)
 
-    def forward(self, x: Tensor, causal: bool = False, mask: Tensor | None = None, rotary=None, cache=None,
+    def forward(self, x: Tensor, causal: bool = False, mask: Tensor | None = None, rotary=None, attend=None,
                 context: Tensor | None = None) -> Tensor:
-        """x [B, T, C] -> [B, T, C]. rotary: (cos, sin) [B, T, head_dim]; cache: see model.KVCache;
-        mask: boolean, True = may look, broadcast to [B, H, T, keys]; context [B, S, context_width]: whose keys."""
+        """x [B, T, C] -> [B, T, C]. rotary: (cos, sin) [B, T, head_dim]; attend(q, k, v) takes the place of the
+        product, see model.KVCache; mask: boolean, True = may look, broadcast to [B, H, T, keys]; context
+        [B, S, context_width]: whose keys."""
         B, T, _ = x.shape
         context = x if context is None else context
         q, k, v = (proj(of).unflatten(2, (-1, self.head_dim)).transpose(1, 2)             # (B, H, T, head_dim)
                    for proj, of in ((self.q_proj, x), (self.k_proj, context), (self.v_proj, context)))
         if rotary is not None:
             q, k = rotate(q, *rotary), rotate(k, *rotary)
-        if cache is not None:
-            k, v = cache(k, v)                                                            # (B, H, keys, head_dim)
-        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal,
-                                           enable_gqa=self.kv_heads != self.heads)
+        if attend is not None:
+            y = attend(q, k, v)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal,
+                                               enable_gqa=self.kv_heads != self.heads)
         return self.o_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 

@@ -447,7 +447,7 @@ def warm_up(config: Config) -> None:
     """Run the stages that are still to be done, from the last checkpoint of the same settings."""
     folder, device = Path(config.out), pick_device(config.device)
     state, tensors = load_training(folder / "policy")
-    check_settings(folder, (state or {}).get("settings", {}), asdict(config), FREE)
+    check_settings(folder, state.get("settings", {}), asdict(config), FREE)
     left_out = LeftOut()
     samples = read_sources(config.data, "--data", READERS, left_out) if config.data else {}
     if state:
@@ -490,7 +490,7 @@ def show(model: UnifiedModel, run: Run, name: str, title: str, prompts: list[Sam
         return
     rows = [model.prompt(s.prompt, codes(s.prompt_pictures)) for s in prompts]
     budget = min(2 * (model.vision_config.positions + 48), model.decoder.config.context - max(map(len, rows)))
-    trajectories = model.generate(rows, 1, budget, generator=torch.Generator().manual_seed(0))
+    trajectories = model.generate(rows, 1, budget)
     answers = model.read_answers(trajectories)
     scores = judge([s.prompt for s in prompts], answers, *judges)
     run.sample(name, title, [group_record(s, [a], [c]) for s, a, c in zip(prompts, answers, scores)])

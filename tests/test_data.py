@@ -469,14 +469,13 @@ def test_warm_up_on_published_data_is_killed_and_goes_on_bit_equal(samples_folde
 
 
 def test_grpo_goes_through_the_prompts_of_every_source(samples_folder):
-    pool, left_out = grpo.prompt_pool(grpo.Config(prompts=sources(samples_folder), text_reward="llava-critic",
+    pool, left_out = grpo.read_pool(grpo.Config(prompts=sources(samples_folder), text_reward="llava-critic",
                                                   visual_reward="clip-score"))
     assert len(pool) == 20 + 25 + 20 and not left_out.counts
     assert not any(s.answer or s.answer_pictures or s.draw for s in pool), "only the prompt side"
-    config = grpo.Config(prompts_per_update=2, epochs_per_rollout=2)
-    drawn = [[grpo.next_prompts(config, update, rank, pool[:10], 2) for rank in (0, 1)] for update in (0, 2, 4)]
-    places = [[[pool.index(s) for s in part] for part in ranks] for ranks in drawn]
-    assert places == [[[0, 1], [2, 3]], [[4, 5], [6, 7]], [[8, 9], [0, 1]]]
+    config = grpo.Config(prompts_per_update=4, epochs_per_rollout=2)
+    places = [[pool.index(s) for s in grpo.next_prompts(config, done, pool[:10])] for done in (0, 2, 4)]
+    assert places == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 0, 1]]
 
 
 def test_grpo_takes_the_prompt_side_of_published_data(warm, samples_folder, tmp_path, capsys):
@@ -495,8 +494,8 @@ def test_grpo_takes_the_prompt_side_of_published_data(warm, samples_folder, tmp_
     assert all(isinstance(p, Path) for s in pool for p in s.prompt_pictures)
     assert list((tmp_path / "g" / "samples").glob("*before.json"))
     with pytest.raises(UserError, match="rule judges"):
-        grpo.prompt_pool(grpo.Config(prompts=f"genhowto={samples_folder / 'genhowto'}"))
-    pool, _ = grpo.prompt_pool(grpo.Config(prompts=str(samples_folder / "jsonl" / "stories.jsonl")))
+        grpo.read_pool(grpo.Config(prompts=f"genhowto={samples_folder / 'genhowto'}"))
+    pool, _ = grpo.read_pool(grpo.Config(prompts=str(samples_folder / "jsonl" / "stories.jsonl")))
     assert len(pool) == 4 and all(shapes.states_of_prompt(s.prompt) for s in pool)
 
 

@@ -147,7 +147,7 @@ def test_a_bfloat16_checkpoint_is_trained_in_float32():
     assert small.decoder.layers[0].attn.q_proj.base.weight.dtype == torch.bfloat16
     with torch.no_grad():
         rows = small.generate([small.prompt("a", draw=True)], 2, small.vision_config.positions + 2,
-                              Sampling(guidance=3.0), torch.Generator().manual_seed(0))
+                              Sampling(guidance=3.0))
     assert all(r.is_image.sum() == small.vision_config.positions for r in rows)
 
 
