@@ -15,7 +15,7 @@ import data
 import shapes
 import warmup
 from common import UserError
-from model import load, load_training
+from model import load, load_training, prepare_training
 
 
 def weights(folder: Path) -> dict:
@@ -136,9 +136,28 @@ def test_schedules_ramp_up_and_fall_to_a_tenth():
     assert rates[0] == pytest.approx(2e-3 / 20) and rates[19] == rates[240] == 2e-3
     assert rates[399] == pytest.approx(2e-4, rel=0.1) and rates[400] == 2e-3
     assert rates[-1] == pytest.approx(2e-4, rel=0.1)
-    rates = [warmup.learning_rate(step, 200, 1.0) for step in range(200)]
-    assert rates[0] == 0.1 and max(rates) == pytest.approx(1, abs=0.01)
-    assert rates[-1] == pytest.approx(0.1, abs=0.001)
+    shares = [warmup.schedule(step, 200) for step in range(200)]
+    assert shares[0] == 0.1 and max(shares) == pytest.approx(1, abs=0.01)
+    assert shares[-1] == pytest.approx(0.1, abs=0.001)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The optimizers of stages 2 and 3
+
+def test_muon_takes_the_matrices_of_a_policy_from_nothing_and_adamw_all_else(warm):
+    model = load(warm)
+    prepare_training(model, 0, 16.0, 0)
+    adamw, muon = warmup.make_optimizers(model, warmup.Config(), 1e-3)
+    names = {id(p): name for name, p in model.named_parameters()}
+    matrices = {names[id(p)] for p in muon.param_groups[0]["params"]}
+    others = {names[id(p)] for p in adamw.param_groups[0]["params"]}
+    assert not matrices & others and matrices | others == {names[id(p)] for p in model.policy_parameters()}
+    assert all(name.startswith(("decoder.layers.", "depth.blocks.")) for name in matrices)
+    assert "decoder.layers.3.mlp.down_proj.weight" in matrices and "decoder.lm_head.weight" in others
+    assert all("norm" not in name and "bias" not in name for name in matrices)
+    only, = warmup.make_optimizers(model, warmup.Config(model="published"), 1e-3)
+    assert isinstance(only, torch.optim.AdamW)
+    assert len(only.param_groups[0]["params"]) == len(matrices | others)
 
 
 # ------------------------------------------------------------------------------------------------------------
