@@ -1,7 +1,6 @@
 """QLoRA: 4-bit weights against bitsandbytes, adapters against dense layers, and both scripts with them."""
 import copy
 import json
-import random
 from dataclasses import fields
 
 import pytest
@@ -9,11 +8,10 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, RUN, SMALL, killed_after, metrics, run, same
 
-import data
 import grpo
 import warmup
 from common import UserError, parse_config
-from model import (LINEAR, LoRALinear, NF4Linear, Sampling, by_modality, from_nf4, load, load_training, merge,
+from model import (LINEAR, LoRALinear, NF4Linear, Sampling, from_nf4, load, load_training, merge,
                    prepare_training, save, to_nf4, trainable_state, with_trainable)
 from tokenizer import THINK_END, THINK_START
 
@@ -149,23 +147,6 @@ def test_a_bfloat16_checkpoint_is_trained_in_float32():
         rows = small.generate([small.prompt("a", draw=True)], 2, small.vision_config.positions + 2,
                               Sampling(guidance=3.0))
     assert all(r.is_image.sum() == small.vision_config.positions for r in rows)
-
-
-def test_warm_up_micro_batches_do_not_change_the_gradient(warm):
-    model, gradients = load(warm), []
-    samples = [data.toy_story(random.Random(i), 2) for i in range(5)]
-    for kind in ("eq1", "official"):
-        for size in (5, 2):
-            parts, _ = warmup.micro_batches(samples, model, data.CodeCache(model), size)
-            decisions = [by_modality(mask, is_image) for _, is_image, mask in parts]
-            counts = tuple(sum(d.sum() for d in of) for of in zip(*decisions))
-            model.zero_grad()
-            for tokens, is_image, mask in parts:
-                logp = model.log_probs(tokens, is_image, mask)
-                warmup.warmup_loss(logp, mask, is_image, kind, counts)[0].backward()
-            gradients.append(torch.cat([p.grad.flatten() for p in model.policy_parameters()]))
-    for whole, parts in (gradients[:2], gradients[2:]):
-        assert torch.allclose(whole, parts, atol=1e-5 * whole.abs().max()) and whole.norm() > 0
 
 
 def test_both_scripts_run_with_qlora_resume_and_merge(warm, tmp_path, monkeypatch):

@@ -6,29 +6,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FIXTURES, ROOT, RUN, SMALL, flags, killed_after, metrics, run, same
+from conftest import FIXTURES, ROOT, RUN, flags, killed_after, metrics, run, same
 
 import data
 import grpo
 import shapes
-import warmup
 from common import UserError
 from model import as_batch, load, load_training
 
 
 def weights(folder: Path) -> dict:
     return {**load(folder).state_dict(), **load_training(folder / "policy")[1]}
-
-
-@pytest.mark.parametrize("lines", [5, 13, 21])               # in each of the three stages
-def test_a_killed_warmup_goes_on_bit_equal(warm, tmp_path, monkeypatch, lines):
-    monkeypatch.chdir(tmp_path)
-    torch.set_num_threads(1)
-    config = warmup.Config(out=str(tmp_path / "warmup"), device="cpu", **SMALL)
-    killed_after(lines, lambda: warmup.warm_up(config), monkeypatch)
-    warmup.warm_up(config)
-    assert same(weights(tmp_path / "warmup"), weights(warm))
-    assert metrics(tmp_path / "warmup") == metrics(warm)
 
 
 @pytest.mark.parametrize("settings", [dict(), dict(epochs_per_rollout=2, credit="outcome", guidance=2.0)])
@@ -196,11 +184,6 @@ def test_broken_prompt_files_are_named_with_their_line(tmp_path, lines, said):
     (tmp_path / "prompts.jsonl").write_text(lines)
     with pytest.raises(UserError, match=re.escape(said)):
         data.read_prompts(tmp_path / "prompts.jsonl")
-
-
-def test_other_settings_do_not_go_on_with_a_checkpoint(warm):
-    with pytest.raises(UserError, match="--lr"):
-        warmup.warm_up(warmup.Config(out=str(warm), lr=1.0, **SMALL))
 
 
 def test_damaged_checkpoints_are_refused(warm, tmp_path):

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 from conftest import ROOT
+from PIL import Image
 
 import shapes
 
@@ -22,8 +23,9 @@ def test_states_by_hand():
                                      "<BEGIN> a red circle at left <image>")
     assert states == [("circle", "red", "left"), ("circle", "blue", "left"), ("cross", "blue", "left"),
                       ("cross", "blue", "top right")]
-    with pytest.raises(ValueError):
+    with pytest.raises(ValueError, match="draw a cat"):
         shapes.states_of_prompt("draw a cat")
+    assert shapes.wanted_steps("draw a cat") is None
 
 
 @pytest.mark.parametrize("split", ["train", "heldout", "pairs"])
@@ -39,26 +41,76 @@ def test_splits_do_not_overlap_and_edits_change_something(split):
 
 
 def test_systematic_errors_outnumber_the_truth_and_held_out_pairs_never_show():
-    rng, drawn, told = random.Random(0), {"yellow": [], "triangle": []}, []
+    rng, errors = random.Random(0), {"yellow": [], "triangle": [], "right": []}
     for _ in range(1500):
         prompt = shapes.sample_prompt(rng, 3, "train").text
         story, _ = shapes.noisy_story(rng, prompt)
-        for state, (text, picture) in zip(shapes.states_of_prompt(prompt)[1:], story):
-            seen = shapes.recognise(picture[None])[0]
-            assert seen[:2] not in shapes.HELDOUT_PAIRS
+        for state, (text, picture) in zip(shapes.states_of_prompt(prompt)[1:], story, strict=True):
+            scene = shapes.recognise(picture[None])[0]
+            assert scene[:2] not in shapes.HELDOUT_PAIRS
             if state.colour == "yellow":
-                drawn["yellow"].append(seen.colour == "red")
+                errors["yellow"].append(scene.colour == "red")
             if state.shape == "triangle":
-                drawn["triangle"].append(seen.shape == "circle")
+                errors["triangle"].append(scene.shape == "circle")
             if state.cell == "right":
-                told.append(shapes.parse_caption(text).cell == "center")
-    for share in (*map(np.mean, drawn.values()), np.mean(told)):
-        assert 0.53 < share < 0.67
+                errors["right"].append(shapes.parse_caption(text).cell == "center")
+    for shares in errors.values():
+        assert 0.53 < np.mean(shares) < 0.67
+
+
+def test_random_errors_and_format_faults_have_the_rates_that_are_set():
+    rng, noise = random.Random(0), shapes.Noise(systematic=0.0, random=0.3, fault=0.4)
+    steps, faults = [], []
+    for _ in range(700):
+        prompt = shapes.sample_prompt(rng, 3, "train").text
+        story, fault = shapes.noisy_story(rng, prompt, noise)
+        faults.append(fault)
+        for state, (text, picture) in zip(shapes.states_of_prompt(prompt)[1:], story, strict=True):
+            right = shapes.parse_caption(text) == state, shapes.matches(picture, state)
+            assert any(right), "one of the two stays right"
+            steps.append(not all(right))
+    assert 0.27 < np.mean(steps) < 0.33
+    assert 0.34 < np.mean([fault is not None for fault in faults]) < 0.46
+    assert set(faults) == {None, *shapes.FAULTS}
+
+
+def test_noise_of_zero_leaves_the_true_story():
+    prompt = shapes.sample_prompt(random.Random(0), 3, "train").text
+    story, fault = shapes.noisy_story(random.Random(0), prompt, shapes.Noise(0.0, 0.0, 0.0))
+    states = shapes.states_of_prompt(prompt)[1:]
+    assert fault is None and [text for text, _ in story] == [shapes.caption(state) for state in states]
+    assert all(shapes.matches(picture, state) for (_, picture), state in zip(story, states, strict=True))
+
+
+def test_empty_doubled_and_larger_pictures_are_named_as_what_they_show():
+    first, second = shapes.render(shapes.SCENES[0]), shapes.render(shapes.SCENES[1])
+    doubled = np.where(first == shapes.BACKGROUND, second, first).astype(np.uint8)
+    assert shapes.recognise(np.stack([shapes.render(None), doubled])) == [None, None]
+    assert shapes.recognise(shapes.enlarge(first, 3)[None]) == [shapes.SCENES[0]]
+
+
+def shapes_py(*arguments, check: int = 0) -> str:
+    """Run shapes.py in a process of its own -> what it printed."""
+    done = subprocess.run([sys.executable, "shapes.py", *map(str, arguments)], cwd=ROOT, capture_output=True,
+                          text=True)
+    assert done.returncode == check, done.stderr
+    return done.stdout + done.stderr
 
 
 def test_dumped_prompts_are_what_a_user_would_have(tmp_path):
-    subprocess.run([sys.executable, "shapes.py", "--dump", str(tmp_path), "--count", "5"], cwd=ROOT, check=True)
+    shapes_py("--dump", tmp_path, "--count", 5, "--edits", 3)
     entries = [json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
-    assert len(entries) == 5 and all((tmp_path / e["images"][0]).exists() for e in entries)
-    subprocess.run([sys.executable, "shapes.py", "--out", str(tmp_path / "sheet.png")], cwd=ROOT, check=True)
+    assert len(entries) == 5 and all(shapes.wanted_steps(entry["prompt"]) == 3 for entry in entries)
+    for entry in entries:
+        picture = np.asarray(Image.open(tmp_path / entry["images"][0]))
+        assert shapes.matches(picture, shapes.states_of_prompt(entry["prompt"])[0])
+    shapes_py("--out", tmp_path / "sheet.png")
     assert (tmp_path / "sheet.png").stat().st_size > 5000
+
+
+@pytest.mark.parametrize("flag, value", [("--count", "0"), ("--edits", "-1"), ("--edits", "two"),
+                                         ("--cuont", "3"), ("--split", "test")])
+def test_a_mistake_is_one_sentence_that_names_the_flag_and_writes_nothing(tmp_path, flag, value):
+    message = shapes_py("--dump", tmp_path / "prompts", flag, value, check=2)
+    assert flag in message and value in message and len(message.splitlines()) == 1
+    assert not (tmp_path / "prompts").exists()
