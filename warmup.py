@@ -268,7 +268,7 @@ def miniature(seed: int, folder: Path, texts: list[str] = ()) -> UnifiedModel:
         DecoderConfig(hidden_size=128, intermediate_size=352, num_hidden_layers=4, num_attention_heads=4,
                       vocab_size=text.vocab_size, context=2048 if texts else 256),
         DepthConfig(width=96, layers=2, heads=4),
-        VisionConfig(image_size=24, patch_size=8, width=64, mlp_width=128, layers=1,
+        VisionConfig(image_size=24, patch_size=8, width=64, mlp_width=128, layers=1, heads=16,
                      codebook_size=16, depth=4, shared_codebook=False,
                      ch=32, ch_mult=(1, 1, 1, 1), num_res_blocks=0, attn_resolutions=(), z_channels=32,
                      resolution=24))

@@ -31,7 +31,8 @@ from tokenizer import (BYTE, CONTROL, IMAGE_END, IMAGE_START, NORMAL, SPECIAL_TO
 DECODER = DecoderConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
                         vocab_size=32006, rope_factor=2.0, context=4096)
 DEPTH = DepthConfig(width=2560, layers=6, heads=40)
-VISION = VisionConfig(image_size=256, patch_size=16, width=1024, mlp_width=4096, layers=23, codebook_size=16384,
+VISION = VisionConfig(image_size=256, patch_size=16, width=1024, mlp_width=4096, layers=23, heads=16,
+                      codebook_size=16384,
                       depth=4, shared_codebook=True, ch=128, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2,
                       attn_resolutions=(16,), z_channels=256, resolution=256)
 SHARD = 5 * 10 ** 9                                  # bytes
