@@ -185,7 +185,8 @@ def run_main(main) -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR,
+                               errno.EEXIST):
             raise
         print(f"error: cannot write {error.filename or 'a file'}: {error.strerror}; what was saved before is intact",
               file=sys.stderr)

@@ -106,8 +106,8 @@ def test_grpo_from_prompts_on_disk_and_evaluation_leave_something_to_look_at(war
     names = {p.name for p in (tmp_path / "grpo").iterdir()}
     assert {"config.json", "metrics.jsonl", "report.html", "policy", "samples", "evaluation.json"} <= names
     assert list((tmp_path / "grpo" / "samples").glob("*.png"))
-    run("evaluate.py", "--model", tmp_path / "grpo", "--prompts", 3, "--seed", 7, "--json", tmp_path / "e.json")
-    rates = json.loads((tmp_path / "e.json").read_text())
+    run("evaluate.py", "--model", tmp_path / "grpo", "--prompts", 3, "--seed", 7, "--out", tmp_path / "e")
+    rates = json.loads((tmp_path / "e" / "evaluation.json").read_text())
     assert rates["prompts"] == 3 and rates["seed"] == 7 and set(rates["kept"]) == {"t2i", "i2t"}
     for arm in ("sampled", "low", "greedy"):
         for name in ("format", "text", "visual", "visual_true", "story"):
