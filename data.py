@@ -1,4 +1,40 @@
-"""TODO"""
+"""Every source of samples, toy or published: source -> `Sample` -> one row of tokens (paper, Sec. 4.1).
+
+    source     toy_*() makes a sample of the toy world; a reader turns published records into samples
+    Sample     a prompt and an answer in written form, with `<image>` marks and a picture for each mark
+    row        `row_of`: tokens [T, D], is_image [T], mask [T, D], ready for the decoder
+
+The sources that `warmup.py --data` and `grpo.py --prompts` take as NAME=DIR,NAME=DIR:
+
+    NAME          kind           what DIR holds
+    activitynet   interleaved    ActivityNet Captions: train.json; frames/<v_id>/<segment>.jpg
+    genhowto      interleaved    GenHowTo: actions.*.txt and states.*.txt, or a *.csv with the columns of
+                                 both; frames/<VID_ID>/<second>.jpg
+    openstory     interleaved    OpenStory++: its story rows as *.jsonl; frames/<video>/<key>.jpg
+    jsonl         interleaved    a user's own file (DIR is the file): prompts, pictures and steps
+    emova         understanding  EMOVA, or other LLaVA conversations: annotations/*.json or *.jsonl,
+                                 pictures relative to DIR; speech subsets are skipped
+    journeydb     t2i            JourneyDB: train/train_anno_realease_repath.jsonl and train/imgs/<folder>/,
+                                 as many folders as there are
+
+activitynet and genhowto also take a numbered dump of a video's frames (000001.jpg is second 0) with its rate
+in frames/fps.txt. OpenStory++ and EMOVA are published as parquet: tests/parquet_to_jsonl.py makes JSON lines.
+
+The questions that `evaluate.py --data DIR` takes:
+
+    --benchmark        what DIR holds
+    mmie               MMIE's data.json and images/
+    interleavedbench   interleaved_bench.json and its folders of pictures
+    understanding      questions.jsonl: {"image", "question", "answer"} a line
+    t2i                captions.txt, one a line
+
+To add a source, write one reader, (path, left_out) -> iterator of samples, and add one line to READERS.
+A reader raises `Broken` inside `left_out.guard(...)` for a record that cannot be used. The record is counted,
+and nothing takes its place.
+
+    python data.py                                      # one sample of each kind, of the toy world
+    python data.py --data activitynet=data/activitynet  # counts, reasons, a sample of each kind
+"""
 import csv
 import difflib
 import hashlib
@@ -11,48 +47,72 @@ import re
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import partial
+from functools import partial, wraps
 from pathlib import Path
-from typing import Iterator
+from typing import Callable, Iterator
 
+import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
 import shapes
-from common import UserError, open_tensors, read_picture, read_text, write_tensors
+from common import (UserError, open_tensors, parse_config, read_picture, read_text, run_main, write_tensors,
+                    write_whole)
 from model import UnifiedModel
 from tokenizer import IMAGE_END, IMAGE_START, SPECIAL_TOKENS, THINK_END, THINK_START
+
+
+@dataclass
+class Config:
+    """Settings of `python data.py`."""
+    # -- data
+    data: str = ""                   # sources, NAME=DIR,NAME=DIR; empty: the toy world's samples
+    prompts: bool = False            # read them as grpo.py --prompts does
+    # -- run
+    seed: int = 0                    # of the toy world's samples
+
 
 # ------------------------------------------------------------------------------------------------------------
 # One sample type; the toy world's samples
 
 KINDS = ("interleaved", "understanding", "t2i")              # the hybrid mix, in the order of --mix
+I2T_QUESTION = "what is it?"
 
 
 @dataclass
 class Sample:
-    """One supervised pair: a prompt with its pictures, an answer in written form with its pictures. `<image>` marks
-    say where pictures go; a picture is uint8 [H, W, 3] or the path of a file."""
+    """A prompt and its answer: two texts, with a picture for each of their `<image>` marks.
+
+    A picture is uint8 [H, W, 3] or the path of a file. A story of one step:
+
+        prompt            "paint it blue. <BEGIN> a red circle at top left <image>"
+        prompt_pictures   [Path("images/0_start.png")]
+        answer            "<think>a blue circle at top left</think><im_start><image><im_end></s>"
+        answer_pictures   [Path("images/0_0.png")]
+    """
     prompt: str
     prompt_pictures: list
     answer: str = ""
     answer_pictures: list = field(default_factory=list)
-    draw: bool = False               # text-to-image: the prompt ends in <im_start>
-    kind: str = "interleaved"        # one of KINDS, or words
-    origin: tuple = ()               # file, line and id of the record it was made from
+    kind: str = "interleaved"        # one of KINDS, or "words"; the row of a t2i prompt ends in <im_start>
+    origin: tuple = ()               # file, line (of *.json: record) and id of the record behind it
 
 
 def write_answer(steps: list[tuple[str, object]], fault: str | None = None, rng: random.Random | None = None
-            ) -> tuple[str, list]:
-    """Steps (text, picture) -> an answer in written form, <think>text</think><vis>IMAGE</vis> for each step, and its
-    pictures; `fault` breaks the format at one step the way noisy data does."""
+                 ) -> tuple[str, list]:
+    """Steps (text, picture) -> an answer in written form and its pictures.
+
+    The form is <think>text</think><vis>IMAGE</vis> for each step, then </s>. A fault breaks it at one step,
+    as noisy data does.
+    """
     parts = [[THINK_START, text, THINK_END, IMAGE_START, "<image>", IMAGE_END] for text, _ in steps]
     pictures = [picture for _, picture in steps]
     if fault:
         i = rng.randrange(len(parts))
         if fault == "no_image":
-            del parts[i][3:], pictures[i]
+            del parts[i][3:]
+            del pictures[i]
         elif fault == "extra_text":
             parts[i].append(steps[i][0])
         else:
@@ -62,7 +122,7 @@ def write_answer(steps: list[tuple[str, object]], fault: str | None = None, rng:
 
 def t2i_sample(caption: str, picture, origin: tuple = ()) -> Sample:
     """Text to image: a caption, its picture."""
-    return Sample(caption, [], f"<image>{IMAGE_END}</s>", [picture], draw=True, kind="t2i", origin=origin)
+    return Sample(caption, [], f"<image>{IMAGE_END}</s>", [picture], kind="t2i", origin=origin)
 
 
 def toy_prompt(rng: random.Random, edits: int, split: str) -> Sample:
@@ -74,7 +134,8 @@ def toy_prompt(rng: random.Random, edits: int, split: str) -> Sample:
 def toy_story(rng: random.Random, edits: int) -> Sample:
     """An interleaved story of the toy world, with the warm-up data's errors."""
     prompt = toy_prompt(rng, edits, "train")
-    return Sample(prompt.prompt, prompt.prompt_pictures, *write_answer(*shapes.noisy_story(rng, prompt.prompt), rng))
+    answer = write_answer(*shapes.noisy_story(rng, prompt.prompt), rng)
+    return Sample(prompt.prompt, prompt.prompt_pictures, *answer)
 
 
 def toy_words(rng: random.Random, edits: int) -> Sample:
@@ -85,126 +146,137 @@ def toy_words(rng: random.Random, edits: int) -> Sample:
 
 
 def toy_t2i(rng: random.Random, edits: int = 0) -> Sample:
-    """Text to image: a caption, its picture."""
+    """Text to image: the caption of a random scene, its picture."""
     scene = rng.choice(shapes.SCENES)
     return t2i_sample(shapes.caption(scene), shapes.render(scene))
 
 
 def toy_i2t(rng: random.Random, edits: int = 0) -> Sample:
-    """Image to text: a picture and a question, the caption."""
+    """Image to text: the picture of a random scene and a question, its caption."""
     scene = rng.choice(shapes.SCENES)
     return Sample(f"<image> {I2T_QUESTION}", [shapes.render(scene)], f"{shapes.caption(scene)}</s>",
                   kind="understanding")
-I2T_QUESTION = "what is it?"
+
+
 PRETRAINING = {toy_words: 0.5, toy_t2i: 0.25, toy_i2t: 0.25}
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Records of published files: what they lack, and what is left out
-SHORTEST_CAPTION = 5             # letters; as a public JourneyDB pipeline has it
+# Records of published files: their numbers, their fields, and those that are left out
+
 MARKS = re.compile("|".join(map(re.escape, ("<image>", "<s>", "</s>", "<unk>", *SPECIAL_TOKENS))))
 
 
 class Broken(ValueError):
-    """Why a record cannot be used: a reason that is the same for all of its kind, and its detail."""
+    """Why a record cannot be used: a reason, in the same words for all records of that kind, and a detail."""
+
+
+def unit(file: Path) -> str:
+    """What a record's number counts: lines, or the records of a *.json."""
+    return "record" if Path(file).suffix == ".json" else "line"
 
 
 class LeftOut:
-    """Records that cannot be used: counted by file and reason, the first of each shown, listed with file, line and id.
-    strict: the first one is the user's mistake (a prompt file of one's own is better mended)."""
-    SHOWN, LISTED = 3, 1000          # of each file and reason: on the screen, in the list
+    """The records that cannot be used: how many of each file and reason, and the first of them one by one.
+
+    Choice: published files have broken records. One of them must neither end a run nor go unnoticed.
+
+    counts: (verdict, file, reason) -> number; verdict is "left out", or "noted" for a record that is used.
+    list: {"file", "line" or "record", "id", "reason", "verdict"} of the first LISTED of each.
+    strict: raise UserError at the first one. A user's own file is better mended than cut down.
+    """
+    PRINTED, LISTED = 3, 1000        # of each file and reason: on the screen, in the list
 
     def __init__(self, strict: bool = False):
-        self.strict, self.counts, self.list = strict, Counter(), []
+        self.strict = strict
+        self.counts = Counter()
+        self.list = []
 
-    def __call__(self, file: Path, line: int, id: object, reason: str, detail: object = "", verdict: str = "left out"
-                 ) -> None:
-        said = f"{reason}: {detail}" if str(detail) else reason
+    def add(self, file: Path, line: int, name: object, reason: str, detail: object = "",
+            verdict: str = "left out") -> None:
+        """Count one record. file, line, name: its origin; detail: what differs from record to record."""
+        words = f"{reason}: {detail}" if str(detail) else reason
         if self.strict:
-            raise UserError(f"{file}, line {line}: {said}")
+            raise UserError(f"{file}, {unit(file)} {line}: {words}")
         self.counts[verdict, str(file), reason] += 1
         count = self.counts[verdict, str(file), reason]
         if count <= self.LISTED:
-            self.list.append({"file": str(file), "line": line, "id": str(id), "reason": said, "verdict": verdict})
-        if count <= self.SHOWN:
-            where = f"{file}, line {line}" + f", {id}" * bool(str(id))
-            tqdm.write(f"{verdict}: {where}: {said}{' (and so on)' * (count == self.SHOWN)}")
+            self.list.append({"file": str(file), unit(file): line, "id": str(name), "reason": words,
+                              "verdict": verdict})
+        if count <= self.PRINTED:
+            where = f"{file}, {unit(file)} {line}" + (f", {name}" if str(name) else "")
+            tqdm.write(f"{verdict}: {where}: {words}" + (" (and so on)" if count == self.PRINTED else ""))
 
     @contextmanager
-    def guard(self, file: Path, line: int, id: object = ""):
-        """Around what is done with one record: Broken inside counts it, and it is passed over."""
+    def guard(self, file: Path, line: int, name: object = ""):
+        """Context manager for one record: if it raises Broken, count the record and go on."""
         try:
             yield
         except Broken as broken:
-            self(file, line, id, *broken.args)
+            self.add(file, line, name, *broken.args)
 
     def reasons(self) -> dict[str, int]:
-        """How many records for each reason, files together."""
-        total = Counter()
+        """{"verdict, reason": number of records}, all files together."""
+        totals = Counter()
         for (verdict, _, reason), count in self.counts.items():
-            total[f"{verdict}, {reason}"] += count
-        return dict(total)
+            totals[f"{verdict}, {reason}"] += count
+        return dict(totals)
 
     def total(self) -> int:
+        """The number of records that are left out."""
         return sum(count for (verdict, *_), count in self.counts.items() if verdict == "left out")
 
 
 def records(file: Path, left_out: LeftOut) -> Iterator[tuple[int, object]]:
-    """The records of a *.json file, a list or an object (then as (key, value)), or else of JSON lines, each with the
-    line it starts at. A broken line is left out; raises UserError for a file that cannot be read to its end."""
-    if file.suffix != ".json":
-        try:
-            with open(file, "rb") as lines:
-                for number, line in enumerate(lines, 1):
-                    with left_out.guard(file, number):
-                        if line.strip():
-                            yield number, writable(parse_json(line))
-        except OSError as error:
-            raise UserError(f"{file}: cannot be read ({error})")
-        return
-    text, at, number, counted, value_at = read_text(file), 0, 1, 0, json.JSONDecoder().raw_decode
+    """The records of a file, each with its number from 1.
 
-    def mark(*expected: str) -> str:                                    # punctuation, and the space around it
-        nonlocal at
-        found = re.compile(r"\s*([\[\]{},:]?)\s*").match(text, at)
-        if found[1] not in expected:
-            raise ValueError(f"expected {' or '.join(expected)}, found {text[found.start(1):][:20]!r}")
-        at = found.end()
-        return found[1]
+    *.json: the items of a list, or the (key, value) pairs of an object. Any other file: JSON lines, numbered
+    by line; a broken line is left out. Raises UserError for an unreadable file and for a broken *.json.
+    """
+    if file.suffix == ".json":
+        yield from enumerate(json_items(file), 1)
+        return
     try:
-        end = {"[": "]", "{": "}"}[mark("[", "{")]
-        while not text.startswith(end, at):
-            number, counted, key = number + text.count("\n", counted, at), at, None
-            if end == "}":
-                key, at = value_at(text, at)
-                mark(":")
-            value, at = value_at(text, at)
-            yield number, writable(value if key is None else (key, value))
-            if mark(",", end) == end:
-                break
+        with open(file, "rb") as lines:
+            for number, line in enumerate(lines, 1):
+                with left_out.guard(file, number):
+                    if line.strip():
+                        yield number, parse_json(line)
+    except OSError as error:
+        raise UserError(f"{file}: cannot be read ({error})") from None
+
+
+def json_items(file: Path) -> list:
+    """A *.json file -> the items of its list, or the (key, value) pairs of its object. Raises UserError."""
+    text = read_text(file)
+    try:
+        value = load_json(text)
+    except json.JSONDecodeError as error:
+        message = error.msg.replace("Expecting", "expected")
+        raise UserError(f"{file}, line {error.lineno}: not JSON ({message})") from None
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}, line {number}: not JSON from here on ({error})")
+        raise UserError(f"{file}: not JSON that can be read ({error})") from None
+    if not isinstance(value, (list, dict)):
+        raise UserError(f"{file}: expected a JSON list or object, found {str(value)[:40]!r}")
+    return list(value.items()) if isinstance(value, dict) else value
+
+
+def load_json(text: str | bytes) -> object:
+    """A JSON value. Halves of characters (a cut emoji), which no file takes, become question marks."""
+    value = json.loads(text)
+    return json.loads(json.dumps(value, ensure_ascii=False).encode("utf-8", "replace"))
 
 
 def parse_json(text: str | bytes) -> object:
     """A JSON value, or Broken."""
     try:
-        return json.loads(text)
+        return load_json(text)
     except (ValueError, RecursionError) as error:
-        raise Broken("not JSON", f"{error}, in {text[:40]!r}")
-
-
-def writable(value: object) -> object:
-    """JSON may hold halves of characters (a cut emoji), which no file takes: they become question marks."""
-    if isinstance(value, str):
-        return value.encode("utf-8", "replace").decode()
-    if isinstance(value, dict):
-        return {writable(key): writable(of) for key, of in value.items()}
-    return type(value)(map(writable, value)) if isinstance(value, (list, tuple)) else value
+        raise Broken("not JSON", f"{error}, in {text[:40]!r}") from None
 
 
 def id_of(record: object, key: str = "id") -> str:
-    """What a record calls itself, for reports."""
+    """A record's own name, for reports; "" where it has none."""
     return str(record.get(key, "")) if isinstance(record, dict) else ""
 
 
@@ -216,27 +288,35 @@ def need(record: object, key: str, kind: type | tuple[type, ...]):
     return value
 
 
+def clean_text(text: str) -> str:
+    """A text without our marks: data must not open pictures or end answers."""
+    return MARKS.sub(" ", text).strip()
+
+
 def need_text(record: object, key: str) -> str:
-    """A text that is not empty, marks of ours taken out: data must not open pictures or end answers."""
-    text = MARKS.sub(" ", need(record, key, str)).strip()
+    """record[key] without our marks, or Broken where it is missing or empty."""
+    text = clean_text(need(record, key, str))
     if not text:
         raise Broken(f"{key} is empty")
     return text
 
 
 def as_list(value: object) -> list:
-    """What is published as one thing, a list of them, or nothing at all -> a list."""
-    return value if isinstance(value, list) else [value] if value else []
+    """None -> [], a single value -> [value], a list -> itself."""
+    if isinstance(value, list):
+        return value
+    return [value] if value else []
 
 
 def need_marks(text: str, pictures: list) -> None:
     """An `<image>` mark for each picture, or Broken."""
     if text.count("<image>") != len(pictures):
-        raise Broken("<image> marks and pictures differ in number", f"{text.count('<image>')} and {len(pictures)}")
+        counts = f"{text.count('<image>')} and {len(pictures)}"
+        raise Broken("<image> marks and pictures differ in number", counts)
 
 
 def picture_in(folder: Path, *names: object) -> Path:
-    """The first of `names` that there is in a folder, or Broken."""
+    """The first of `names` that exists in a folder, or Broken."""
     for name in names:
         if not isinstance(name, str) or not name:
             raise Broken("the path of a picture is missing")
@@ -245,20 +325,8 @@ def picture_in(folder: Path, *names: object) -> Path:
     raise Broken("a picture is missing", str(folder / names[0])[:200])
 
 
-def frame_in(frames: Path, video: str, name: str, second: float) -> Path:
-    """FRAMES/<video>/<name>.jpg; else, where FRAMES/fps.txt tells the rate of a numbered dump (000001.jpg is second 0),
-    the frame of that second. PNGs are taken as well."""
-    names = [name]
-    if (frames / "fps.txt").is_file():
-        try:
-            names.append(f"{int(second * float((frames / 'fps.txt').read_text())) + 1:06d}")
-        except ValueError:
-            raise UserError(f"{frames / 'fps.txt'}: expected the frames a second, a number")
-    return picture_in(frames / video, *(name + suffix for name in names for suffix in (".jpg", ".jpeg", ".png")))
-
-
 def file_in(path: Path, *names: str) -> Path:
-    """The file itself, or the first of `names` that there is in a folder."""
+    """The path itself if it is a file, else the first of `names` in that folder. Raises UserError."""
     for file in [path] if path.is_file() else [path / name for name in names]:
         if file.is_file():
             return file
@@ -266,231 +334,370 @@ def file_in(path: Path, *names: str) -> Path:
 
 
 def files_in(path: Path, *patterns: str) -> list[Path]:
-    """The file itself, or all that fit the patterns in a folder, by name."""
+    """The path itself if it is a file, else the folder's files that fit, sorted. Raises UserError."""
     files = [path] if path.is_file() else sorted({f for pattern in patterns for f in path.glob(pattern)})
     if not files:
         raise UserError(f"{path}: expected {' or '.join(patterns)} there")
     return files
 
 
-# ------------------------------------------------------------------------------------------------------------
-# The paper's sources: what is published, one reader each, all into `Sample`
+class Frames:
+    """Frames of videos as picture files, FOLDER/<video>/<name>.jpg.
 
-# The paper's query templates (data figure); {text} and {question} come from the data.
-EVENT_QUERY = ("In this task, you are given the first part of an event with both text and an image, and you need to "
-               "complete the subsequent parts of the event by generating text and images that are natural continuation "
-               "of the given first part. The input interleaved content is: <BEGIN> {text} <image>")
-HOWTO_QUERY = ("In this task, you are given a multimodal question consisting of both text and an image. Your goal is "
-               "to generate an interleaved text-image answer that demonstrates step-by-step multimodal reasoning. The "
-               "answer should include both textual and relevant visual content to support your reasoning process. "
-               "<BEGIN> {question} <image>")
+    FOLDER/fps.txt, if there is one, holds the rate of a numbered dump: 000001.jpg is second 0.
+    """
+    SUFFIXES = (".jpg", ".jpeg", ".png")
+    LONGEST = 1e9                    # seconds: no video is longer
+
+    def __init__(self, folder: Path):
+        """Raises UserError for an fps.txt without a rate."""
+        self.folder, self.fps = folder, None
+        file = folder / "fps.txt"
+        if not file.is_file():
+            return
+        text = read_text(file)
+        try:
+            self.fps = float(text)
+        except ValueError:
+            self.fps = math.nan
+        if not 0 < self.fps < 1e6:
+            raise UserError(f"{file}: expected the frames a second, a number above 0, found {text[:20]!r}")
+
+    def find(self, video: str, name: str, second: float) -> Path:
+        """The frame of that name, else the dump's frame of that second, or Broken."""
+        if not 0 <= second <= self.LONGEST:
+            raise Broken("a second that no video has", second)
+        names = [name + suffix for suffix in self.SUFFIXES]
+        if self.fps:
+            names += [f"{int(second * self.fps) + 1:06d}{suffix}" for suffix in self.SUFFIXES]
+        return picture_in(self.folder / video, *names)
+
+
+# ------------------------------------------------------------------------------------------------------------
+# The paper's sources: one reader for each
+
+# The paper's query templates (its data figure); {text} and {question} come from the data.
+EVENT_QUERY = (
+    "In this task, you are given the first part of an event with both text and an image, and you need to "
+    "complete the subsequent parts of the event by generating text and images that are natural continuation "
+    "of the given first part. The input interleaved content is: <BEGIN> {text} <image>")
+HOWTO_QUERY = (
+    "In this task, you are given a multimodal question consisting of both text and an image. Your goal is to "
+    "generate an interleaved text-image answer that demonstrates step-by-step multimodal reasoning. The "
+    "answer should include both textual and relevant visual content to support your reasoning process. "
+    "<BEGIN> {question} <image>")
 NEXT_STEP_QUERY = "{question} Predict the subsequent step. The previous steps are: {text} <image>"
-HOWTO_QUESTION = "What is done with the {name}, step by step?"     # ours: GenHowTo has a category, no question
-STORY = 5                        # parts of a story: its prompt and up to four steps, as OpenStory++ cuts its own
+# Choice: GenHowTo has a category but no question, so the question is ours.
+HOWTO_QUESTION = "What is done with the {name}, step by step?"
+STORY = 5                        # parts of a story, its prompt and up to four steps, as in OpenStory++
 
 
 def event_sample(parts: list[tuple[str, Path]], origin: tuple) -> Sample:
-    """The first part of an event is the prompt, the others are the answer's steps."""
+    """The first part (text, picture) of an event is the prompt, the others are the answer's steps."""
     (text, picture), *steps = parts
     return Sample(EVENT_QUERY.replace("{text}", text), [picture], *write_answer(steps), origin=origin)
 
 
-def activitynet(path: Path, left_out: LeftOut) -> Iterator[Sample]:
-    """ActivityNet Captions: train.json, {"v_ID": {"duration", "timestamps", "sentences"}}, or the flattened rows of its
-    mirrors as a list. frames/<v_ID>/<segment>.jpg shows a segment, or else the middle of it in a numbered dump
-    (see `frame_in`).
+def cut_stories(parts: list) -> list[list]:
+    """Parts in order -> stories of STORY parts, the last one shorter."""
+    return [parts[i:i + STORY] for i in range(0, len(parts), STORY)]
 
-    Choice: segments overlap and stand in any order; they are sorted by their start and cut into stories of STORY."""
+
+def activitynet(path: Path, left_out: LeftOut) -> Iterator[Sample]:
+    """ActivityNet Captions, train.json, an object of videos:
+
+        {"v_QOlSCBRmfWY": {"duration": 82.73, "timestamps": [[0.83, 19.86], [17.37, 60.81]],
+                           "sentences": ["A woman stands in a room.", " She dances around the room."]}}
+
+    or the flattened rows of its mirrors, train.jsonl (`unflatten`). The frame of the first segment is
+    frames/v_QOlSCBRmfWY/0.jpg, or the middle of the segment in a numbered dump (`Frames`).
+
+    Choice: segments overlap and come in any order. We sort them by their start and cut them into stories.
+    """
     file = file_in(path, "train.json", "train.jsonl")
-    for line, entry in records(file, left_out):
-        video, told = entry if isinstance(entry, tuple) else (None, entry)
-        with left_out.guard(file, line, video or id_of(told, "video_id")):
-            if video is None:
-                video, sentences = need(told, "video_id", str), need(told, "en_captions", list)
-                starts, stops = need(told, "captions_starts", list), need(told, "captions_ends", list)
-                spans = list(itertools.zip_longest(starts, stops))
-            else:
-                sentences, spans = need(told, "sentences", list), need(told, "timestamps", list)
-            duration = need(told, "duration", (int, float)) if "duration" in told else math.inf
-            if len(spans) != len(sentences):
-                raise Broken("timestamps and sentences differ in number", f"{len(spans)} and {len(sentences)}")
-            parts = []
-            for i, (span, sentence) in enumerate(zip(spans, sentences)):
-                with left_out.guard(file, line, f"{video}, segment {i}"):
-                    text = need_text({"sentence": sentence}, "sentence")
-                    if not (isinstance(span, (list, tuple)) and len(span) == 2
-                            and all(isinstance(t, (int, float)) and math.isfinite(t) for t in span)):
-                        raise Broken("a timestamp is no pair of seconds", span)
-                    start, stop = max(0, span[0]), min(duration, span[1])
-                    if not start < stop:
-                        raise Broken("a segment is empty", span)
-                    parts.append((start, stop, i, text))
-            parts.sort()
-            parts = [(text, frame_in(file.parent / "frames", video, str(i), (start + stop) / 2))
-                     for start, stop, i, text in parts]
-            for first in range(0, len(parts), STORY):
-                if len(parts[first:first + STORY]) > 1:
-                    yield event_sample(parts[first:first + STORY], (file, line, video))
+    frames = Frames(file.parent / "frames")
+    for line, record in records(file, left_out):
+        video = record[0] if isinstance(record, tuple) else id_of(record, "video_id")
+        origin = (file, line, video)
+        with left_out.guard(*origin):
+            video, entry = record if isinstance(record, tuple) else unflatten(record)
+            segments = read_segments(entry, origin, left_out)
+            parts = [(text, frames.find(video, str(i), (start + stop) / 2))
+                     for start, stop, i, text in segments]
+            for story in cut_stories(parts):
+                if len(story) > 1:
+                    yield event_sample(story, origin)
                 else:
-                    left_out(file, line, video, "a lone part is no story")
+                    left_out.add(*origin, "a lone part is no story")
+
+
+def unflatten(row: object) -> tuple[str, dict]:
+    """A row of ActivityNet's mirrors -> (video, entry) as in train.json:
+
+        {"video_id": "v_QOlSCBRmfWY", "captions_starts": [0.83, 17.37], "captions_ends": [19.86, 60.81],
+         "en_captions": ["A woman stands in a room.", " She dances around the room."]}
+    """
+    video, sentences = need(row, "video_id", str), need(row, "en_captions", list)
+    starts, stops = need(row, "captions_starts", list), need(row, "captions_ends", list)
+    return video, {**row, "sentences": sentences, "timestamps": list(itertools.zip_longest(starts, stops))}
+
+
+def read_segments(entry: object, origin: tuple, left_out: LeftOut) -> list[tuple[float, float, int, str]]:
+    """A video's entry -> (start, stop, number, sentence) of its usable segments, sorted."""
+    sentences, spans = need(entry, "sentences", list), need(entry, "timestamps", list)
+    duration = need(entry, "duration", (int, float)) if "duration" in entry else Frames.LONGEST
+    if len(spans) != len(sentences):
+        raise Broken("timestamps and sentences differ in number", f"{len(spans)} and {len(sentences)}")
+    file, line, video = origin
+    segments = []
+    for i, (span, sentence) in enumerate(zip(spans, sentences)):
+        with left_out.guard(file, line, f"{video}, segment {i}"):
+            text = need_text({"sentence": sentence}, "sentence")
+            if not (isinstance(span, (list, tuple)) and len(span) == 2
+                    and all(isinstance(t, (int, float)) and abs(t) < Frames.LONGEST for t in span)):
+                raise Broken("a timestamp is no pair of seconds", repr(span)[:40])
+            start, stop = max(0, span[0]), min(duration, span[1])
+            if not start < stop:
+                raise Broken("a segment is empty", span)
+            segments.append((start, stop, i, text))
+    return sorted(segments)
+
+
+HOWTO_COLUMNS = ("VID_ID", "DS_CAT_NAME", "FRAME_S1", "FRAME_AC", "FRAME_S2", "FILENAME")
+HOWTO_PROMPTS = ("FRAME_AC_PROMPT", "FRAME_S2_PROMPT")           # one in actions.*.txt, one in states.*.txt
 
 
 def genhowto(path: Path, left_out: LeftOut, next_step: bool = False) -> Iterator[Sample]:
-    """GenHowTo: actions.*.txt and states.*.txt, joined by FILENAME, or triples of one's own with the same columns
-    (*.csv). frames/<VID_ID>/<second>.jpg shows a state, or see `frame_in`.
+    """GenHowTo, actions.*.txt and states.*.txt, or *.csv with the columns of both:
 
-    One row is two steps: the initial state in the prompt, then the action and the final state. next_step, for RL: the
-    action stands in the prompt as well, and the final state is asked for."""
-    needed = ("VID_ID", "DS_CAT_NAME", "FRAME_S1", "FRAME_AC", "FRAME_S2", "FILENAME")
-    prompts = ("FRAME_AC_PROMPT", "FRAME_S2_PROMPT")
-    rows, frames = {}, (path if path.is_dir() else path.parent) / "frames"
-    for file in files_in(path, "actions*.txt", "states*.txt", "*.csv"):
-        try:
-            with open(file, encoding="utf-8-sig", newline="") as lines:
-                table = csv.DictReader(lines)
-                missing = [name for name in needed if name not in (table.fieldnames or ())]
-                if missing:
-                    raise UserError(f"{file}, line 1: expected a header with the column {missing[0]}")
-                for row in table:
-                    with left_out.guard(file, table.line_num, row["VID_ID"] or ""):
-                        name = need_text(row, "FILENAME")
-                        told = {key: row[key] for key in (*needed, *prompts) if row.get(key)}
-                        known = rows.setdefault(name, {"origin": (file, table.line_num, row["VID_ID"])})
-                        if any(known.get(key, told[key]) != told[key] for key in told if key in needed) \
-                                or any(key in known for key in told if key in prompts):
-                            raise Broken("FILENAME is there twice", name)
-                        known.update(told)
-        except (OSError, UnicodeDecodeError, csv.Error) as error:
-            raise UserError(f"{file}: cannot be read ({error})")
-    for row in rows.values():
-        with left_out.guard(*row["origin"]):
-            action, state = (need_text(row, name) for name in prompts)
-            told = [need_text(row, name) for name in ("FRAME_S1", "FRAME_AC", "FRAME_S2")]
-            if not all(re.fullmatch(r"\d+(\.\d+)?", text) for text in told):
-                raise Broken("a frame's second is no number", told)
-            seconds = [float(text) for text in told]
+        VID_ID,DS_CAT,DS_CAT_NAME,FRAME_S1,FRAME_S2,FRAME_AC,SCORE,FRAME_AC_PROMPT,FILENAME
+        -aaaaaaaaaa,0,apple,12,48,30,0.9,"a person cutting an apple","results/states_0/0000.jpg"
+
+    The frame of second 12 is frames/-aaaaaaaaaa/12.jpg, or that of a numbered dump (`Frames`). The initial
+    state is in the prompt; the answer has two steps, the action and the final state.
+
+    next_step: the paper's form for RL. The action is in the prompt as well, the answer is the final state.
+    """
+    frames = Frames((path if path.is_dir() else path.parent) / "frames")
+    for row, origin in join_tables(path, left_out):
+        with left_out.guard(*origin):
+            action, state = (need_text(row, name) for name in HOWTO_PROMPTS)
+            times = [need_text(row, name) for name in ("FRAME_S1", "FRAME_AC", "FRAME_S2")]
+            if not all(re.fullmatch(r"\d+(\.\d+)?", text) for text in times):
+                raise Broken("a frame's second is no number", str(times)[:80])
+            seconds = [float(text) for text in times]
             if sorted(seconds) != seconds:
                 raise Broken("initial, action and final frame are not in order", seconds)
-            first, middle, last = (frame_in(frames, need_text(row, "VID_ID"), f"{t:g}", t) for t in seconds)
+            first, middle, last = (frames.find(need_text(row, "VID_ID"), f"{t:g}", t) for t in seconds)
             question = HOWTO_QUESTION.replace("{name}", need_text(row, "DS_CAT_NAME"))
             if next_step:
                 query = NEXT_STEP_QUERY.replace("{question}", question).replace("{text}", action)
-                yield Sample(query, [middle], *write_answer([(state, last)]), origin=row["origin"])
+                yield Sample(query, [middle], *write_answer([(state, last)]), origin=origin)
             else:
                 query = HOWTO_QUERY.replace("{question}", question)
-                yield Sample(query, [first], *write_answer([(action, middle), (state, last)]), origin=row["origin"])
+                yield Sample(query, [first], *write_answer([(action, middle), (state, last)]), origin=origin)
+
+
+def join_tables(path: Path, left_out: LeftOut) -> list[tuple[dict, tuple]]:
+    """The rows of GenHowTo's tables, joined by FILENAME -> (row, origin) each.
+
+    A row that has the FILENAME of another but does not complete it is left out: other columns differ, or the
+    text is there already.
+    """
+    rows, origins = {}, {}
+    for file in files_in(path, "actions*.txt", "states*.txt", "*.csv"):
+        for line, row in csv_rows(file):
+            origin = (file, line, row["VID_ID"] or "")
+            with left_out.guard(*origin):
+                name = need_text(row, "FILENAME")
+                values = {key: row[key] for key in (*HOWTO_COLUMNS, *HOWTO_PROMPTS) if row.get(key)}
+                whole = rows.setdefault(name, {})
+                origins.setdefault(name, origin)
+                both = whole.keys() & values.keys()
+                if any(key in HOWTO_PROMPTS or whole[key] != values[key] for key in both):
+                    raise Broken("FILENAME is there twice", name)
+                whole.update(values)
+    return [(rows[name], origins[name]) for name in rows]
+
+
+def csv_rows(file: Path) -> Iterator[tuple[int, dict]]:
+    """The rows of a table with GenHowTo's columns, each with its line. Raises UserError for another table."""
+    try:
+        with open(file, encoding="utf-8-sig", newline="") as lines:
+            table = csv.DictReader(lines)
+            for name in HOWTO_COLUMNS:
+                if name not in (table.fieldnames or ()):
+                    raise UserError(f"{file}, line 1: expected a header with the column {name}")
+            for row in table:
+                yield table.line_num, row
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise UserError(f"{file}: cannot be read ({error})") from None
+
+
+YOUTUBE_ID = 11                  # characters; it may hold - and _
 
 
 def openstory(path: Path, left_out: LeftOut) -> Iterator[Sample]:
-    """OpenStory++: rows {"__key__", "json": {"caption"}} of its stories as *.jsonl or *.json; the frame of a row is
-    frames/<video>/<key>.jpg. A story is what its makers made one: neighbours of one video, STORY of them at most. Rows
-    whose key holds _override_ repeat their predecessor's frame and caption; they count for the cut, then they go."""
-    root = path if path.is_dir() else path.parent
+    """OpenStory++, the rows of its stories as *.jsonl or *.json:
 
-    def rows() -> Iterator[tuple]:
-        for file in files_in(path, "*.jsonl", "*.json"):
-            for line, record in records(file, left_out):
-                with left_out.guard(file, line):
-                    key = need(record, "__key__", str)
-                    yield key.rpartition("_override_")[2], key, file, line, record
-    for video, same in itertools.groupby(rows(), lambda row: row[0][:11]):           # an id may hold _ and -
-        same = sorted(same)                                                          # by own key: in time order
-        for story in (same[i:i + STORY] for i in range(0, len(same), STORY)):
-            own, _, file, line, _ = story[0]
-            with left_out.guard(file, line, own):
+        {"__key__": "aBc-Ef_HiJk_keyframe_00-00-12-400", "json": {"caption": "a man opens a door"}}
+
+    with frames/aBc-Ef_HiJk/aBc-Ef_HiJk_keyframe_00-00-12-400.jpg. "json" may be a text that holds the object.
+
+    As OpenStory++ groups them: consecutive rows of one video, at most STORY a story. Rows with _override_ in
+    their key duplicate the row before; they count towards STORY and are then dropped.
+    """
+    root = path if path.is_dir() else path.parent
+    rows = openstory_rows(path, left_out)
+    for video, of_video in itertools.groupby(rows, lambda row: row[0][:YOUTUBE_ID]):
+        for story in cut_stories(sorted(of_video)):                              # by own key: in time order
+            own_key, _, file, line, _ = story[0]
+            with left_out.guard(file, line, own_key):
                 parts = []
-                for _, key, *where, record in story:
+                for _, key, row_file, row_line, record in story:
                     if "_override_" in key:
-                        left_out(*where, key, "repeats another frame (_override_)")
+                        left_out.add(row_file, row_line, key, "repeats another frame (_override_)")
                         continue
-                    told = need(record, "json", (dict, str))
-                    caption = need_text(parse_json(told) if isinstance(told, str) else told, "caption")
+                    about = need(record, "json", (dict, str))
+                    caption = need_text(parse_json(about) if isinstance(about, str) else about, "caption")
                     parts.append((caption, picture_in(root, f"frames/{video}/{key}.jpg")))
                 if len(parts) < 2:
                     raise Broken("a lone part is no story")
-                yield event_sample(parts, (file, line, own))
+                yield event_sample(parts, (file, line, own_key))
+
+
+def openstory_rows(path: Path, left_out: LeftOut) -> Iterator[tuple[str, str, Path, int, dict]]:
+    """OpenStory++'s rows -> (own key, key, file, line, record). "A_override_B" is row B with A's frame."""
+    for file in files_in(path, "*.jsonl", "*.json"):
+        for line, record in records(file, left_out):
+            with left_out.guard(file, line):
+                key = need(record, "__key__", str)
+                yield key.rpartition("_override_")[2], key, file, line, record
 
 
 def emova(path: Path, left_out: LeftOut) -> Iterator[Sample]:
-    """EMOVA, and any other set of LLaVA conversations: annotations/*.json or *.jsonl, pictures relative to the folder.
-    Speech subsets are passed over.
+    """EMOVA, or other LLaVA conversations, annotations/*.json or *.jsonl, pictures relative to DIR:
 
-    Choice: a sample for each reply, what was said before it in its prompt (vicuna_v1's turns): Eq. (1) then counts
-    every reply once."""
-    root = path if path.is_dir() else path.parent.parent if path.parent.name == "annotations" else path.parent
+        {"id": "000007", "image": "websrc/7.png", "conversations": [
+            {"from": "human", "value": "<image>\\nWhich shop?"}, {"from": "gpt", "value": "The bakery."}]}
+
+    "image" may be a list or missing. Speech subsets are skipped.
+
+    Choice: a sample for each reply, with the earlier turns in its prompt as vicuna_v1 writes them. So Eq. (1)
+    counts every reply once.
+    """
+    root = path if path.is_dir() else path.parent
+    if path.is_file() and root.name == "annotations":
+        root = root.parent
     for file in files_in(path, "annotations/*.json", "annotations/*.jsonl", "*.json", "*.jsonl"):
         if re.search("asr|tts|speech", file.stem, re.IGNORECASE):
-            left_out(file, 1, file.stem, "a speech subset")
+            left_out.add(file, 1, file.stem, "a speech subset")
             continue
         for line, record in records(file, left_out):
-            with left_out.guard(file, line, id_of(record)):
-                turns = need(record, "conversations", list)
+            origin = (file, line, id_of(record))
+            with left_out.guard(*origin):
+                turns = read_turns(record)
                 pictures = [picture_in(root, name) for name in as_list(record.get("image"))]
-                said = []
-                for turn, speaker in zip(turns, itertools.cycle(("human", "gpt"))):
-                    if need(turn, "from", str) != speaker:
-                        raise Broken("human and gpt do not take turns", turn["from"])
-                    text = need(turn, "value", str)
-                    pieces = text.split("<image>") if speaker == "human" else [text]
-                    said.append("<image>".join(MARKS.sub(" ", piece) for piece in pieces).strip())
-                if len(said) < 2 or len(said) % 2 or not all(said):
-                    raise Broken("a turn is missing or empty")
-                need_marks("".join(said), pictures)
+                need_marks("".join(turns), pictures)
                 prompt = ""
-                for question, reply in zip(said[::2], said[1::2]):
+                for question, reply in zip(turns[::2], turns[1::2], strict=True):
                     prompt += question
-                    yield Sample(prompt, pictures[:prompt.count("<image>")], reply + "</s>", kind="understanding",
-                                 origin=(file, line, id_of(record)))
+                    yield Sample(prompt, pictures[:prompt.count("<image>")], reply + "</s>",
+                                 kind="understanding", origin=origin)
                     prompt += f" ASSISTANT: {reply}</s>USER: "
 
 
-def journeydb(path: Path, left_out: LeftOut) -> Iterator[Sample]:
-    """JourneyDB: train/train_anno_realease_repath.jsonl (spelled so; the paths in train_anno.jsonl are others than the
-    archives') and train/imgs/<folder>/. A partial download is fine.
+def read_turns(record: object) -> list[str]:
+    """The texts of a LLaVA conversation, human and gpt in turn, or Broken. A reply's `<image>` marks go."""
+    turns = []
+    for turn, speaker in zip(need(record, "conversations", list), itertools.cycle(("human", "gpt"))):
+        if need(turn, "from", str) != speaker:
+            raise Broken("human and gpt do not take turns", turn["from"])
+        text = need(turn, "value", str)
+        pieces = text.split("<image>") if speaker == "human" else [text]
+        turns.append("<image>".join(MARKS.sub(" ", piece) for piece in pieces).strip())
+    if len(turns) < 2 or len(turns) % 2 or not all(turns):
+        raise Broken("a turn is missing or empty")
+    return turns
 
-    Choice: of the pictures of one prompt the first: many prompts were drawn from several times."""
+
+SHORTEST_CAPTION = 5             # letters, as in a public JourneyDB pipeline
+
+
+def journeydb(path: Path, left_out: LeftOut) -> Iterator[Sample]:
+    """JourneyDB, train/train_anno_realease_repath.jsonl (spelled so):
+
+        {"img_path": "./000/1.jpg", "prompt": "a tin robot --ar 3:2", "Task2": {"Caption": "A tin robot."}}
+
+    with train/imgs/000/1.jpg. A partial download is fine. train_anno.jsonl does not fit: its paths are not
+    those of the archives.
+
+    Choice: of several pictures of one prompt the first. JourneyDB has many such prompts.
+    """
     file = file_in(path, "train/train_anno_realease_repath.jsonl", "train_anno_realease_repath.jsonl",
                    "valid/valid_anno_repath.jsonl", "valid_anno_repath.jsonl")
     folders = {f.name for f in (file.parent / "imgs").glob("*") if f.is_dir()}
-    seen = set()
+    prompts = set()
     for line, record in records(file, left_out):
         with left_out.guard(file, line, id_of(record, "img_path")):
             name = need(record, "img_path", str).removeprefix("./")
             if name.partition("/")[0] not in folders:
                 raise Broken("its folder of pictures is not there", "imgs/" + name.partition("/")[0])
-            told = record.get("Task2") if isinstance(record.get("Task2"), dict) else {}
-            prompt = record.get("prompt") if isinstance(record.get("prompt"), str) else ""
-            for text in (told.get("Caption"), re.sub(r"\s*--\w.*", "", prompt, flags=re.DOTALL).rstrip(" ,")):
-                text = MARKS.sub(" ", text).strip() if isinstance(text, str) else ""
-                if len(text) >= SHORTEST_CAPTION:
-                    break
-            else:
-                raise Broken(f"no caption or prompt of {SHORTEST_CAPTION} letters")
+            caption = journeydb_caption(record)
             picture = picture_in(file.parent / "imgs", name)
-            if (prompt or text) in seen:
+            prompt = record.get("prompt")
+            prompt = prompt if isinstance(prompt, str) and prompt else caption
+            if prompt in prompts:
                 raise Broken("another picture of a prompt that was there before")
-            seen.add(prompt or text)
-            yield t2i_sample(text, picture, (file, line, name))
+            prompts.add(prompt)
+            yield t2i_sample(caption, picture, (file, line, name))
+
+
+def journeydb_caption(record: dict) -> str:
+    """A record's caption, else its prompt without parameters ("--ar 3:2"). Broken if both are too short."""
+    about = record.get("Task2")
+    texts = [about.get("Caption")] if isinstance(about, dict) else []
+    if isinstance(record.get("prompt"), str):
+        texts.append(re.sub(r"\s*--\w.*", "", record["prompt"], flags=re.DOTALL).rstrip(" ,"))
+    for text in texts:
+        if isinstance(text, str) and len(clean_text(text)) >= SHORTEST_CAPTION:
+            return clean_text(text)
+    raise Broken(f"no caption or prompt of {SHORTEST_CAPTION} letters")
 
 
 def read_jsonl(path: Path, left_out: LeftOut, with_steps: bool = True) -> Iterator[Sample]:
-    """Our own JSON lines: {"prompt": text, "images": [path, ...], "steps": [{"text", "image"}, ...]}. An `<image>` mark
-    in the prompt for each of "images"; paths relative to the file. Prompts alone need no steps."""
+    """A user's own JSON lines, paths relative to the file:
+
+        {"prompt": "How do I cut it? <image>", "images": ["0.png"],
+         "steps": [{"text": "Slice it.", "image": "1.png"}]}
+
+    The prompt has an `<image>` mark for each of "images". with_steps=False, for RL: the prompts alone.
+    """
     for line, record in records(path, left_out):
-        with left_out.guard(path, line, id_of(record)):
+        origin = (path, line, id_of(record))
+        with left_out.guard(*origin):
             prompt = need(record, "prompt", str)
             if not prompt.strip():
                 raise Broken("the prompt is empty")
             names = [] if record.get("images") is None else need(record, "images", list)
             need_marks(prompt, names)
             pictures = [picture_in(path.parent, name) for name in names]
-            steps = [(need_text(step, "text"), picture_in(path.parent, need(step, "image", str)))
-                     for step in (need(record, "steps", list) if with_steps else ())]
-            if with_steps and not steps:
-                raise Broken("no step in the answer")
-            answer = write_answer(steps) if with_steps else ()
-            yield Sample(prompt, pictures, *answer, origin=(path, line, id_of(record)))
-READERS = {                      # name in --data -> reader, kind of its samples
+            sample = Sample(prompt, pictures, origin=origin)
+            if with_steps:
+                steps = [(need_text(step, "text"), picture_in(path.parent, need(step, "image", str)))
+                         for step in need(record, "steps", list)]
+                if not steps:
+                    raise Broken("no step in the answer")
+                sample.answer, sample.answer_pictures = write_answer(steps)
+            yield sample
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Sources by name: --data and --prompts, NAME=DIR,NAME=DIR
+
+Reader = Callable[[Path, LeftOut], Iterator[Sample]]
+
+READERS: dict[str, tuple[Reader, str]] = {                   # name -> reader, kind of its samples
     "activitynet": (activitynet, "interleaved"),
     "genhowto": (genhowto, "interleaved"),
     "openstory": (openstory, "interleaved"),
@@ -498,14 +705,16 @@ READERS = {                      # name in --data -> reader, kind of its samples
     "emova": (emova, "understanding"),
     "journeydb": (journeydb, "t2i"),
 }
-PROMPT_READERS = READERS | {"genhowto": (partial(genhowto, next_step=True), "interleaved"),
-                            "jsonl": (partial(read_jsonl, with_steps=False), "interleaved")}
+PROMPT_READERS = READERS | {                                 # for RL
+    "genhowto": (partial(genhowto, next_step=True), "interleaved"),
+    "jsonl": (partial(read_jsonl, with_steps=False), "interleaved"),
+}
 
 
-def parse_sources(told: str, flag: str) -> list[tuple[str, Path]]:
-    """NAME=DIR,NAME=DIR -> (name, path) each. Raises UserError for a name that has no reader or a path that is not."""
+def parse_sources(text: str, flag: str) -> list[tuple[str, Path]]:
+    """NAME=DIR,NAME=DIR -> (name, path) each. Raises UserError for an unknown name or path."""
     sources = []
-    for part in told.split(","):
+    for part in text.split(","):
         name, _, path = part.partition("=")
         if name not in READERS:
             near = difflib.get_close_matches(name, READERS, 1)
@@ -517,28 +726,35 @@ def parse_sources(told: str, flag: str) -> list[tuple[str, Path]]:
     return sources
 
 
-def read_sources(told: str, flag: str, readers: dict, left_out: LeftOut) -> dict[str, list[Sample]]:
-    """All samples of NAME=DIR,NAME=DIR by kind, and a line of counts a source. Raises UserError for one without any."""
+def read_sources(text: str, flag: str, readers: dict[str, tuple[Reader, str]], left_out: LeftOut
+                 ) -> dict[str, list[Sample]]:
+    """NAME=DIR,NAME=DIR -> all samples by kind; prints a line of counts for each source.
+
+    readers: READERS or PROMPT_READERS. Raises UserError for a source without a usable record.
+    """
     samples = {kind: [] for kind in KINDS}
-    for name, path in parse_sources(told, flag):
+    for name, path in parse_sources(text, flag):
         reader, kind = readers[name]
         before = left_out.total()
-        found = list(tqdm(reader(path, left_out), desc=f"reading {name}", unit=" samples"))
-        tqdm.write(f"{name:12} {kind:14} {len(found):9,} samples, {left_out.total() - before:,} records left out")
-        if not found:
+        of_source = list(tqdm(reader(path, left_out), desc=f"reading {name}", unit=" samples"))
+        broken = left_out.total() - before
+        tqdm.write(f"{name:12} {kind:14} {len(of_source):9,} samples, {broken:,} records left out")
+        if not of_source:
             raise UserError(f"{flag} {name}={path}: no usable record in it")
-        samples[kind] += found
+        samples[kind] += of_source
     return samples
 
 
 def read_prompts(path: Path) -> list[Sample]:
-    """Prompts of one's own: one {"prompt": text, "images": [path, ...]} a line, paths relative to the file. Raises
-    UserError, naming file and line, for whatever is broken."""
+    """The prompts of a user's own file, {"prompt": text, "images": [path, ...]} a line (see `read_jsonl`).
+
+    Raises UserError, naming file and line, for the first broken line or picture, and for a file without any.
+    """
     path = Path(path)
     samples = list(read_jsonl(path, LeftOut(strict=True), with_steps=False))
     for sample in samples:
         for picture in sample.prompt_pictures:
-            read_picture(picture, f"{path}, line {sample.origin[1]}")
+            read_picture(picture, f"{path}, {unit(path)} {sample.origin[1]}")
     if not samples:
         raise UserError(f"--prompts {path}: no prompt in it")
     return samples
@@ -546,7 +762,6 @@ def read_prompts(path: Path) -> list[Sample]:
 
 # ------------------------------------------------------------------------------------------------------------
 # Benchmarks: published questions
-
 
 @dataclass
 class Question(Sample):
@@ -557,14 +772,15 @@ class Question(Sample):
 
 
 def question_reader(reader):
-    """A reader of records -> a reader of questions with ids of their own: of two the first counts."""
+    """Decorator of a reader of questions: of several with one id only the first is read."""
+    @wraps(reader)
     def read(path: Path, left_out: LeftOut) -> Iterator[Question]:
-        seen = set()
+        ids = set()
         for question in reader(path, left_out):
             with left_out.guard(*question.origin):
-                if question.id in seen:
+                if question.id in ids:
                     raise Broken("an id that was there before")
-                seen.add(question.id)
+                ids.add(question.id)
                 yield question
     return read
 
@@ -573,9 +789,37 @@ MMIE_GROUPS = ("SA", "PBL", "MSR")         # looked for in an id in this order
 MMIE_PICTURES = 4                          # a question with more is left out, as the official loader does
 
 
-def segments_of(value: object) -> list[dict]:
-    """A question or an answer in MMIE's schema, [{"text": str | null, "image": path | null}], or a plain text -> the
-    schema with both keys in every segment."""
+@question_reader
+def mmie(path: Path, left_out: LeftOut) -> Iterator[Question]:
+    """MMIE, data.json and images/:
+
+        {"id": "PBL-0-000001", "question": [{"text": "Step 1", "image": "images/1.png"}],
+         "gt_answer": [{"text": "Step 2", "image": null}], "answer": "a text", "model": "gt"}
+
+    The category (SA, PBL, MSR) is in the id. The reference is "gt_answer", or the answer of the model "gt".
+    """
+    file = file_in(path, "data.json")
+    for line, record in records(file, left_out):
+        origin = (file, line, id_of(record))
+        with left_out.guard(*origin):
+            name = need(record, "id", str)
+            group = next((g for g in MMIE_GROUPS if g in name), None)
+            if group is None:
+                raise Broken("its id names no category (SA, PBL or MSR)")
+            question = mmie_segments(record.get("question"))
+            reference = mmie_reference(record)
+            if group == "MSR" and not reference[0]["text"]:
+                left_out.add(*origin, "a problem without its right answer", verdict="noted")
+            text, pictures = mmie_prompt(question, file.parent)
+            yield Question(text, pictures, id=name, group=group, origin=origin,
+                           record={**record, "question": question, "gt_answer": reference})
+
+
+def mmie_segments(value: object) -> list[dict]:
+    """A question or an answer of MMIE -> a list of {"text": str | None, "image": path | None}, or Broken.
+
+    Takes such a list, keys may be missing, or a plain text.
+    """
     value = [{"text": value}] if isinstance(value, str) else value
     if not isinstance(value, list) or not all(isinstance(s, dict) for s in value):
         raise Broken("question or answer is no list of {text, image}", repr(value)[:40])
@@ -586,107 +830,119 @@ def segments_of(value: object) -> list[dict]:
     return segments
 
 
-@question_reader
-def mmie(path: Path, left_out: LeftOut) -> Iterator[Question]:
-    """data.json and images/: {"id", "question": [{"text", "image"}], "gt_answer": the same}, unknown keys kept. The
-    category stands in the id. A record of the model "gt" may hold the reference as its answer. More than four pictures
-    are left out, as the official loader does."""
-    file = file_in(path, "data.json")
-    for line, record in records(file, left_out):
-        with left_out.guard(file, line, id_of(record)):
-            id, words, pictures = need(record, "id", str), [], []
-            group = next((name for name in MMIE_GROUPS if name in id), None)
-            if group is None:
-                raise Broken("its id names no category (SA, PBL or MSR)")
-            asked = segments_of(record.get("question"))
-            references = [segments_of(record.get("gt_answer") or [{}])]
-            if record.get("model") == "gt":
-                references.append(segments_of(record.get("answer") or [{}]))
-            reference = next((r for r in references if r[0]["text"]), references[0])
-            if group == "MSR" and not reference[0]["text"]:
-                left_out(file, line, id, "a problem without its right answer", verdict="noted")
-            for segment in asked:
-                if segment["text"]:
-                    words.append(MARKS.sub(" ", segment["text"]).strip())
-                if segment["image"]:
-                    if Path(segment["image"]).is_absolute() or ".." in Path(segment["image"]).parts:
-                        raise Broken("a picture's path leaves the folder", segment["image"])
-                    pictures.append(picture_in(file.parent, segment["image"]))
-                    words.append("<image>")
-            if len(pictures) > MMIE_PICTURES:
-                raise Broken(f"more than {MMIE_PICTURES} pictures", len(pictures))
-            if not words:
-                raise Broken("the question is empty")
-            yield Question(" ".join(words), pictures, id=id, group=group, origin=(file, line, id),
-                           record={**record, "question": asked, "gt_answer": reference})
+def mmie_reference(record: dict) -> list[dict]:
+    """The reference answer: the first with a text of "gt_answer" and, for the model "gt", "answer"."""
+    references = [mmie_segments(record.get("gt_answer") or [{}])]
+    if record.get("model") == "gt":
+        references.append(mmie_segments(record.get("answer") or [{}]))
+    return next((r for r in references if r[0]["text"]), references[0])
+
+
+def mmie_prompt(segments: list[dict], folder: Path) -> tuple[str, list[Path]]:
+    """A question's segments -> its text with `<image>` marks and its pictures, or Broken."""
+    words, pictures = [], []
+    for segment in segments:
+        if segment["text"]:
+            words.append(clean_text(segment["text"]))
+        if segment["image"]:
+            if Path(segment["image"]).is_absolute() or ".." in Path(segment["image"]).parts:
+                raise Broken("a picture's path leaves the folder", segment["image"])
+            pictures.append(picture_in(folder, segment["image"]))
+            words.append("<image>")
+    if len(pictures) > MMIE_PICTURES:
+        raise Broken(f"more than {MMIE_PICTURES} pictures", len(pictures))
+    if not words:
+        raise Broken("the question is empty")
+    return " ".join(words), pictures
 
 
 @question_reader
 def interleavedbench(path: Path, left_out: LeftOut) -> Iterator[Question]:
-    """interleaved_bench.json and the unzipped folders of pictures beside it (or in zipped_images/): LLaVA
-    conversations. The first pictures are the human turn's, the others the reference's."""
+    """InterleavedBench, interleaved_bench.json and its folders of pictures beside it or in zipped_images/:
+
+        {"id": "wikihow_000001", "task_name": "wikihow_next_step", "image": ["wiki/0.png", "wiki/1.png"],
+         "conversations": [{"from": "human", "value": "How? <image>"},
+                           {"from": "gpt", "value": "So. <image>"}]}
+
+    The first pictures are the human turn's, the others the reference's.
+    """
     file = file_in(path, "interleaved_bench.json")
     for line, record in records(file, left_out):
-        with left_out.guard(file, line, id_of(record)):
-            if not isinstance(record, dict) or not isinstance(record.get("id"), (str, int)):
-                raise Broken("id is missing, or of another kind than published")
-            id, task = str(record["id"]), need(record, "task_name", str)
-            turns = record.get("conversations") if isinstance(record.get("conversations"), list) else []
-            turns = [turn for turn in turns if isinstance(turn, dict)] or [{}]
-            text = next((t for t in (turns[0].get("value"), record.get("instruction"), turns[0].get("instruction"))
-                         if isinstance(t, str) and t.strip()), None)
-            if text is None:
-                raise Broken("neither a human turn nor an instruction")
-            names = as_list(record.get("image"))
-            replies = [str(turn.get("value")) for turn in turns[1:]]
-            marks = text.count("<image>")
-            if marks > len(names) or replies and marks + "".join(replies).count("<image>") != len(names):
-                left_out(file, line, id, "marks and pictures differ in number, their common prefix is used",
-                         f"{marks} marks in the prompt, {len(names)} pictures in all", verdict="noted")
+        origin = (file, line, id_of(record))
+        with left_out.guard(*origin):
+            name, task = str(need(record, "id", (str, int))), need(record, "task_name", str)
+            text, replies = bench_turns(record)
+            files, marks = as_list(record.get("image")), text.count("<image>")
+            if marks > len(files) or (replies and marks + "".join(replies).count("<image>") != len(files)):
+                left_out.add(*origin, "marks and pictures differ in number, their common prefix is used",
+                             f"{marks} marks in the prompt, {len(files)} pictures in all", verdict="noted")
             pieces = [MARKS.sub(" ", piece) for piece in text.split("<image>")]
-            shown = min(marks, len(names))
-            prompt = "<image>".join(pieces[:shown + 1]) + " ".join(pieces[shown + 1:])
-            pictures = [picture_in(file.parent, name, f"zipped_images/{name}") for name in names[:shown]]
-            yield Question(prompt.strip(), pictures, id=id, group=task, record=record, origin=(file, line, id))
+            count = min(marks, len(files))
+            prompt = "<image>".join(pieces[:count + 1]) + " ".join(pieces[count + 1:])
+            pictures = [picture_in(file.parent, f, f"zipped_images/{f}") for f in files[:count]]
+            yield Question(prompt.strip(), pictures, id=name, group=task, record=record, origin=origin)
 
 
-# -- kept abilities: single tasks of one's own choice, before and after
+def bench_turns(record: dict) -> tuple[str, list[str]]:
+    """An InterleavedBench record -> its prompt (the human turn, or else an instruction) and the replies."""
+    turns = record.get("conversations") if isinstance(record.get("conversations"), list) else []
+    turns = [turn for turn in turns if isinstance(turn, dict)] or [{}]
+    for text in (turns[0].get("value"), record.get("instruction"), turns[0].get("instruction")):
+        if isinstance(text, str) and text.strip():
+            return text, [str(turn.get("value")) for turn in turns[1:]]
+    raise Broken("neither a human turn nor an instruction")
+
+
+# -- the abilities that GRPO is to keep: a user's own single tasks, before and after
 
 @question_reader
 def understanding(path: Path, left_out: LeftOut) -> Iterator[Question]:
-    """JSON lines {"id", "image": path or [paths], "question", "answer": text or [texts]}, paths relative to the file.
-    Pictures whose `<image>` marks the question lacks come first."""
+    """A user's own questions.jsonl, paths relative to the file:
+
+        {"id": 7, "image": "images/7.png", "question": "what is it?", "answer": "a fox"}
+
+    "image" (or "images") and "answer" (or "answers") may be lists. Any of several answers is right.
+    A question without `<image>` marks gets its pictures in front.
+    """
     file = file_in(path, "questions.jsonl")
     for line, record in records(file, left_out):
-        with left_out.guard(file, line, id_of(record)):
+        origin = (file, line, id_of(record))
+        with left_out.guard(*origin):
             text = need(record, "question", str).strip()
-            accepted = record.get("answer", record.get("answers"))
-            accepted = accepted if isinstance(accepted, list) else [accepted]
-            if not text or not accepted or not all(isinstance(a, str) for a in accepted):
+            answers = record.get("answer", record.get("answers"))
+            answers = answers if isinstance(answers, list) else [answers]
+            if not text or not answers or not all(isinstance(answer, str) for answer in answers):
                 raise Broken("a question or its answer is missing")
-            pictures = [picture_in(file.parent, name) for name in as_list(record.get("image", record.get("images")))]
+            names = as_list(record.get("image", record.get("images")))
+            pictures = [picture_in(file.parent, name) for name in names]
             if "<image>" not in text:
                 text = "<image> " * len(pictures) + text
             need_marks(text, pictures)
-            id = str(record.get("id", line))
-            yield Question(text, pictures, id=id, record={**record, "accepted": accepted}, origin=(file, line, id))
+            yield Question(text, pictures, id=str(record.get("id", line)), origin=origin,
+                           record={**record, "accepted": answers})
 
 
 @question_reader
 def captions(path: Path, left_out: LeftOut) -> Iterator[Question]:
-    """A caption a line (*.txt), or records {"prompt"} (*.jsonl, *.json)."""
+    """A user's own captions, one a line (*.txt), or records (*.jsonl, *.json):
+
+        {"prompt": "a fox in the snow"}
+    """
     file = file_in(path, "captions.txt", "captions.jsonl")
-    lines = records(file, left_out) if file.suffix != ".txt" else (
-        (n, {"prompt": text}) for n, text in enumerate(read_text(file).split("\n"), 1) if text.strip())
-    for line, record in lines:
-        with left_out.guard(file, line):
-            yield Question(need_text(record, "prompt"), [], draw=True, kind="t2i", id=str(line), record=record,
-                           origin=(file, line, ""))
+    if file.suffix == ".txt":
+        lines = enumerate(read_text(file).split("\n"), 1)
+        numbered = [(number, {"prompt": text}) for number, text in lines if text.strip()]
+    else:
+        numbered = records(file, left_out)
+    for line, record in numbered:
+        origin = (file, line, "")
+        with left_out.guard(*origin):
+            text = need_text(record, "prompt")
+            yield Question(text, [], kind="t2i", id=str(line), origin=origin, record=record)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Samples -> rows of tokens: image codes, what fits
-
 
 def fingerprint(module: torch.nn.Module) -> str:
     """A hash of a module's weights, types and names."""
@@ -698,99 +954,150 @@ def fingerprint(module: torch.nn.Module) -> str:
 
 
 class CodeCache:
-    """Pictures -> codes, each distinct picture encoded once (the image tokenizer is fixed by now).
+    """Pictures -> codes [N, D], each distinct picture encoded once: the image tokenizer is fixed by now.
 
-    With a folder the codes stay on disk for later runs, in FOLDER/<image tokenizer>/*.safetensors, under the hash of
-    the picture file's bytes; `keep` writes what is new."""
+    codes: key -> codes, or the open file that holds them. The key is a hash of the picture file's bytes.
+    keys: path -> key, or the error of a file that cannot be read.
+
+    With a folder, codes stay on disk for later runs, in FOLDER/<hash of the image tokenizer>/*.safetensors.
+    `flush` writes the new ones; `encode` does it too whenever there are AT_ONCE.
+    """
     AT_ONCE = 4096               # codes a file
 
     def __init__(self, model: UnifiedModel, folder: Path | None = None):
-        self.model, self.folder = model, folder and folder / fingerprint(model.vision)[:16]
-        self.known, self.on_disk, self.names, self.unreadable, self.encoded = {}, {}, {}, {}, 0
+        self.model = model
+        self.folder = folder and folder / fingerprint(model.vision)[:16]
+        self.codes, self.keys = {}, {}
+        self.new = []                # keys whose codes are not on disk
+        self.encoded = 0             # pictures encoded so far
         for file in sorted(self.folder.glob("*.safetensors")) if folder else ():
-            self._open(file)
+            self.open_file(file)
 
-    def _open(self, file: Path) -> None:
+    def open_file(self, file: Path) -> None:
+        """Take the codes of a file. Raises UserError if it is damaged."""
         tensors = open_tensors(file)
-        self.on_disk.update(dict.fromkeys(tensors.keys(), tensors))
+        self.codes.update(dict.fromkeys(tensors.keys(), tensors))
 
-    def key(self, picture, crop: bool) -> str:
-        """The name a picture's codes go by. Paths are read once, then remembered."""
-        if isinstance(picture, Path):
-            if picture not in self.names:
-                self.names[picture] = hashlib.sha256(picture.read_bytes()).hexdigest()[:32]
-            name = self.names[picture]
-        else:
+    def key(self, picture: np.ndarray | Path, crop: bool = False) -> str:
+        """The name of a picture's codes. A file is read once. Raises UserError if it cannot be read."""
+        if not isinstance(picture, Path):
             name = hashlib.sha256(f"{picture.shape}".encode() + picture.tobytes()).hexdigest()[:32]
+        else:
+            try:
+                name = self.keys.get(picture) or hashlib.sha256(picture.read_bytes()).hexdigest()[:32]
+            except OSError as error:
+                name = UserError(f"a picture: {picture} cannot be read ({error})")
+            self.keys[picture] = name
+            if isinstance(name, UserError):
+                raise UserError(str(name))
         return name + "-cropped" * crop
 
     def encode(self, pictures: list, crop: bool = False) -> None:
-        """Encode what is new. A file that cannot be read goes into `unreadable` with the reason."""
-        new = {}
+        """Encode the pictures that are new, in one batch. Files that cannot be read are passed over."""
+        batch = {}
         for picture in pictures:
             try:
                 key = self.key(picture, crop)
-                if key not in self.known and key not in self.on_disk and key not in new:
-                    new[key] = read_picture(picture, "a picture") if isinstance(picture, Path) else picture
-            except (UserError, OSError) as error:
-                self.unreadable[picture] = str(error)
-        if new:
-            self.known.update(zip(new, self.model.encode_pictures(list(new.values()), crop)))
-            self.encoded += len(new)
-        if len(self.known) >= self.AT_ONCE:
+                if key not in self.codes and key not in batch:
+                    batch[key] = read_picture(picture, "a picture") if isinstance(picture, Path) else picture
+            except UserError as error:
+                self.keys[picture] = error
+        if batch:
+            self.codes.update(zip(batch, self.model.encode_pictures(list(batch.values()), crop), strict=True))
+            self.new += batch
+            self.encoded += len(batch)
+        if len(self.new) >= self.AT_ONCE:
             self.flush()
 
     def __call__(self, pictures: list, crop: bool = False) -> list[Tensor]:
-        """Pictures -> codes [N, D] each. Raises UserError for a file that cannot be read."""
+        """Pictures -> codes [N, D], int64. Raises UserError for a file that cannot be read."""
         self.encode(pictures, crop)
+        result = []
         for picture in pictures:
-            if isinstance(picture, Path) and picture in self.unreadable:
-                raise UserError(self.unreadable[picture])
-        keys = [self.key(picture, crop) for picture in pictures]
-        return [self.known[key] if key in self.known else self.on_disk[key].get_tensor(key).long() for key in keys]
+            key = self.key(picture, crop)
+            codes = self.codes[key]
+            result.append(codes if isinstance(codes, Tensor) else codes.get_tensor(key).long())
+        return result
 
     def flush(self) -> None:
-        """Write the codes that are not on disk yet, whole or not at all, as int32."""
-        if not self.folder or not self.known:
+        """Write the codes that are not on disk yet to a file of their own, as int32, whole or not at all."""
+        if not self.folder or not self.new:
             return
-        self.folder.mkdir(parents=True, exist_ok=True)
-        file = self.folder / (hashlib.sha256("".join(sorted(self.known)).encode()).hexdigest()[:16] + ".safetensors")
-        half = file.with_name(f"{file.stem}.{os.getpid()}.half")
-        write_tensors({key: codes.int() for key, codes in self.known.items()}, half)
-        half.replace(file)
-        self._open(file)
-        self.known = {}
+        name = hashlib.sha256("".join(sorted(self.new)).encode()).hexdigest()[:16]
+        file = self.folder / f"{name}-{os.getpid()}.safetensors"        # two runs may write the same codes
+        with write_whole(file) as path:
+            write_tensors({key: self.codes[key].int() for key in self.new}, path)
+        self.open_file(file)
+        self.new = []
 
 
 def keep_usable(samples: list[Sample], model: UnifiedModel, codes: CodeCache, left_out: LeftOut, room: int = 0
-           ) -> Iterator[Sample]:
-    """The samples whose pictures can be read and that fit the decoder's context with `room` positions to spare, in
-    their order; their codes are known from here on."""
+                ) -> Iterator[Sample]:
+    """The samples whose pictures can be read and that fit the decoder's context, in their order.
+
+    room: positions that an answer needs beside the row. The pictures' codes are in `codes` from here on.
+    """
     context = model.decoder.config.context
     for start in range(0, len(samples), 16):             # their pictures are in memory together
         part = samples[start:start + 16]
-        codes.encode([p for s in part for p in s.prompt_pictures + s.answer_pictures * (not s.draw)])
-        codes.encode([p for s in part if s.draw for p in s.answer_pictures], crop=True)
+        to_draw = [p for s in part if s.kind == "t2i" for p in s.answer_pictures]              # see `row_of`
+        others = [p for s in part if s.kind != "t2i" for p in s.answer_pictures]
+        codes.encode([p for s in part for p in s.prompt_pictures] + others)
+        codes.encode(to_draw, crop=True)
         for sample in part:
             with left_out.guard(*sample.origin or ("", 0)):
-                for picture in sample.prompt_pictures + sample.answer_pictures:
-                    if isinstance(picture, Path) and picture in codes.unreadable:
-                        raise Broken("a picture cannot be read", codes.unreadable[picture])
-                length = len(row_of(sample, model, codes)[0])
+                try:
+                    length = len(row_of(sample, model, codes)[0])
+                except UserError as error:
+                    raise Broken("a picture cannot be read", error) from None
                 if length + room > context:
-                    raise Broken(f"longer than the decoder's context of {context}", f"{length} positions"
-                                 + f" and an answer of {room}" * (room > 0))
+                    detail = f"{length} positions" + (f" and an answer of {room}" if room else "")
+                    raise Broken(f"longer than the decoder's context of {context}", detail)
                 yield sample
 
 
 def row_of(sample: Sample, model: UnifiedModel, codes: CodeCache) -> tuple[Tensor, Tensor, Tensor]:
     """A sample -> tokens [T, D], is_image [T], mask [T, D]: True on the answer's decisions.
 
-    Choice: pictures are squashed to the square, VILA-U's "resize", but for text-to-image: there they are cropped, as
-    VILA-U does with what it learns to draw. In a story, given and drawn pictures have to look alike."""
-    prompt = model.prompt(sample.prompt, codes(sample.prompt_pictures), sample.draw)
-    answer = model.sequence(sample.answer, codes(sample.answer_pictures, sample.draw))[1:]     # without its <s>
+    Choice: pictures are resized to a square ignoring aspect, but text-to-image's are cropped to one, both as
+    VILA-U does. A story's are all resized: pictures of its prompt and of its answer have to look alike.
+    """
+    t2i = sample.kind == "t2i"
+    prompt = model.prompt(sample.prompt, codes(sample.prompt_pictures), t2i)
+    answer = model.sequence(sample.answer, codes(sample.answer_pictures, crop=t2i))[1:]    # without its <s>
     row = prompt + answer
-    decisions = row.is_image[:, None] | (torch.arange(row.tokens.shape[1]) == 0)               # D codes or one token
+    decisions = row.is_image[:, None] | (torch.arange(row.tokens.shape[1]) == 0)       # D codes or 1 token
     decisions[:len(prompt)] = False
     return row.tokens, row.is_image, decisions
+
+
+# ------------------------------------------------------------------------------------------------------------
+# python data.py
+
+def describe(text: str, pictures: list) -> str:
+    """A prompt or an answer with the paths (or sizes) of its pictures."""
+    names = [str(p) if isinstance(p, Path) else f"{p.shape[1]} x {p.shape[0]} pixels" for p in pictures]
+    return "\n".join([text, *(f"    <image>: {name}" for name in names)])
+
+
+def main() -> None:
+    """Print counts by kind, the first sample of each, and how many records are left out for which reason."""
+    config = parse_config(Config, names={"data": READERS})
+    left_out = LeftOut()
+    if config.data:
+        samples = read_sources(config.data, "--data", PROMPT_READERS if config.prompts else READERS, left_out)
+    else:
+        rng = random.Random(config.seed)
+        samples = {"interleaved": [toy_story(rng, 3)], "understanding": [toy_i2t(rng)], "t2i": [toy_t2i(rng)],
+                   "words": [toy_words(rng, 3)]}
+    for kind, of_kind in samples.items():
+        print(f"\n{kind}: {len(of_kind):,} samples")
+        for sample in of_kind[:1]:
+            print("prompt:", describe(sample.prompt, sample.prompt_pictures))
+            print("answer:", describe(sample.answer, sample.answer_pictures))
+    for reason, count in left_out.reasons().items():
+        print(f"\n{reason}: {count:,} records")
+
+
+if __name__ == "__main__":
+    run_main(main)
