@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import FIXTURES, ROOT, RUN, flags, killed_after, metrics, run, same
+from conftest import FIXTURES, RUN, flags, killed_after, metrics, run, same
 
 import data
 import grpo
