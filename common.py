@@ -1,6 +1,6 @@
 """What every script shares: its flags, its errors, its files, its run directory, a page to look at.
 
-    flags       a dataclass is the command line: `parse_config`, with number ranges and choices in the annotations
+    flags       a dataclass is the command line: `parse_config`; annotations give ranges and choices
     errors      `UserError`: one sentence and exit code 2, never a traceback for a user's mistake
     files       read with one-sentence errors, written whole or not at all
     runs        `Run`: config.json (how it was made), metrics.jsonl, samples/; training state that resumes
@@ -27,6 +27,7 @@ import sys
 import textwrap
 from contextlib import contextmanager
 from dataclasses import asdict, fields
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Iterable, Literal, NamedTuple, get_args, get_origin
 
@@ -53,7 +54,8 @@ class Range(NamedTuple):
     open: bool = False
 
     def holds(self, value: float) -> bool:
-        return math.isfinite(value) and value <= self.high and (value > self.low if self.open else value >= self.low)
+        above = value > self.low if self.open else value >= self.low
+        return above and value <= self.high and math.isfinite(value)
 
     def __str__(self) -> str:
         low = f"more than {self.low:g}" if self.open else f"at least {self.low:g}"
@@ -93,9 +95,9 @@ def require(config, name: str, holds: bool, expected: str) -> None:
 
 
 def check_config(config) -> None:
-    """Hold every field against its annotation: the range of a number, the choices of a Literal, three weights.
+    """Check every field against its annotation: a number's range, the choices of a Literal, three weights.
 
-    Raises UserError for the first that does not fit. Configs made in code are checked like those of the command line.
+    Raises UserError for the first that does not fit. A Config made in code is checked as well.
     """
     for f in fields(config):
         value = getattr(config, f.name)
@@ -112,8 +114,10 @@ def check_config(config) -> None:
 
 
 def flag_groups(Config) -> dict[str, tuple[str, str]]:
-    """The source of a settings dataclass -> {field: (group, help text)}. A field, its default and its comment stand on
-    one line; a line '# -- words' opens a group."""
+    """Read the source of a settings dataclass -> {field: (group, help text)}.
+
+    A field, its default and its comment stand on one line; a line '# -- words' opens a group.
+    """
     group, found = "settings", {}
     for line in inspect.getsource(Config).splitlines():
         if match := re.fullmatch(r"    # -- (.*)", line):
@@ -124,14 +128,14 @@ def flag_groups(Config) -> dict[str, tuple[str, str]]:
 
 
 def make_parser(Config, names: dict[str, Iterable[str]]) -> argparse.ArgumentParser:
-    """The command line of a settings dataclass: a flag for each field, in groups, with choices, range and default."""
+    """The command line of a settings dataclass: one flag a field, in groups, with choices and default."""
     class Parser(argparse.ArgumentParser):
         def error(self, message):
             raise UserError(message)
     module = sys.modules[Config.__module__]
-    parser = Parser(description=module.__doc__, usage=f"python {Path(module.__file__).name} [--flag value ...]",
-                    allow_abbrev=False, formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(
-                        prog, max_help_position=34, width=118))
+    layout = partial(argparse.RawDescriptionHelpFormatter, max_help_position=34, width=118)
+    usage = f"python {Path(module.__file__).name} [--flag value ...]"
+    parser = Parser(description=module.__doc__, usage=usage, allow_abbrev=False, formatter_class=layout)
     sections, words = {}, flag_groups(Config)
     for f in fields(Config):
         group, text = words[f.name]
@@ -149,8 +153,9 @@ def make_parser(Config, names: dict[str, Iterable[str]]) -> argparse.ArgumentPar
             options["metavar"] = "N" if f.type is int else "X"
         if f.name in names:
             text += f"; {', '.join(names[f.name])}"
-        default = "" if f.default == "" else f" [{shown(f.default)}]"
-        section.add_argument(flag_of(f.name), default=f.default, help=(text + default).replace("%", "%%"), **options)
+        if f.default != "":
+            text += f" [{shown(f.default)}]"
+        section.add_argument(flag_of(f.name), default=f.default, help=text.replace("%", "%%"), **options)
     return parser
 
 
@@ -159,7 +164,7 @@ def parse_config(Config, argv: list[str] | None = None, presets: dict[str, dict]
     """The command line -> a checked Config.
 
     presets: {name: {field: value}}; `--preset NAME` changes defaults, flags given beside it win.
-    names: {field: the names it takes}, shown by --help where they come from a dict of judges, readers or benchmarks.
+    names: {field: the names it takes}, for --help, where a dict of judges, readers or benchmarks holds them.
     Raises UserError for an unknown flag, a value of the wrong type, or one out of its range.
     """
     parser = make_parser(Config, names or {})
@@ -171,7 +176,8 @@ def parse_config(Config, argv: list[str] | None = None, presets: dict[str, dict]
         args, unknown = parser.parse_known_args(argv)
     if unknown:
         near = difflib.get_close_matches(unknown[0].split("=")[0], parser._option_string_actions, 1)
-        raise UserError(f"unknown flag {unknown[0]}" + (f": did you mean {near[0]}?" if near else ": see --help"))
+        advice = f"did you mean {near[0]}?" if near else "see --help"
+        raise UserError(f"unknown flag {unknown[0]}: {advice}")
     config = Config(**vars(args))
     check_config(config)
     return config
@@ -188,11 +194,13 @@ def run_main(main) -> None:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR,
                                errno.EEXIST):
             raise
-        print(f"error: cannot write {error.filename or 'a file'}: {error.strerror}; what was saved before is intact",
-              file=sys.stderr)
+        file = error.filename or "a file"
+        reason = f"cannot write {file}: {error.strerror}"
+        print(f"error: {reason}; what was saved before is intact", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("interrupted: the same command goes on from the last checkpoint, if there is one", file=sys.stderr)
+        advice = "the same command goes on from the last checkpoint, if there is one"
+        print(f"interrupted: {advice}", file=sys.stderr)
         sys.exit(130)
 
 
@@ -200,7 +208,10 @@ def run_main(main) -> None:
 # Devices, processes, random numbers
 
 def pick_device(name: str, flag: str = "--device") -> torch.device:
-    """'auto' (CUDA, then mps, then cpu) or a device's name -> the device. Raises UserError where it cannot be used."""
+    """'auto' (CUDA, then mps, then cpu) or a device's name -> the device.
+
+    Raises UserError where it cannot be used.
+    """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
@@ -211,7 +222,10 @@ def pick_device(name: str, flag: str = "--device") -> torch.device:
 
 
 def start_processes(name: str) -> tuple[int, int, torch.device]:
-    """--device -> rank, world size, device. Under torchrun: torch's process group (nccl on GPUs, gloo elsewhere)."""
+    """--device -> rank, world size, device.
+
+    Under torchrun this joins torch's process group: nccl on GPUs, gloo elsewhere.
+    """
     device = pick_device(name)
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return 0, 1, device
@@ -237,7 +251,9 @@ def averaged(metrics: dict, world: int, device: torch.device) -> dict:
 def average_gradients(optimizer: torch.optim.Optimizer) -> None:
     """Replace the gradients of an optimizer's parameters by their means over all processes.
 
-    A parameter without a gradient here may have one elsewhere (no picture was sampled here, say): it counts as 0."""
+    A parameter without a gradient here may have one elsewhere: perhaps no picture was sampled here.
+    Its gradient here counts as 0.
+    """
     if not dist.is_initialized():
         return
     for group in optimizer.param_groups:
@@ -289,8 +305,10 @@ def read_json(path: Path) -> dict:
 
 @contextmanager
 def reading(path: Path, what: str):
-    """Around code that takes values out of a file's content: what is missing or of another type becomes a UserError
-    '`path`: `what` lacks ...'."""
+    """Put this around code that takes values out of a file's content.
+
+    A value that is missing or of another type becomes a UserError: '`path`: `what` lacks ...'.
+    """
     try:
         yield
     except UserError:
@@ -316,10 +334,11 @@ def add_line(path: Path, line: dict) -> None:
 
 @contextmanager
 def write_whole(path: Path):
-    """Write a file or a folder whole or not at all: yields a free path beside it, which takes its place at the end.
+    """Write a file or a folder whole or not at all.
 
-    The block writes a file there or makes a folder. A kill at any moment leaves the old one or the new one; a folder
-    may be left under the name NAME.old (see `settle_folder`).
+    Yields a free path beside it, which takes its place at the end. The block writes a file there or makes a
+    folder. A kill at any moment leaves the old one or the new one. A folder may be left under the name
+    NAME.old (see `settle_folder`).
     """
     path = Path(path)
     new, old = path.with_name(path.name + ".new"), path.with_name(path.name + ".old")
@@ -383,18 +402,19 @@ def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
     """Write a safetensors file. Raises UserError where the disk does not take it."""
     try:
         save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:                       # a full disk, say: the caller's folder is not replaced
+    except SafetensorError as error:                # a full disk, say: the caller's folder is not replaced
         raise UserError(f"{path}: cannot be written ({error}); what was saved before is intact") from None
 
 
 def snapshot(source: str, where: str) -> Path:
-    """The folder with a hub id's files, fetched or found in the cache. Raises UserError where there are none."""
+    """The folder with a hub id's files, fetched or from the cache. Raises UserError where there are none."""
     from huggingface_hub import snapshot_download
     try:
         return Path(snapshot_download(source))
-    except Exception as error:                             # offline, unknown id, no rights: the hub's own first line
+    except Exception as error:                      # offline, unknown id, no rights: the hub's own first line
+        reason = str(error).splitlines()[0]
         raise UserError(f"{where} {source}: neither a folder nor a model that the hub gives out "
-                        f"({str(error).splitlines()[0]})") from None
+                        f"({reason})") from None
 
 
 def read_picture(path: Path, where: str) -> np.ndarray:
@@ -411,21 +431,25 @@ def read_picture(path: Path, where: str) -> np.ndarray:
 def check_settings(folder: Path, before: dict, now: dict, free: tuple[str, ...] = ()) -> None:
     """Refuse to resume a run that was started with other settings, but for the `free` ones.
 
-    before, now: settings by field name; before is empty for a new run. Raises UserError for the first that differs.
+    before, now: settings by field name; before is empty for a new run.
+    Raises UserError for the first that differs.
     """
     now = json.loads(json.dumps(now))
     for key, value in before.items():
         if key not in free and now.get(key, value) != value:
-            raise UserError(f"{folder}: this run was started with {flag_of(key)} {value}, not {now[key]}: choose another "
-                            f"--out, or delete the folder")
+            raise UserError(f"{folder}: this run was started with {flag_of(key)} {value}, not {now[key]}: "
+                            f"choose another --out, or delete the folder")
 
 
 class Run:
-    """A run directory: config.json (settings, versions), metrics.jsonl (one line an update), policy/, samples/."""
+    """A run directory: config.json (settings, versions), metrics.jsonl, policy/, samples/."""
 
     def __init__(self, config, lines: int = 0):
-        """config: a settings dataclass with a field `out`.
-        lines: how many lines of an earlier metrics.jsonl the checkpoint had seen; the rest is dropped."""
+        """Make the folder, write config.json and open metrics.jsonl.
+
+        config: a settings dataclass with a field `out`.
+        lines: how many lines of an earlier metrics.jsonl the checkpoint had seen; the rest is dropped.
+        """
         self.folder = Path(config.out)
         (self.folder / "samples").mkdir(parents=True, exist_ok=True)
         write_text(self.folder / "config.json", json.dumps(
@@ -438,13 +462,16 @@ class Run:
 
     def log(self, **metrics) -> None:
         """Append one flat object, floats rounded to six places."""
-        add_line(self.metrics, {k: round(v, 6) if isinstance(v, float) else v for k, v in metrics.items()})
+        line = {k: round(v, 6) if isinstance(v, float) else v for k, v in metrics.items()}
+        add_line(self.metrics, line)
         self.lines += 1
 
     def sample(self, name: str, title: str, groups: list[dict], judged: list[dict] = ()) -> None:
         """Keep answers for people: samples/NAME.json for the report, samples/NAME.png as a sheet.
 
-        groups: `rewards.group_record` of each prompt; judged: questions to a learned judge and its replies."""
+        groups: `rewards.group_record` of each prompt.
+        judged: questions to a learned judge and its replies.
+        """
         file = self.folder / "samples" / f"{name}.json"
         write_text(file, json.dumps({"title": title, "groups": groups, "judged": list(judged)}))
         draw_sheet(groups, file.with_suffix(".png"))
@@ -512,7 +539,8 @@ STYLE = """body{font:14px/1.45 system-ui,sans-serif;max-width:1100px;margin:2em 
 h1{font-size:1.5em}h2{font-size:1.15em;margin-top:2em}pre{background:#f6f6f6;padding:.8em;overflow:auto;font-size:12px}
 .curves{display:flex;flex-wrap:wrap;gap:12px}figure{margin:0}figcaption{font-size:12px;color:#555}
 .answer{display:flex;flex-wrap:wrap;gap:10px;border-top:1px solid #ddd;padding:8px 0;align-items:flex-start}
-.step{max-width:150px;font-size:13px}.step img,.prompt img{width:144px;image-rendering:pixelated;border:1px solid #ccc}
+.step{max-width:150px;font-size:13px}
+.step img,.prompt img{width:144px;image-rendering:pixelated;border:1px solid #ccc}
 .note{color:#777;font-size:11px}.parts{width:130px;color:#555;font-size:12px}.prompt{margin-top:1.2em;font-weight:600}
 .group{margin-bottom:1em}"""
 
@@ -530,7 +558,8 @@ def curve(name: str, values: list[float], width: int = 250, height: int = 90) ->
     span = (high - low) or 1
     line = " ".join(f"{4 + i * (width - 8) / last:.1f},{height - 4 - (y - low) / span * (height - 8):.1f}"
                     for i, y in enumerate(values))
-    return (f'<figure><svg width="{width}" height="{height}" style="background:#fafafa;border:1px solid #ddd">'
+    style = "background:#fafafa;border:1px solid #ddd"
+    return (f'<figure><svg width="{width}" height="{height}" style="{style}">'
             f'<polyline points="{line}" fill="none" stroke="#2563a8" stroke-width="1.5"/></svg><figcaption>'
             f'{html.escape(name)}: {values[0]:.3g} → {values[-1]:.3g} (min {low:.3g}, max {high:.3g})'
             f'</figcaption></figure>')
@@ -563,21 +592,23 @@ def sheet_html(sheet: dict) -> list[str]:
     judged = [f"[score: {'none' if j['score'] is None else j['score']}]\n{j['question']}\n--> {j['reply']}"
               for j in sheet["judged"]]
     if judged:
-        body.append(f"<details><summary>what the text judge was asked last, and its replies</summary><pre>"
-                    f"{html.escape(chr(10).join(judged))}</pre></details>")
+        text = html.escape("\n".join(judged))
+        body.append(f"<details><summary>what the text judge was asked last, and its replies</summary>"
+                    f"<pre>{text}</pre></details>")
     return body
 
 
 def write_report(folder: Path, table: str = "") -> Path:
-    """report.html of a run directory: how it was made, the evaluation's `table`, curves, and its samples in order."""
+    """Write a run directory's report.html: settings, the evaluation's `table`, curves, samples in order."""
     metrics = read_metrics(folder / "metrics.jsonl")
-    body = [f"<details><summary>how this run was made</summary><pre>"
-            f"{html.escape(json.dumps(read_json(folder / 'config.json'), indent=1))}</pre></details>"]
+    settings = html.escape(json.dumps(read_json(folder / "config.json"), indent=1))
+    body = [f"<details><summary>how this run was made</summary><pre>{settings}</pre></details>"]
     if table:
         body.append(f"<h2>Evaluation</h2><pre>{html.escape(table)}</pre>")
     for stage in dict.fromkeys(m.get("stage", "grpo") for m in metrics):
         lines = [m for m in metrics if m.get("stage", "grpo") == stage]
-        names = [k for k, v in lines[-1].items() if k not in ("step", "stage") and isinstance(v, (int, float))]
+        last = {k: v for k, v in lines[-1].items() if k not in ("step", "stage")}
+        names = [k for k, v in last.items() if isinstance(v, (int, float))]
         curves = [curve(k, [m[k] for m in lines if m.get(k) is not None]) for k in names]
         body.append(f'<h2>{html.escape(stage)}</h2><div class="curves">{"".join(curves)}</div>')
     for file in sorted((folder / "samples").glob("*.json"), key=lambda f: (f.stat().st_mtime_ns, f.name)):

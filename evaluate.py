@@ -63,7 +63,6 @@ from judges import LlavaCritic, strip_marks
 from model import Sampling, UnifiedModel, check_budget, load
 from rewards import (check_judge, check_judges, format_reward, hybrid_rewards, judge, judge_names, make_judge,
                      make_judges, own_text)
-from tokenizer import Answer
 
 
 @dataclass
@@ -118,8 +117,8 @@ LOW = 0.4                            # ours: temperature of the low arm
 # ------------------------------------------------------------------------------------------------------------
 # Rates in the toy world
 
-def rate_answer(prompt: str, answer: Answer) -> dict[str, float]:
-    """Compare one answer with the true states of its prompt -> a value in 0..1 for each of RATES."""
+def rate_answer(prompt: str, answer) -> dict[str, float]:
+    """Compare one answer (tokenizer.Answer) with the true states of its prompt -> 0..1 for each of RATES."""
     states = shapes.states_of_prompt(prompt)[1:]
     texts = [shapes.parse_caption(s.text) for s in answer.segments if s.text is not None]
     places = [i for i, s in enumerate(answer.segments) if s.picture is not None]
@@ -147,7 +146,7 @@ def interval(values: np.ndarray, seed: int, resamples: int = 2000) -> list[float
 
 
 def answer_all(model: UnifiedModel, samples: list[Sample], config: Config, sampling: Sampling, title: str
-               ) -> list[Answer]:
+               ) -> list:
     """Sample one answer to each prompt, in batches. Its random numbers follow from the seed and its place."""
     codes, answers = CodeCache(model), []
     for start in tqdm(range(0, len(samples), config.batch), desc=title, leave=False):
@@ -646,7 +645,7 @@ def start_folder(folder: Path, model: str, config: Config) -> None:
     write_text(file, json.dumps(content, indent=1))
 
 
-def write_segments(answer: Answer, id: str, folder: Path) -> list[dict]:
+def write_segments(answer, id: str, folder: Path) -> list[dict]:
     """Write the pictures to answers/ -> the answer in MMIE's schema, each text with the picture behind it.
 
     The files are named by a hash of the id, which may hold any characters.

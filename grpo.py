@@ -46,22 +46,22 @@ EPSILON = 1e-4        # added to the standard deviation in Eq. (4) and Eq. (6)
 @dataclass
 class Config:
     # -- data
-    model: str = "out/warmup"                # warm-up model: run directory, checkpoint folder or hub id; the KL's reference
-    prompts: str = ""                        # JSONL file, or NAME=DIR,.. as warmup.py --data; empty: the toy world's
+    model: str = "out/warmup"                # warm-up model and KL reference: run directory, folder or hub id
+    prompts: str = ""                        # JSONL file, or NAME=DIR,..; empty: the toy world's
     edits: Count = 3                         # edits that a toy prompt asks for
     # -- algorithm
     updates: Count = 40                      # optimizer updates of the run
     prompts_per_update: Count = 16           # P: prompts a rollout
-    group_size: Annotated[int, Range(2)] = 4 # G in Eq. (2): answers a prompt; one alone has nothing to be compared with
-    epochs_per_rollout: Count = 1            # updates on the same answers; from the second on ratio and clip act
+    group_size: Annotated[int, Range(2)] = 4 # G in Eq. (2): answers a prompt, compared with each other
+    epochs_per_rollout: Count = 1            # updates on the same answers; the clip acts from the second on
     micro_batch: Count = 64                  # answers a forward pass; changes memory, never the gradient
     lr: LearningRate = 2e-4                  # of Adam; reached after RAMP updates
     clip: Share = 0.2                        # eps in Eq. (2)
     kl: NonNegative = 0.2                    # beta in Eq. (2)
-    credit: Literal["process", "outcome"] = "process"    # process: Eq. (6), each step by its rewards; outcome: Eq. (4)
-    step_discount: Share = 0.5               # gamma of Eq. (6): 1 is the sum as printed, 0 each step's own reward
-    normalise: Literal["kind", "all"] = "kind"    # step rewards of Eq. (6): per kind (text, image), or one pool (all)
-    per_modality: bool = False               # loss: text mean + image mean instead of 1/|Y| over all decisions
+    credit: Literal["process", "outcome"] = "process"    # Eq. (6), step by step; outcome: Eq. (4)
+    step_discount: Share = 0.5               # gamma of Eq. (6): 1 is the sum as printed, 0 the step alone
+    normalise: Literal["kind", "all"] = "kind"    # pools of Eq. (6): text and image apart, or all as one
+    per_modality: bool = False               # loss: text mean + image mean instead of 1/|Y|
     # -- rewards
     text_reward: str = "rules"               # judge of r_t, NAME or NAME=FOLDER
     visual_reward: str = "rules"             # judge of r_v, NAME or NAME=FOLDER
@@ -72,32 +72,32 @@ class Config:
     temperature: Positive = 1.0              # of the rollouts, text and codes alike
     top_k: Natural = 0                       # 0: off
     top_p: TopP = 1.0                        # 1: off
-    guidance: NonNegative = 1.0              # 1: the model itself; else rollouts and scoring run the guided distribution
+    guidance: NonNegative = 1.0              # 1: off; else rollouts and scoring both are guided
     budget: Count = 160                      # positions that an answer may have
     # -- adapters
-    lora_rank: Natural = 0                   # rank of adapters on the decoder's linear layers; 0: train the whole policy
+    lora_rank: Natural = 0                   # rank of the decoder's adapters; 0: train the whole policy
     lora_alpha: Positive = 16.0              # adapters are scaled by alpha / rank
     quantize: Literal["none", "nf4"] = "none"    # nf4: the frozen base in 4 bits (QLoRA)
-    checkpointing: bool = False              # recompute layers in the backward pass: less memory, a third more time
+    checkpointing: bool = False              # recompute layers in the backward pass: less memory, more time
     # -- run
     out: str = "out/grpo"                    # run directory
     seed: int = 0                            # of prompts and sampling
     device: str = "auto"                     # cpu, cuda, mps; auto takes the best there is
     save_every: Count = 10                   # updates between checkpoints
-    resume: bool = True                      # go on where a run of the same settings stopped; --no-resume starts over
+    resume: bool = True                      # go on from the last checkpoint; --no-resume starts over
     eval_prompts: Natural = 96               # held-out prompts of the evaluation before and after; 0: none
     eval_guidance: NonNegative = 0.0         # guidance of that evaluation; 0: that of the rollouts
-    preset: str = ""                         # paper: the paper's settings on VILA-U 7B, see PAPER; flags beside it win
+    preset: str = ""                         # paper: the paper's settings (PAPER); flags beside it win
 
 
 RAMP = 5                                     # updates until the learning rate is reached
 FREE = ("device", "reward_device", "save_every", "updates", "resume", "eval_prompts", "eval_guidance", "out",
         "micro_batch", "checkpointing", "preset")      # settings that may change when a run goes on
 
-# --preset paper: what the paper states is marked so; the rest is ours and fits one GPU (the paper's QLoRA variant).
+# --preset paper: what the paper states is marked so. The rest is ours and fits one GPU (the QLoRA variant).
 PAPER = dict(
     model="out/warmup-7b",                                        # what warmup.py --preset paper --out wrote
-    group_size=4, updates=3000, eval_guidance=3.0,                # paper; 256 x 256 pictures come with the model
+    group_size=4, updates=3000, eval_guidance=3.0,                # paper; the model brings 256 x 256 pictures
     step_discount=1.0, normalise="all", credit="process",         # paper, Eq. (6) as printed
     text_reward="llava-critic", visual_reward="image-reward",     # paper, Eq. (5)
     reward_weights=(1.0, 1.0, 1.0),                               # paper, Eq. (5)
@@ -136,12 +136,12 @@ def process_advantages(step_rewards: list[list[float]], kinds: list[list[str]] |
     All step rewards of the group are normalised together to r~. The decisions of step j receive
     sum_{k >= j} discount^(k - j) r~_k. `weights` (those of r_t and r_v) multiply r~.
 
-    Choice: discount 1 is the equation as printed: an early token receives the summed rewards of all later steps,
-    of which one is about it. 0 is each step's own reward. The default lies between.
-    Choice: with `kinds` each kind of step is normalised by itself. One pool as printed makes a policy paid for
+    Choice: discount 1 is the equation as printed. An early token then receives the summed rewards of all
+    later steps, of which one is about it. 0 is each step's own reward. The default lies between.
+    Choice: with `kinds` each kind of step is normalised by itself. One pool, as printed, pays a policy for
     more or fewer pictures where the two kinds' means differ.
 
-        rewards of two answers [[1, 0], [1, 1]] -> r~ [[.5, -1.5], [.5, .5]] -> advantages [[-1, -1.5], [1, .5]]
+        rewards [[1, 0], [1, 1]] -> r~ [[.5, -1.5], [.5, .5]] -> advantages [[-1, -1.5], [1, .5]]
     """
     flat = torch.tensor([r for answer in step_rewards for r in answer], dtype=torch.float32)
     names = [k for answer in kinds for k in answer] if kinds else ["step"] * len(flat)
@@ -164,9 +164,10 @@ def process_advantages(step_rewards: list[list[float]], kinds: list[list[str]] |
 def advantages(answers: list, scores: list[Scores], config: Config) -> list[Tensor]:
     """One group's answers (tokenizer.Answer) and scores -> the advantage of every position, [T, 1] an answer.
 
-    credit "outcome": Eq. (4) of the hybrid reward, one number an answer. credit "process": Eq. (6) of the step
-    rewards. Choice: the format reward is given with the last token and belongs to text decisions alone: no code
-    can mend a tag.
+    credit "outcome": Eq. (4) of the hybrid reward, one number an answer.
+    credit "process": Eq. (6) of the step rewards.
+    Choice: the format reward is given with the last token and belongs to text decisions alone, because no
+    code can mend a tag.
     """
     r_t, r_v, r_f = config.reward_weights
     if config.credit == "outcome":
@@ -181,7 +182,7 @@ def advantages(answers: list, scores: list[Scores], config: Config) -> list[Tens
     form = r_f * outcome_advantages(torch.tensor([of.format for of in scores]))
     result = []
     for answer, values, shape in zip(answers, steps, form):
-        own = F.pad(values, (0, 1))[answer.step_of]                    # what follows the last step belongs to none
+        own = F.pad(values, (0, 1))[answer.step_of]            # what follows the last step belongs to none
         result.append(torch.where(answer.is_image, own, own + shape)[:, None])
     return result
 
@@ -190,7 +191,7 @@ def advantages(answers: list, scores: list[Scores], config: Config) -> list[Tens
 # The loss
 
 def k3_kl(logp: Tensor, ref_logp: Tensor) -> Tensor:
-    """Eq. (7): pi_ref/pi - log(pi_ref/pi) - 1, an unbiased, non-negative estimate of KL(pi || pi_ref) a decision."""
+    """Eq. (7): pi_ref/pi - log(pi_ref/pi) - 1, an unbiased estimate of KL(pi || pi_ref) for each decision."""
     log_ratio = ref_logp - logp
     return log_ratio.exp() - log_ratio - 1
 
@@ -198,8 +199,8 @@ def k3_kl(logp: Tensor, ref_logp: Tensor) -> Tensor:
 def decision_weights(mask: Tensor, is_image: Tensor, per_modality: bool = False) -> Tensor:
     """The weight of each decision in the loss, [B, T, D]; 0 where mask is False.
 
-    Choice: 1/|Y_i| each, Eq. (2) as printed. per_modality is the documented alternative: the mean over text plus
-    the mean over codes, so that 1,024 codes do not drown 20 words.
+    Choice: 1/|Y_i| each, Eq. (2) as printed. per_modality is the documented alternative: the mean over text
+    plus the mean over codes, so that 1,024 codes do not drown 20 words.
     """
     text, image = by_modality(mask, is_image)
     if per_modality:
@@ -208,14 +209,14 @@ def decision_weights(mask: Tensor, is_image: Tensor, per_modality: bool = False)
     return mask / mask.sum((1, 2), keepdim=True)                                           # 1/|Y_i|
 
 
-def grpo_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor, advantages: Tensor, weights: Tensor, eps: float,
-              beta: float) -> tuple[Tensor, Tensor, Tensor]:
+def grpo_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor, advantages: Tensor, weights: Tensor,
+              eps: float, beta: float) -> tuple[Tensor, Tensor, Tensor]:
     """Eq. (2), to be minimised: all arguments [B, T, D] -> loss of each answer [B], ratio and KL [B, T, D].
 
-    With one update a rollout the ratio is 1 everywhere and the clip never acts; from the second on both do. A code
-    that truncated sampling has cut since has logp -inf, ratio 0 and no gradient; its KL term is dropped.
+    With one update a rollout the ratio is 1 everywhere and the clip never acts; from the second on both do.
+    A code that truncation has cut since has logp -inf, ratio 0 and no gradient; its KL term is dropped.
     """
-    ratio = (logp - old_logp).exp()                                                        # Eq. (3), text and codes
+    ratio = (logp - old_logp).exp()                                                        # Eq. (3)
     surrogate = torch.min(ratio * advantages, ratio.clamp(1 - eps, 1 + eps) * advantages)
     both = logp.isfinite() & ref_logp.isfinite()
     kl = k3_kl(torch.where(both, logp, 0.0), torch.where(both, ref_logp, 0.0))             # Eq. (7)
@@ -237,15 +238,17 @@ def read_pool(config: Config) -> tuple[list[Sample], LeftOut]:
         pool = read_prompts(Path(config.prompts))
     else:
         samples = read_sources(config.prompts, "--prompts", PROMPT_READERS, left_out)
-        pool = [Sample(s.prompt, s.prompt_pictures, origin=s.origin) for of_kind in samples.values() for s in of_kind]
+        pool = [Sample(s.prompt, s.prompt_pictures, origin=s.origin)
+                for of_kind in samples.values() for s in of_kind]
     check_rules(config, [sample.prompt for sample in pool])
     return pool, left_out
 
 
-def ready_prompts(pool: list[Sample], left_out: LeftOut, policy: UnifiedModel, codes: CodeCache, config: Config
-                  ) -> list[Sample]:
-    """The prompts in a shuffled order, as many as the run can use, their pictures encoded. Unusable ones are dropped
-    before training; in a user's own file they are an error."""
+def ready_prompts(pool: list[Sample], left_out: LeftOut, policy: UnifiedModel, codes: CodeCache,
+                  config: Config) -> list[Sample]:
+    """Shuffle the prompts, keep as many as the run can use, and encode their pictures.
+
+    Unusable prompts are dropped before training; in a user's own file they are an error."""
     needed = config.updates // config.epochs_per_rollout * config.prompts_per_update
     order = random.Random(config.seed).sample(pool, len(pool))
     ready = list(itertools.islice(keep_usable(order, policy, codes, left_out, config.budget), needed))
@@ -255,8 +258,10 @@ def ready_prompts(pool: list[Sample], left_out: LeftOut, policy: UnifiedModel, c
 
 
 def next_prompts(config: Config, done: int, pool: list[Sample]) -> list[Sample]:
-    """The prompts of the rollout behind `done` updates: the next of the pool, from its start again when it is through,
-    or the toy world's. They follow from the seed and `done` alone, so a resumed run goes on with the same."""
+    """Choose the prompts of the rollout after `done` updates: the next of the pool, which starts over when
+    it is through, or the toy world's.
+
+    They follow from the seed and `done` alone, so a resumed run has the same."""
     P = config.prompts_per_update
     if pool:
         first = done // config.epochs_per_rollout * P
@@ -284,8 +289,9 @@ class Rollout:
         decided = self.mask.any(-1)                                                        # (B, T)
         for p, sample in enumerate(self.samples[:count]):
             rows = range(p * G, (p + 1) * G)
+            answers, scores = [self.answers[b] for b in rows], [self.scores[b] for b in rows]
             own = [self.advantages[b, decided[b]] for b in rows]
-            records.append(group_record(sample, [self.answers[b] for b in rows], [self.scores[b] for b in rows], own))
+            records.append(group_record(sample, answers, scores, own))
         return records
 
 
@@ -303,7 +309,7 @@ def rollout(policy: UnifiedModel, samples: list[Sample], config: Config, judges:
     values = [advantages(answers[g], scores[g], config) for g in groups]
     rewards = [r for g in groups for r in hybrid_rewards(scores[g], config.reward_weights)]
     tokens, is_image, mask, logp = as_batch(trajectories, policy.device)
-    padded = torch.zeros(*tokens.shape[:2], 1)                                             # [B, T, 1], prompts included
+    padded = torch.zeros(*tokens.shape[:2], 1)                                             # [B, T, 1]
     for row, t, value in zip(padded, trajectories, sum(values, [])):
         row[len(t.prompt):len(t.prompt) + len(value)] = value
     text, _ = by_modality(mask, is_image)
@@ -328,7 +334,8 @@ def mean(values) -> float:
 # ------------------------------------------------------------------------------------------------------------
 # Steps 5 and 6: loss and update
 
-def reference_logp(policy: UnifiedModel, reference: dict[str, Tensor], batch: Rollout, config: Config) -> Tensor:
+def reference_logp(policy: UnifiedModel, reference: dict[str, Tensor], batch: Rollout,
+                   config: Config) -> Tensor:
     """Log-probs [B, T, D] of the rollout under the KL's reference: the policy with its first parameters."""
     columns = (batch.tokens, batch.is_image, batch.mask)
     with torch.no_grad(), with_trainable(policy, reference):
@@ -340,8 +347,9 @@ def update(policy: UnifiedModel, optimizer: torch.optim.Optimizer, batch: Rollou
            config: Config) -> dict:
     """One optimizer update on all answers of a rollout -> metrics, each a mean over what it averages.
 
-    Choice: the loss is the mean over all answers of the update, counted before micro-batches are cut, so their size
-    cannot change the gradient. Raises UserError on a loss that is not finite, before any weight moves.
+    Choice: the loss is the mean over all answers of the update, counted before micro-batches are cut, so
+    their size cannot change the gradient.
+    Raises UserError on a loss that is not finite, before any weight moves.
     """
     B, sampling = len(batch.tokens), sampling_of(config)
     weights = decision_weights(batch.mask, batch.is_image, config.per_modality)
@@ -351,12 +359,13 @@ def update(policy: UnifiedModel, optimizer: torch.optim.Optimizer, batch: Rollou
         part = slice(start, start + config.micro_batch)
         mask, is_image = batch.mask[part], batch.is_image[part]
         logp = policy.log_probs(batch.tokens[part], is_image, mask, sampling)
-        loss, ratio, kl = grpo_loss(logp, batch.old_logp[part], ref_logp[part], batch.advantages[part].expand_as(logp),
-                                    weights[part], config.clip, config.kl)
+        values = batch.advantages[part].expand_as(logp)
+        loss, ratio, kl = grpo_loss(logp, batch.old_logp[part], ref_logp[part], values, weights[part],
+                                    config.clip, config.kl)
         loss = loss.sum() / B                               # 1/G of Eq. (2), over all groups of the update
         if not loss.isfinite():
-            raise UserError(f"the loss became {loss.item()}: stopped before the update; the last good checkpoint is "
-                            f"intact (lower --lr, or raise --kl)")
+            raise UserError(f"the loss became {loss.item()}: stopped before the update; the last good "
+                            f"checkpoint is intact (lower --lr, or raise --kl)")
         loss.backward()
         total += loss.item()
         with torch.no_grad():
@@ -393,7 +402,7 @@ def check(config: Config, world: int = 1) -> None:
 
 
 def start_policy(config: Config, state: dict, device: torch.device) -> tuple[UnifiedModel, dict[str, Tensor]]:
-    """--model -> the policy, where its last checkpoint left it, and the reference: its first trainable parameters."""
+    """Load the policy, where its last checkpoint left it, and the reference, its first parameters."""
     policy = load(config.model, device, config.quantize)
     prepare_training(policy, config.lora_rank, config.lora_alpha, config.seed)
     reference = trainable_state(policy)
@@ -425,8 +434,8 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> list[S
                initial=first // config.epochs_per_rollout, total=config.updates // config.epochs_per_rollout)
     for done in bar:
         began = time.perf_counter()
-        numbered = list(enumerate(next_prompts(config, done, pool)))[rank * config.prompts_per_update // world:]
-        numbered = numbered[:config.prompts_per_update // world]                           # this process's share
+        share = config.prompts_per_update // world                                         # of each process
+        numbered = list(enumerate(next_prompts(config, done, pool)))[rank * share:(rank + 1) * share]
         batch = rollout(policy, [sample for _, sample in numbered], config, judges, codes,
                         [(config.seed, done, number) for number, _ in numbered])           # steps 1 to 4
         sampled = time.perf_counter()
@@ -437,15 +446,17 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> list[S
                 group["lr"] = config.lr * min(1.0, (done + epoch + 1) / RAMP)
             metrics = update(policy, optimizer, batch, ref_logp, config)                   # steps 5 and 6
         now, before, done = time.perf_counter(), done, done + config.epochs_per_rollout
-        metrics = averaged({**batch.metrics, **metrics, "seconds": now - began, "seconds/reference": compared - sampled,
-                            "seconds/update": now - compared, "peak_gib": peak_gib(device)}, world, device)
+        metrics = averaged({**batch.metrics, **metrics, "seconds": now - began,
+                            "seconds/reference": compared - sampled, "seconds/update": now - compared,
+                            "peak_gib": peak_gib(device)}, world, device)
         silent = silent + 1 if metrics["zero_spread"] == 1 else 0
         if rank == 0:
             log(run, bar, done, metrics, silent)                                           # step 7
             if done // config.save_every > before // config.save_every or done == config.updates:
-                run.sample(f"{done:06d}", f"Rollout of update {done}", batch.records(3), judge_records(judges))
-                save(policy, folder / "policy", {"update": done, "lines": run.lines, "settings": asdict(config)},
-                     optimizer_tensors(optimizer))
+                title = f"Rollout of update {done}"
+                run.sample(f"{done:06d}", title, batch.records(3), judge_records(judges))
+                state = {"update": done, "lines": run.lines, "settings": asdict(config)}
+                save(policy, folder / "policy", state, optimizer_tensors(optimizer))
     if rank == 0 and first < config.updates and config.eval_prompts:
         show(policy, run, config, pool, judges, "999999_after", "After GRPO: the same prompts")
     return pool
@@ -468,14 +479,14 @@ def log(run: Run, bar: tqdm, done: int, metrics: dict, silent: int) -> None:
              "kl/image": "kl/image"}
     bar.set_postfix({short: f"{metrics[name]:.3f}" for short, name in names.items()})
     if silent == 3:
-        tqdm.write("warning: three rollouts in a row had no spread in any group: every advantage is zero and nothing "
-                   "is learned (other prompts, a higher --temperature or other --reward-weights may help)")
+        tqdm.write("warning: three rollouts in a row had no spread in any group: every advantage is zero and "
+                   "nothing is learned (try other prompts, a higher --temperature or other --reward-weights)")
 
 
 def show(policy: UnifiedModel, run: Run, config: Config, pool: list[Sample], judges: tuple, name: str,
          title: str) -> None:
-    """A sheet of groups of three answers to fixed prompts with fixed seeds, the same before and after: held-out ones
-    of the toy world, or the first of --prompts."""
+    """Write a sheet of three answers each to fixed prompts with fixed seeds, the same before and after:
+    held-out prompts of the toy world, or the first of --prompts."""
     rng = random.Random("show")
     samples = pool[:4] or [toy_prompt(rng, config.edits, "heldout") for _ in range(4)]
     seeds = [("show", p) for p in range(len(samples))]
@@ -484,7 +495,7 @@ def show(policy: UnifiedModel, run: Run, config: Config, pool: list[Sample], jud
 
 
 def judge_records(judges: tuple, most: int = 24) -> list[dict]:
-    """The latest questions to a learned text judge, its replies and the scores read from them, for the report."""
+    """The latest questions to a learned text judge, its replies and their scores, for the report."""
     latest = list(getattr(judges[0], "record", ()))[-most:]
     return [{"question": question, "reply": reply, "score": score} for question, reply, score in latest]
 
@@ -492,11 +503,12 @@ def judge_records(judges: tuple, most: int = 24) -> list[dict]:
 def main() -> None:
     """Warm-up model if there is none, training, evaluation before and after."""
     config = parse_config(Config, presets={"paper": PAPER}, names={
-        "prompts": PROMPT_READERS, "text_reward": judge_names("text"), "visual_reward": judge_names("visual")})
+        "prompts": PROMPT_READERS, "text_reward": judge_names("text"),
+        "visual_reward": judge_names("visual")})
     rank, world, device = start_processes(config.device)
     check(config, world)
     if rank == 0 and config.model == Config.model and not warmup.is_done(Path(config.model)):
-        print(f"no warm-up model in {config.model} yet: training it first, once (about 3 minutes on two CPU cores)")
+        print(f"no warm-up model in {config.model} yet: training it first, once (2 minutes on two CPU cores)")
         warmup.warm_up(warmup.Config(device=config.device))
     if world > 1:
         dist.barrier()

@@ -1,6 +1,6 @@
-"""The unified decoder: one trajectory of text tokens and image codes (paper, Sec. 3; VILA-U as the base model).
+"""The unified decoder: one trajectory of text tokens and image codes (paper, Sec. 3; base model VILA-U).
 
-    tokens    [B, T, D]  a text position holds its token id in column 0, an image position holds D residual codes
+    tokens    [B, T, D]  a text position holds its token id in column 0, an image position D residual codes
     is_image  [B, T]     which of the two a position is
     hidden    [B, T, C]  the state at position t predicts position t+1: lm_head its text token, the depth
                          transformer its D codes, one after the other
@@ -14,7 +14,8 @@ and `decision_logp`, which both call. Behind them come QLoRA, then loading and s
 
     python model.py --prompt "paint it blue. <BEGIN> a red circle at top left <image>" --image start.png
                                 # one interleaved answer from out/warmup: text, PNGs and a page
-    python model.py --model mit-han-lab/vila-u-7b-256 --quantize nf4 --draw --guidance 3 --prompt "a fox in the snow"
+    python model.py --model mit-han-lab/vila-u-7b-256 --quantize nf4 --draw --guidance 3 --prompt "a fox"
+                                # one picture from the published model
 """
 import html
 import json
@@ -34,14 +35,14 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
 from common import (Count, Natural, NonNegative, TopP, UserError, open_tensors, parse_config, pick_device,
-                    picture_html, read_json, read_picture, read_tensor, reading, run_main, seeded, settle_folder,
-                    snapshot, write_page, write_text, write_tensors, write_whole)
-from tokenizer import (IMAGE_END, IMAGE_PLACEHOLDER, IMAGE_START, THINK_END, THINK_START, VISION_NAMES, Answer,
-                       Attention, Block, ImageTokenizer, Sequence, TextTokenizer, VisionConfig, pack, pad,
-                       parse_answer, preprocess, to_pictures)
+                    picture_html, read_json, read_picture, read_tensor, reading, run_main, seeded,
+                    settle_folder, snapshot, write_page, write_text, write_tensors, write_whole)
+from tokenizer import (IMAGE_END, IMAGE_PLACEHOLDER, IMAGE_START, THINK_END, THINK_START, VISION_NAMES,
+                       Answer, Attention, Block, ImageTokenizer, Sequence, TextTokenizer, VisionConfig, pack,
+                       pad, parse_answer, preprocess, to_pictures)
 
-VICUNA = ("A chat between a curious user and an artificial intelligence assistant. The assistant gives helpful, "
-          "detailed, and polite answers to the user's questions.")
+VICUNA = ("A chat between a curious user and an artificial intelligence assistant. "
+          "The assistant gives helpful, detailed, and polite answers to the user's questions.")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -85,12 +86,15 @@ class KVCache:
 
     def __init__(self, layers: int, slots: int):
         self.slots, self.used = slots, 0
-        self.k: list[Tensor | None] = [None] * layers         # [B, H, slots, head_dim]
+        self.k: list[Tensor | None] = [None] * layers    # [B, H, slots, head_dim]
         self.v: list[Tensor | None] = [None] * layers
-        self.bias: Tensor | None = None                        # [B, 1, 1, slots], 0 or -inf; None: nothing hidden
+        self.bias: Tensor | None = None                  # [B, 1, 1, slots], 0 or -inf; None: nothing hidden
 
     def attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Store keys and values of the next T slots and look at all slots so far. q, k, v [B, H, T, head_dim]."""
+        """Store keys and values of the next T slots and look at all slots so far.
+
+        q, k, v [B, H, T, head_dim] -> [B, H, T, head_dim].
+        """
         T = k.shape[2]
         if self.k[layer] is None:
             shape = (k.shape[0], k.shape[1], self.slots, k.shape[3])
@@ -154,17 +158,18 @@ class Decoder(nn.Module):
     def __init__(self, config: DecoderConfig):
         super().__init__()
         self.config = config
-        self.checkpointing = False       # recompute each layer in the backward pass instead of keeping its insides
+        self.checkpointing = False       # True: recompute each layer in the backward pass to save memory
         self.embed = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.angles: tuple[Tensor, Tensor] | None = None       # cosines and sines of all positions, made once a device
+        self.angles: tuple[Tensor, Tensor] | None = None     # of all positions, computed once a device
 
     def rotary(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """positions [B, T] -> cos, sin [B, T, head_dim] in the model's type, computed in float32."""
         weight = self.norm.weight
-        if self.angles is None or self.angles[0].device != weight.device or self.angles[0].dtype != weight.dtype:
+        cos = None if self.angles is None else self.angles[0]
+        if cos is None or cos.device != weight.device or cos.dtype != weight.dtype:
             with torch.inference_mode(False):                  # training reads the same table later
                 self.angles = rotary_table(self.config, weight)
         return self.angles[0][positions], self.angles[1][positions]
@@ -172,8 +177,8 @@ class Decoder(nn.Module):
     def forward(self, x: Tensor, positions: Tensor | None = None, attend: Callable | None = None) -> Tensor:
         """x [B, T, C] -> hidden states [B, T, C].
 
-        Without `attend`: a causal pass over positions 0..T-1. With it: attend(layer, q, k, v) looks at a cache,
-        and row b's t-th input stands at positions[b, t].
+        Without `attend`: a causal pass over positions 0..T-1. With it: attend(layer, q, k, v) looks at a
+        cache, and row b's t-th input stands at positions[b, t].
         """
         if positions is None:
             positions = torch.arange(x.shape[1], device=x.device)[None]
@@ -189,7 +194,7 @@ class Decoder(nn.Module):
         return self.norm(x)
 
     def prefill(self, rows: list[Tensor], cache: KVCache) -> Tensor:
-        """Run prompts (embeddings [T_b, C] each) into an empty cache -> the state [B, C] at each one's last position."""
+        """Run prompts into an empty cache: embeddings [T_b, C] of each -> states [B, C] at their ends."""
         hidden = self(pad(rows), attend=cache.attend)
         cache.used = hidden.shape[1]
         lengths = torch.tensor([len(row) for row in rows], device=hidden.device)
@@ -209,7 +214,7 @@ def rotary_table(config: DecoderConfig, weight: Tensor) -> tuple[Tensor, Tensor]
     dim = config.hidden_size // config.num_attention_heads
     inv_freq = config.rope_theta ** (-torch.arange(0, dim, 2, device=weight.device).float() / dim)
     position = torch.arange(config.context, device=weight.device).float() / config.rope_factor
-    angle = torch.outer(position, inv_freq).repeat(1, 2)                                   # (context, head_dim)
+    angle = torch.outer(position, inv_freq).repeat(1, 2)               # (context, head_dim)
     return angle.cos().to(weight.dtype), angle.sin().to(weight.dtype)
 
 
@@ -217,9 +222,10 @@ def rotary_table(config: DecoderConfig, weight: Tensor) -> tuple[Tensor, Tensor]
 # The image head
 
 class DepthTransformer(nn.Module):
-    """The D codes of one position, each given the hidden state before it and the codes above it (VILA-U's RQ head).
+    """The D codes of one position, each from the hidden state before it and the codes above it.
 
-    Context at depth d: the projected hidden state (d = 0), or the projected sum of code vectors 1..d (d > 0).
+    This is the RQ head of VILA-U. Context at depth d: the projected hidden state (d = 0), or the projected
+    sum of code vectors 1..d (d > 0).
     """
 
     def __init__(self, c: DepthConfig, hidden: int, code_dim: int, depth: int, codebook: int):
@@ -232,15 +238,17 @@ class DepthTransformer(nn.Module):
 
     def forward(self, hidden: Tensor, vectors: Tensor) -> Tensor:
         """Teacher-forced: hidden [n, C] and the code vectors [n, D, code_dim] -> logits [n, D, K]."""
-        sums = self.from_codes(vectors.cumsum(1)[:, :-1])                                  # (n, D-1, W)
+        sums = self.from_codes(vectors.cumsum(1)[:, :-1])              # (n, D-1, W)
         x = torch.cat((self.from_hidden(hidden)[:, None], sums), dim=1) + self.position
         for block in self.blocks:
             x = block(x, causal=True)
         return self.out(self.norm(x))
 
     def next_logits(self, d: int, x: Tensor, cache: KVCache) -> Tensor:
-        """Logits [n, K] of depth d, the earlier depths in the cache. x is the hidden state [n, C] at d = 0, else the
-        running sum of code vectors [n, code_dim]."""
+        """Logits [n, K] of depth d, the earlier depths in the cache.
+
+        x is the hidden state [n, C] at d = 0, else the running sum of code vectors [n, code_dim].
+        """
         project = self.from_codes if d else self.from_hidden
         x = project(x)[:, None] + self.position[:, d:d + 1]
         for i, block in enumerate(self.blocks):
@@ -262,8 +270,9 @@ class Sampling:
 
 
 def guide(cond: Tensor, uncond: Tensor | None, scale: float) -> Tensor:
-    """Classifier-free guidance on logits, at every depth: u + s (c - u), in float32 (VILA-U; the paper uses s = 3).
+    """Classifier-free guidance on logits, at every depth: u + s (c - u), in float32 (VILA-U).
 
+    The paper uses s = 3.
     Choice: the policy is the distribution that is sampled. With a scale other than 1, scoring runs the
     unconditional branch too, for policy, old policy and reference alike.
     """
@@ -292,15 +301,15 @@ def decision_logp(logits: Tensor, sampling: Sampling) -> Tensor:
 
 
 def sample_index(logp: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
-    """log-probabilities [n, V] and a uniform number in [0, 1) for each row -> sampled index [n], its logp [n].
+    """Sample: log-probabilities [n, V], a uniform number in [0, 1) a row -> index [n], its logp [n].
 
     The index is where the cumulative distribution passes the uniform number, found where the model runs.
-    Choice: a decision's random number belongs to its answer, position and depth. So a seed gives the same answers
-    on every device and in every batch, but where a number lies within rounding of a boundary.
+    Choice: a decision's random number belongs to its answer, position and depth. So a seed gives the same
+    answers on every device and in every batch, but where a number lies within rounding of a boundary.
     """
     mass = logp.exp().cumsum(-1)
-    target = uniform * (1 - 2 ** -22) * mass[:, -1]            # less than the whole mass even after rounding
-    index = torch.searchsorted(mass, target[:, None], right=True)          # first index whose mass exceeds the target
+    target = uniform * (1 - 2 ** -22) * mass[:, -1]                  # below the whole mass after rounding too
+    index = torch.searchsorted(mass, target[:, None], right=True)    # the first whose mass exceeds the target
     return index[:, 0], logp.gather(-1, index)[:, 0]
 
 
@@ -311,8 +320,8 @@ def sample_index(logp: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
 class Trajectory:
     """One sampled answer. Positions are the answer's, the prompt is kept beside them.
 
-    Choice: every sampled text token (closing tags and </s> included) is one decision, every sampled code is one;
-    prompt and padding are none. `mask` is recorded while sampling, it is never inferred from ids.
+    Choice: every sampled text token (closing tags and </s> included) is one decision, every sampled code is
+    one; prompt and padding are none. `mask` is recorded while sampling, it is never inferred from ids.
     """
     prompt: Sequence
     tokens: Tensor                # [T, D] int64
@@ -323,12 +332,15 @@ class Trajectory:
 
 
 def as_batch(trajectories: list[Trajectory], device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Prompts and answers as one batch padded on the right -> tokens [B, T, D], is_image [B, T], mask and logp
-    [B, T, D]; mask is False and logp 0 on prompts and padding."""
+    """Prompts and answers as one batch, padded on the right -> tokens, is_image, mask, logp.
+
+    is_image is [B, T], the others are [B, T, D]; mask is False and logp 0 on prompts and padding.
+    """
     columns = []
     for t in trajectories:
         before = (len(t.prompt), t.mask.shape[1])
-        columns.append((torch.cat((t.prompt.tokens, t.tokens)), torch.cat((t.prompt.is_image, t.is_image)),
+        columns.append((torch.cat((t.prompt.tokens, t.tokens)),
+                        torch.cat((t.prompt.is_image, t.is_image)),
                         torch.cat((t.mask.new_zeros(before), t.mask)),
                         torch.cat((t.logp.new_zeros(before), t.logp))))
     tokens, is_image, mask, logp = (pad(list(column)).to(device) for column in zip(*columns))
@@ -345,15 +357,16 @@ TEXT, IMAGE, ENDED = 0, 1, 2      # what a row of `generate` does at a position
 
 
 class UnifiedModel(nn.Module):
-    """Text head, image head and image tokenizer around one decoder (VILA-U's architecture, sizes from config)."""
+    """Text head, image head and image tokenizer around one decoder (VILA-U's architecture)."""
 
     def __init__(self, decoder: DecoderConfig, depth: DepthConfig, vision: VisionConfig):
         super().__init__()
         self.decoder = Decoder(decoder)
         self.projector = nn.Sequential(nn.Linear(vision.width, decoder.hidden_size), nn.GELU(),
                                        nn.Linear(decoder.hidden_size, decoder.hidden_size))
-        self.depth = DepthTransformer(depth, decoder.hidden_size, vision.width, vision.depth, vision.codebook_size)
-        self.vision = ImageTokenizer(vision).requires_grad_(False)   # trained by itself, then fixed: codes are targets
+        self.depth = DepthTransformer(depth, decoder.hidden_size, vision.width, vision.depth,
+                                      vision.codebook_size)
+        self.vision = ImageTokenizer(vision).requires_grad_(False)    # trained by itself, then fixed
         self.depth_config, self.vision_config = depth, vision
         # Whoever builds the model sets these: `load`, or the warm-up for a model from nothing.
         self.text: TextTokenizer = None
@@ -367,14 +380,19 @@ class UnifiedModel(nn.Module):
         return self.projector[0].weight.device
 
     def policy_parameters(self) -> list[nn.Parameter]:
-        """What warm-up and GRPO train: decoder, both heads and projector, or adapters; never the image tokenizer."""
+        """What warm-up and GRPO train: decoder, both heads and projector, or adapters.
+
+        The image tokenizer is never among them: its codes are targets.
+        """
         return [p for p in self.parameters() if p.requires_grad]
 
     # -- hidden states
 
     def embed(self, tokens: Tensor, is_image: Tensor) -> Tensor:
-        """tokens [B, T, D], is_image [B, T] -> input embeddings [B, T, C]. An image position enters as the projected
-        sum of its code vectors, whether it was given or generated."""
+        """tokens [B, T, D], is_image [B, T] -> input embeddings [B, T, C].
+
+        An image position enters as the projected sum of its code vectors, in a prompt and in an answer alike.
+        """
         x = self.decoder.embed(tokens[..., 0].masked_fill(is_image, 0))
         if is_image.any():
             x = x.index_put((is_image,), self.embed_codes(tokens[is_image]).to(x.dtype))
@@ -385,18 +403,20 @@ class UnifiedModel(nn.Module):
         return self.projector(self.vision.vectors(codes).sum(-2))
 
     def forward(self, tokens: Tensor, is_image: Tensor) -> Tensor:
-        """Hidden states [B, T, C] of whole sequences, padded on the right (a causal model never sees the padding)."""
+        """Hidden states [B, T, C] of whole sequences, padded on the right: a causal model ignores padding."""
         return self.decoder(self.embed(tokens, is_image))
 
     # -- scoring
 
-    def log_probs(self, tokens: Tensor, is_image: Tensor, mask: Tensor, sampling: Sampling = Sampling()) -> Tensor:
+    def log_probs(self, tokens: Tensor, is_image: Tensor, mask: Tensor,
+                  sampling: Sampling = Sampling()) -> Tensor:
         """THE scoring function: log-probability of every decision under the distribution it is sampled from.
 
-        tokens [B, T, D] int64, is_image [B, T], mask [B, T, D] bool (True: score it; images whole or not at all)
-        -> [B, T, D] float32, 0 where mask is False. A code that truncation has cut since it was sampled has -inf.
+        tokens [B, T, D] int64, is_image [B, T], mask [B, T, D] bool (True: score it; images whole or not at
+        all) -> [B, T, D] float32, 0 where mask is False. A code that truncation has cut since it was sampled
+        has -inf.
         """
-        before = self.forward(tokens, is_image)[:, :-1]        # alignment: the state one place before predicts
+        before = self.forward(tokens, is_image)[:, :-1]      # alignment: the state one place before predicts
         logp = torch.zeros(tokens.shape, device=tokens.device)
         text = mask[:, :, 0] & ~is_image                                                   # (B, T)
         if text.any():
@@ -417,8 +437,10 @@ class UnifiedModel(nn.Module):
         return logp
 
     def unconditional(self, codes: Tensor) -> Tensor:
-        """codes [n_images * N, D] of whole images -> hidden states [n_images * N, C] before each position, where the
-        prompt is the empty one and every image starts afresh (VILA-U's unconditional branch)."""
+        """VILA-U's unconditional branch: the prompt is the empty one, and every image starts afresh.
+
+        codes [n_images * N, D] of whole images -> hidden states [n_images * N, C] before each position.
+        """
         N = self.vision_config.positions
         prompt = self.unconditional_prompt().to(codes.device)
         images = codes.view(-1, N, codes.shape[-1])
@@ -429,27 +451,29 @@ class UnifiedModel(nn.Module):
 
     # -- sampling
 
-    def generate(self, prompts: list[Sequence], group: int = 1, budget: int = 512, sampling: Sampling = Sampling(),
-                 seeds: list[tuple] | None = None, rows: int = 0) -> list[Trajectory]:
+    def generate(self, prompts: list[Sequence], group: int = 1, budget: int = 512,
+                 sampling: Sampling = Sampling(), seeds: list[tuple] | None = None,
+                 rows: int = 0) -> list[Trajectory]:
         """Interleaved answers: `group` for each prompt, in order.
 
-        A row in text mode samples a token. <im_start> switches it to image mode for exactly N positions of D codes,
-        then it is in text mode again and has to choose <im_end> itself. It ends at </s> or after `budget` positions;
-        an image that does not fit any more is not started, and the row ends as truncated. Nothing is forced but the
-        prompt (which may end in <im_start>: then the answer starts with an image).
+        A row in text mode samples a token. <im_start> switches it to image mode for exactly N positions of
+        D codes, then it is in text mode again and has to choose <im_end> itself. It ends at </s> or after
+        `budget` positions. An image that does not fit any more is not started: the row ends as truncated.
+        Nothing is forced but the prompt, which may end in <im_start>: then the answer starts with an image.
         Choice: what the policy should learn, closing tags included, is its own decision.
 
         seeds: one tuple for each prompt, by default its place in the list. Answer g of prompt p follows from
         (*seeds[p], g) alone: neither the batch nor `rows` nor the device changes it.
         rows: answers in memory at a time (0: all).
-        Raises UserError where a prompt and its budget exceed the decoder's context, or where the budget holds no
-        image that a prompt opens.
+        Raises UserError where a prompt and its budget exceed the decoder's context, or where the budget is
+        too small for the image that a prompt opens.
         """
-        N, D, context = self.vision_config.positions, self.vision_config.depth, self.decoder.config.context
+        N, D = self.vision_config.positions, self.vision_config.depth
+        context = self.decoder.config.context
         longest = max(map(len, prompts))
         if budget < 1 or longest + budget > context:
-            raise UserError(f"a prompt of {longest} positions and an answer of up to {budget} exceed the decoder's "
-                            f"context of {context}: shorten the prompt or lower --budget")
+            raise UserError(f"a prompt of {longest} positions and an answer of up to {budget} exceed the "
+                            f"decoder's context of {context}: shorten the prompt or lower --budget")
         if budget < N and any(self.opens_image(prompt) for prompt in prompts):
             raise UserError(f"an image takes {N} positions, but the budget is {budget}: raise --budget")
         seeds = seeds or [(p,) for p in range(len(prompts))]
@@ -461,11 +485,13 @@ class UnifiedModel(nn.Module):
             first = places[0]
             part, index = prompts[first:places[-1] + 1], torch.tensor(places) - first
             columns = self.sample_rows(part, index, torch.stack(uniforms), sampling)
-            for p, tokens, logp, mode, truncated in zip(places, *(column.cpu().clone() for column in columns)):
+            columns = [column.cpu().clone() for column in columns]
+            for p, tokens, logp, mode, truncated in zip(places, *columns):
                 n = int((mode != ENDED).sum())
-                tokens, logp, is_image = tokens[:n], logp[:n], mode[:n] == IMAGE
-                decisions = is_image[:, None] | (torch.arange(D) == 0)                     # D codes, or one token
-                trajectories.append(Trajectory(prompts[p], tokens, is_image, decisions, logp, bool(truncated)))
+                is_image = mode[:n] == IMAGE
+                decisions = is_image[:, None] | (torch.arange(D) == 0)     # D codes, or one token
+                trajectories.append(Trajectory(prompts[p], tokens[:n], is_image, decisions, logp[:n],
+                                               bool(truncated)))
         return trajectories
 
     @torch.inference_mode()
@@ -479,12 +505,12 @@ class UnifiedModel(nn.Module):
         (B, budget, D), device = uniform.shape, self.device
         index, uniform = index.to(device), uniform.to(device)
         kv = KVCache(len(self.decoder.layers), max(map(len, prompts)) + budget)
-        state = self.prefill(prompts, kv)[index]                                           # (B, C)
-        kv.select(index)                                       # the prompt's keys and values serve its whole group
-        place = torch.tensor([len(prompt) for prompt in prompts], device=device)[index]    # (B,) next position
+        state = self.prefill(prompts, kv)[index]               # (B, C)
+        kv.select(index)                                       # a prompt's cache serves its whole group
+        place = torch.tensor([len(prompt) for prompt in prompts], device=device)[index]    # (B,) next one
         opens = torch.tensor([self.opens_image(prompt) for prompt in prompts], device=device)[index]
-        left = self.vision_config.positions * opens                                        # (B,) of its image
-        mode = torch.where(opens, IMAGE, TEXT)                                             # (B,)
+        left = self.vision_config.positions * opens            # (B,) positions left of its image
+        mode = torch.where(opens, IMAGE, TEXT)                 # (B,)
         answer = torch.arange(B, device=device)                # which answer a row of the batch writes
         uncond = Unconditional(self, B) if sampling.guidance != 1 else None
         all_tokens = torch.zeros(B, budget, D, dtype=torch.long, device=device)
@@ -493,14 +519,15 @@ class UnifiedModel(nn.Module):
         truncated = torch.zeros(B, dtype=torch.bool, device=device)
         modes, answers = mode.tolist(), list(range(B))         # the same on the CPU
         for t in range(budget):
-            text, image, _ = mode.argsort(stable=True).split([modes.count(m) for m in (TEXT, IMAGE, ENDED)])
+            counts = [modes.count(m) for m in (TEXT, IMAGE, ENDED)]
+            text, image, _ = mode.argsort(stable=True).split(counts)
             blank = None
             if uncond:
                 blank = uncond.states(answer[image], [a for a, m in zip(answers, modes) if m == IMAGE])
             tokens, logp = self.decide(state, text, image, blank, uniform[answer, t], sampling)
             all_tokens[answer, t], all_logp[answer, t], all_modes[answer, t] = tokens, logp, mode
-            x = self.embed_sampled(tokens, image)                                          # (B, C)
-            codes = x[image]                                                               # (n_image, C)
+            x = self.embed_sampled(tokens, image)              # (B, C)
+            codes = x[image]                                   # (n_image, C)
             mode, left, cut = self.next_mode(tokens[:, 0], mode, left, budget - t - 1)
             truncated[answer] |= cut
             modes = mode.tolist()                              # the one wait for the device
@@ -518,7 +545,7 @@ class UnifiedModel(nn.Module):
         return all_tokens, all_logp, all_modes, truncated
 
     def prefill(self, prompts: list[Sequence], kv: KVCache) -> Tensor:
-        """Write the prompts' keys and values; the state [P, C] at each prompt's last position predicts its answer."""
+        """Write the prompts' keys and values -> the state [P, C] at each prompt's last position."""
         prompts = [prompt.to(self.device) for prompt in prompts]
         return self.decoder.prefill([self.embed(p.tokens, p.is_image) for p in prompts], kv)
 
@@ -539,15 +566,19 @@ class UnifiedModel(nn.Module):
         tokens = torch.zeros(uniform.shape, dtype=torch.long, device=state.device)
         logp = torch.zeros(uniform.shape, device=state.device)
         if len(text):
-            chances = decision_logp(self.decoder.lm_head(state[text]), sampling)           # (n_text, V)
+            chances = decision_logp(self.decoder.lm_head(state[text]), sampling)     # (n_text, V)
             tokens[text, 0], logp[text, 0] = sample_index(chances, uniform[text, 0])
         if len(image):
             tokens[image], logp[image] = self.sample_codes(state[image], blank, uniform[image], sampling)
         return tokens, logp
 
-    def next_mode(self, token: Tensor, mode: Tensor, left: Tensor, room: int) -> tuple[Tensor, Tensor, Tensor]:
-        """What each row does next: its first code or token [B], its mode [B], the positions left of its image [B] and
-        the room left in its budget -> mode [B], left [B], cut [B] (ended by the budget)."""
+    def next_mode(self, token: Tensor, mode: Tensor, left: Tensor,
+                  room: int) -> tuple[Tensor, Tensor, Tensor]:
+        """What each row does next.
+
+        token [B] its token or first code, mode [B], left [B] the positions left of its image, room the
+        positions left in the budget -> mode [B], left [B], cut [B] (ended by the budget).
+        """
         N = self.vision_config.positions
         opens = (mode == TEXT) & (token == self.text.id(IMAGE_START))
         ends = (mode == TEXT) & (token == self.text.id("</s>"))
@@ -562,7 +593,8 @@ class UnifiedModel(nn.Module):
                      ) -> tuple[Tensor, Tensor]:
         """D codes for each row, depth by depth: state [n, C], uniform [n, D] -> codes [n, D], logp [n, D].
 
-        blank [n, C]: the states of the unconditional branch. Both branches go on with the same code."""
+        blank [n, C]: the states of the unconditional branch. Both branches go on with the same code.
+        """
         n, x = len(state), state if blank is None else torch.cat((state, blank))
         cache, total = KVCache(len(self.depth.blocks), self.vision_config.depth), 0
         codes, logps = [], []
@@ -572,20 +604,22 @@ class UnifiedModel(nn.Module):
             code, logp = sample_index(decision_logp(logits, sampling), uniform[:, d])
             codes.append(code)
             logps.append(logp)
-            total = total + self.vision.quantizer.codebook(d)[code]                        # running sum (n, code_dim)
+            total = total + self.vision.quantizer.codebook(d)[code]    # running sum (n, code_dim)
             x = total if blank is None else torch.cat((total, total))
         return torch.stack(codes, 1), torch.stack(logps, 1)
 
     # -- prompts and pictures
 
     def prompt(self, text: str, codes: list[Tensor] = (), draw: bool = False) -> Sequence:
-        """A user's turn in the chat template (vicuna_v1). Each `<image>` mark becomes the codes [N, D] of the next
-        picture inside <im_start> <im_end>. `draw` ends it with <im_start>: text-to-image.
+        """A user's turn in the chat template (vicuna_v1).
 
-        Raises UserError where marks and pictures differ in number."""
-        if text.count("<image>") != len(codes):
-            raise UserError(f"the prompt has {text.count('<image>')} <image> marks for {len(codes)} pictures: "
-                            f"{text[:80]!r}")
+        Each `<image>` mark becomes the codes [N, D] of the next picture inside <im_start> <im_end>.
+        `draw` ends it with <im_start>: text-to-image.
+        Raises UserError where marks and pictures differ in number.
+        """
+        marks = text.count("<image>")
+        if marks != len(codes):
+            raise UserError(f"the prompt has {marks} <image> marks for {len(codes)} pictures: {text[:80]!r}")
         text = chat(text.replace("<image>", IMAGE_START + "<image>" + IMAGE_END), self.system_prompt)
         return self.sequence(text + (" " + IMAGE_START if draw else ""), codes)
 
@@ -611,7 +645,8 @@ class UnifiedModel(nn.Module):
     def decode_pictures(self, codes: Tensor) -> np.ndarray:
         """codes [n, N, D] -> uint8 [n, H, W, 3]. Equal pictures are decoded once."""
         if not len(codes):
-            return np.zeros((0, self.vision_config.image_size, self.vision_config.image_size, 3), np.uint8)
+            side = self.vision_config.image_size
+            return np.zeros((0, side, side, 3), np.uint8)
         unique, index = torch.unique(codes, dim=0, return_inverse=True)
         pictures = [to_pictures(self.vision.decode(part.to(self.device))) for part in unique.split(64)]
         return np.concatenate(pictures)[index.cpu().numpy()]
@@ -630,7 +665,8 @@ class UnifiedModel(nn.Module):
         answers = [parse_answer(t.tokens, t.is_image, self.text) for t in trajectories]
         images = [s for a in answers for s in a.segments if s.codes is not None]
         if images:
-            for segment, picture in zip(images, self.decode_pictures(torch.stack([s.codes for s in images]))):
+            pictures = self.decode_pictures(torch.stack([s.codes for s in images]))
+            for segment, picture in zip(images, pictures):
                 segment.picture = picture
         return answers
 
@@ -639,8 +675,11 @@ COMPACT = 0.75       # ended rows leave the batch once this share of its rows, o
 
 
 class Unconditional:
-    """The branch that guidance compares with: for each row that is in image mode, the empty prompt and the codes of
-    its image so far. It is the second half of the decoder's pass; rows in text mode have no part in it."""
+    """The branch that guidance compares with.
+
+    For each row in image mode it holds the empty prompt and the codes of that row's image so far. It is the
+    second half of the decoder's pass; rows in text mode have no part in it.
+    """
 
     def __init__(self, model: UnifiedModel, answers: int):
         prompt = model.unconditional_prompt()
@@ -648,13 +687,17 @@ class Unconditional:
         self.cache = KVCache(len(model.decoder.layers), len(prompt) + model.vision_config.positions)
         self.start = model.prefill([prompt], self.cache)       # (1, C) predicts an image's first position
         self.state, self.slot = self.start[:0], torch.zeros(0, dtype=torch.long, device=model.device)
-        self.seat = torch.zeros(answers, dtype=torch.long, device=model.device)   # an answer's row in the cache; 0: none
-        self.drawing: list[int] = []                           # the answers that have one
+        # The row of the cache that belongs to an answer; 0 where it has none.
+        self.seat = torch.zeros(answers, dtype=torch.long, device=model.device)
+        self.drawing: list[int] = []                           # the answers that have a row
 
     def states(self, answers: Tensor, drawing: list[int]) -> Tensor:
-        """States [n, C] of the answers (indices [n], on the device and as a list) that are in image mode now."""
+        """States [n, C] of the answers that are in image mode now.
+
+        answers [n] and drawing: the indices of these answers, on the device and as a list.
+        """
         if drawing != self.drawing:
-            seat = self.seat[answers]                          # 0, the empty prompt alone, where an image has opened
+            seat = self.seat[answers]                          # 0, the empty prompt alone, for a new image
             self.cache.select(torch.cat((seat.new_zeros(1), seat)))
             self.state = torch.cat((self.start, self.state))[seat]
             self.slot = torch.cat((self.slot.new_full((1,), self.length), self.slot))[seat]
@@ -664,11 +707,14 @@ class Unconditional:
         return self.state
 
     def step(self, x: Tensor, codes: Tensor, place: Tensor, kv: KVCache) -> Tensor:
-        """One decoder pass over x [B, C] at `place` [B] and, behind it, the codes of the image rows [n, C] in this
-        branch -> states [B, C]; this branch's own are kept."""
+        """One decoder pass over both branches: x [B, C] at `place` [B], the embedded codes [n, C] behind it.
+
+        Returns the states [B, C] of x; those of the codes stay here.
+        """
         B, n = len(x), len(codes)
         rows = torch.arange(1, n + 1, device=x.device)
-        seen = torch.arange(self.cache.slots, device=x.device) <= self.slot[:, None, None, None]    # (n, 1, 1, slots)
+        slots = torch.arange(self.cache.slots, device=x.device)
+        seen = slots <= self.slot[:, None, None, None]         # (n, 1, 1, slots)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             y = kv.attend(layer, q[:B], k[:B], v[:B])
@@ -679,7 +725,8 @@ class Unconditional:
             own = F.scaled_dot_product_attention(q[B:], keys[1:], values[1:], attn_mask=seen,
                                                  enable_gqa=q.shape[1] != k.shape[1])
             return torch.cat((y, own))
-        state = self.decoder(torch.cat((x, codes))[:, None], torch.cat((place, self.slot))[:, None], attend)[:, 0]
+        inputs, positions = torch.cat((x, codes)), torch.cat((place, self.slot))
+        state = self.decoder(inputs[:, None], positions[:, None], attend)[:, 0]            # (B + n, C)
         kv.used += 1
         self.slot = self.slot + 1
         self.state = state[B:]
@@ -687,46 +734,56 @@ class Unconditional:
 
 
 def chat(text: str, system: str) -> str:
-    """The conversation template of the published model (vicuna_v1) with one user turn. An empty message is treated
-    like a missing one, as there: nothing stands between 'USER:' and 'ASSISTANT:'."""
+    """The conversation template of the published model (vicuna_v1) with one user turn.
+
+    An empty message is treated like a missing one, as there: nothing stands between 'USER:' and 'ASSISTANT:'.
+    """
     return f"{system} USER: {text} ASSISTANT:" if text.strip() else f"{system} USER:ASSISTANT:"
 
 
 def check_budget(policy: UnifiedModel, budget: int, name: str) -> None:
     """Refuse a budget without room for an image. Raises UserError."""
-    if budget < policy.vision_config.positions:
-        raise UserError(f"--budget {budget}: one image of {name} takes {policy.vision_config.positions} positions, "
-                        f"expected more than that for each step")
+    positions = policy.vision_config.positions
+    if budget < positions:
+        raise UserError(f"--budget {budget}: one image of {name} takes {positions} positions, expected more "
+                        f"than that for each step")
 
 
 # ------------------------------------------------------------------------------------------------------------
-# QLoRA: a frozen base in 4 bits (NF4, arXiv 2305.14314) and low-rank adapters that are trained (arXiv 2106.09685)
+# QLoRA: a frozen base in 4 bits (NF4, arXiv 2305.14314) and trained low-rank adapters (arXiv 2106.09685)
 
 NF4_BLOCK = 64       # weights that share one scale, their largest absolute value
 # 16 quantiles of the normal distribution, scaled to -1..1, with an exact 0: the table of bitsandbytes
-NF4 = torch.tensor([-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
-                    -0.18477343022823334, -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725,
-                    0.24611230194568634, 0.33791524171829224, 0.44070982933044434, 0.5626170039176941,
-                    0.7229568362236023, 1.0])
+NF4 = torch.tensor([-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
+                    -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
+                    0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+                    0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0])
 
 
 @cache
 def nf4_tables(device: torch.device) -> tuple[Tensor, Tensor]:
-    """The bounds [15] between neighbouring values and the pairs [256, 2] that a byte stands for, once a device."""
+    """The bounds [15] between neighbouring values and the pairs [256, 2] that a byte stands for.
+
+    They are computed once a device.
+    """
     with torch.inference_mode(False):
-        bounds = (NF4[1:] + NF4[:-1]) / 2                      # a weight between two values goes to the nearer one
+        bounds = (NF4[1:] + NF4[:-1]) / 2                      # a weight goes to the nearer of two values
         pairs = torch.stack((NF4.repeat_interleave(16), NF4.repeat(16)), 1)
         return bounds.to(device), pairs.to(device)
 
 
 def to_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
-    """weight, any shape of n values -> bytes uint8 [n / 2], two 4-bit codes each, the first in the high bits, and
-    scales float32 [n / 64]. Equals bitsandbytes' quantize_4bit(quant_type="nf4", blocksize=64), value for value."""
+    """Quantise a weight of n values in any shape -> bytes uint8 [n / 2], scales float32 [n / 64].
+
+    A byte holds two 4-bit codes, the first in the high bits. The result equals bitsandbytes'
+    quantize_4bit(quant_type="nf4", blocksize=64), value for value.
+    """
     blocks = weight.reshape(-1, NF4_BLOCK)
     scales = blocks.abs().amax(1).float()
     codes = torch.empty(blocks.shape, dtype=torch.uint8, device=weight.device)
     bounds, _ = nf4_tables(weight.device)
-    for code, block, scale in zip(*(x.split(2 ** 16) for x in (codes, blocks, scales))):     # 4 M values at a time
+    parts = zip(*(x.split(2 ** 16) for x in (codes, blocks, scales)))     # 4 M values at a time
+    for code, block, scale in parts:
         scaled = block.float() * (1 / scale.clamp(min=1e-38))[:, None]
         code.copy_(torch.bucketize(scaled, bounds, out_int32=True))
     codes = codes.view(-1, 2)
@@ -743,7 +800,10 @@ def from_nf4(packed: Tensor, scales: Tensor, shape: tuple[int, int], dtype: torc
 
 
 class NF4Product(torch.autograd.Function):
-    """x W^T for a W in 4 bits. The backward pass unpacks it again: only one layer's full weight exists at a time."""
+    """x W^T for a W in 4 bits.
+
+    The backward pass unpacks it again: only one layer's full weight exists at a time.
+    """
 
     @staticmethod
     def forward(ctx, x: Tensor, packed: Tensor, scales: Tensor, shape: tuple[int, int]) -> Tensor:
@@ -777,13 +837,17 @@ class NF4Linear(nn.Module):
 
 
 class LoRALinear(nn.Module):
-    """base(x) + alpha / r B A x. B starts at zero, so that a fresh adapter changes nothing; A and B are float32."""
+    """A linear layer with an adapter: base(x) + alpha / r B A x.
+
+    B starts at zero, so that a fresh adapter changes nothing. A and B are float32.
+    """
 
     def __init__(self, base: nn.Linear | NF4Linear, rank: int, alpha: float, generator: torch.Generator):
         super().__init__()
         self.base, self.scale = base, alpha / rank
         bound = base.in_features ** -0.5                               # as torch's own linear layers start
-        self.a = nn.Parameter(torch.empty(rank, base.in_features).uniform_(-bound, bound, generator=generator))
+        a = torch.empty(rank, base.in_features).uniform_(-bound, bound, generator=generator)
+        self.a = nn.Parameter(a)
         self.b = nn.Parameter(torch.zeros(base.out_features, rank))
 
     def forward(self, x: Tensor) -> Tensor:
@@ -801,8 +865,9 @@ class LoRALinear(nn.Module):
 class AddedRows(nn.Module):
     """A frozen embedding or lm_head [V, C] with trained rows of their own for the added tokens `ids`.
 
-    Choice: <think> and </think> start as the mean row. The two rows start equal, so adapters inside the layers could
-    never distinguish the tokens, as input or as output. We therefore train these two rows (of 32,006) as well.
+    Choice: <think> and </think> start as the mean row. The two rows start equal, so adapters inside the
+    layers could never distinguish the tokens, as input or as output. We therefore train these two rows (of
+    32,006) as well.
     """
 
     def __init__(self, base: nn.Embedding | nn.Linear, ids: list[int]):
@@ -817,22 +882,23 @@ class AddedRows(nn.Module):
         return weight
 
     def forward(self, x: Tensor) -> Tensor:
+        """Token ids [...] -> embeddings [..., C], or states [..., C] -> logits [..., V]."""
         y = self.base(x)
-        if isinstance(self.base, nn.Linear):                                               # logits [..., V]
+        if isinstance(self.base, nn.Linear):                           # logits [..., V]
             own = F.linear(x, self.rows.to(x.dtype))
             for n, i in enumerate(self.ids):
                 y[..., i] = own[..., n]
             return y
-        for i, row in zip(self.ids, self.rows):                                            # embeddings [..., C]
+        for i, row in zip(self.ids, self.rows):                        # embeddings [..., C]
             y = torch.where((x == i)[..., None], row.to(y.dtype), y)
         return y
 
 
 def prepare_training(model: UnifiedModel, rank: int, alpha: float, seed: int = 0) -> None:
-    """Prepare for training. Rank 0: cast the whole policy to float32 (Adam's steps vanish in bfloat16) and train it.
-    Otherwise freeze it and add adapters to every linear layer of the decoder; a model that was loaded with adapters
-    keeps them.
+    """Prepare a model for training: all of it (rank 0), or adapters.
 
+    Rank 0 casts the whole policy to float32, because Adam's steps vanish in bfloat16. Another rank freezes it
+    and adds adapters to every linear layer of the decoder; a model that was loaded with adapters keeps them.
     Raises UserError where the model has other adapters than asked for, or 4-bit weights are to be trained.
     """
     if model.adapter and rank and model.adapter != {"rank": rank, "alpha": alpha}:
@@ -877,7 +943,8 @@ def trainable_state(model: nn.Module) -> dict[str, Tensor]:
 def with_trainable(model: nn.Module, values: dict[str, Tensor]):
     """Swap the trainable parameters for `values` inside a with-block.
 
-    Choice: the KL reference is this same model with the parameters it started from, so nothing frozen is held twice.
+    Choice: the KL reference is this same model with the parameters it started from. So nothing frozen is in
+    memory twice.
     """
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     now = {name: p.data for name, p in trainable.items()}
@@ -912,7 +979,10 @@ def stored_tensors(files: list[Path]) -> dict[str, Stored]:
 
 
 def tensor_files(folder: Path) -> list[Path]:
-    """The safetensors files of one folder: those of its index, or the only one. Raises UserError where one is missing."""
+    """The safetensors files of one folder: those of its index, or the only one.
+
+    Raises UserError where a file of the index is missing.
+    """
     index = folder / "model.safetensors.index.json"
     if not index.exists():
         return [folder / "model.safetensors"]
@@ -937,14 +1007,15 @@ def fill(model: nn.Module, stored: dict[str, Stored], names: dict[str, str], fol
          device: str | torch.device, dtype: torch.dtype | None = None, quantize: str = "none") -> None:
     """Read every stored tensor to its place in a model that may still be on the meta device, one at a time.
 
-    names: prefixes in the files -> prefixes here. dtype None: the type it is stored in. quantize "nf4": the decoder's
-    linear layers in 4 bits. Raises UserError, naming file and tensor, for one that is unknown, missing or misshaped.
+    names: prefixes in the files -> prefixes here. dtype None: the type it is stored in. quantize "nf4": the
+    decoder's linear layers in 4 bits.
+    Raises UserError, naming file and tensor, for one that is unknown, missing or misshaped.
     """
     missing = set(model.state_dict())
     for theirs, tensor in stored.items():
         ours = rename(theirs, names)
         if ours not in missing:
-            raise UserError(f"{tensor.file}: unknown tensor {theirs}, or beyond the sizes that its config gives")
+            raise UserError(f"{tensor.file}: unknown tensor {theirs}, or beyond the sizes of its config")
         value = tensor.read()
         if value.is_floating_point():
             value = value.to(dtype=dtype)
@@ -955,12 +1026,16 @@ def fill(model: nn.Module, stored: dict[str, Stored], names: dict[str, str], fol
         raise UserError(f"{folder}: tensor {theirs} is missing ({len(missing)} in all)")
 
 
-LINEAR = re.compile(r"decoder\.layers\.\d+\.(attn|mlp)\.\w+_proj\.weight")      # what is quantised and adapted
+# What is quantised and adapted.
+LINEAR = re.compile(r"decoder\.layers\.\d+\.(attn|mlp)\.\w+_proj\.weight")
 
 
 def assign(model: nn.Module, name: str, value: Tensor, what: str, quantize: str = "none") -> None:
-    """Put a tensor where its parameter or buffer is, if the shapes agree. With quantize "nf4" a decoder layer's
-    nn.Linear gives way to an NF4Linear. Raises UserError, beginning with `what`, for another shape."""
+    """Put a tensor where its parameter or buffer is, if the shapes agree.
+
+    With quantize "nf4" a decoder layer's nn.Linear gives way to an NF4Linear.
+    Raises UserError, beginning with `what`, for another shape.
+    """
     path, _, leaf = name.rpartition(".")
     owner = model.get_submodule(path)
     expected = getattr(owner, leaf).shape
@@ -1010,38 +1085,44 @@ NAMES = {       # folder -> {prefix there: prefix here}; {} is a layer number
 }
 ALL_NAMES = {theirs: ours for table in NAMES.values() for theirs, ours in table.items()}
 
-# Stored but not needed: SigLIP's text tower, pooling head and last norm, the codebooks' training statistics; and what
-# goes beyond the model that is built: the tower's last layer, further copies of a shared codebook.
-NOT_NEEDED = re.compile(r"rqvaesiglip\.(siglip_model\.(text_model|vision_model\.(head|post_layernorm)|logit_)|logit_|"
+# Stored but not needed: SigLIP's text tower, pooling head and last norm, the codebooks' statistics.
+# SURPLUS goes beyond the model that is built: the tower's last layer, further copies of a shared codebook.
+NOT_NEEDED = re.compile(r"rqvaesiglip\.("
+                        r"siglip_model\.(text_model|vision_model\.(head|post_layernorm)|logit_)|"
+                        r"logit_|"
                         r"quantizer\.codebooks\.\d+\.(embed_ema|cluster_size_ema)$)")
 SURPLUS = re.compile(r"vision\.(tower\.blocks|quantizer\.codebooks)\.")
 
 
 def checkpoint_folder(source: str) -> Path:
-    """A run directory (its policy/), a checkpoint directory, or a hub id whose snapshot is fetched or found in the
-    cache (HF_HOME and HF_HUB_OFFLINE are respected). Raises UserError where there is none."""
+    """--model -> the folder of a checkpoint.
+
+    source: a run directory (its policy/), a checkpoint directory, or a hub id, whose snapshot is fetched or
+    found in the cache (HF_HOME and HF_HUB_OFFLINE are respected). Raises UserError where there is none.
+    """
     for folder in (Path(source) / "policy", Path(source)):
         settle_folder(folder)
         if (folder / "llm").is_dir() or (folder / "adapter.json").exists():
             return folder
-    if Path(source).exists() or not re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) or source.startswith("out/"):
-        raise UserError(f"--model {source}: no checkpoint there (expected the folders llm/, mm_projector/ and "
-                        f"vision_tower/, or a run directory that holds them in policy/)")
+    is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and not source.startswith("out/")
+    if Path(source).exists() or not is_hub_id:
+        raise UserError(f"--model {source}: no checkpoint there (expected the folders llm/, mm_projector/ "
+                        f"and vision_tower/, or a run directory that holds them in policy/)")
     return snapshot(source, "--model")
 
 
 def load(source: str | Path, device: str | torch.device = "cpu", quantize: str = "none") -> UnifiedModel:
     """A checkpoint in the published layout (hub id or folder) -> model.
 
-    Sizes come from its config files and tensor shapes. Tensors stream one at a time to `device`, in the type they are
-    stored in or, with quantize "nf4", the decoder's linear layers in 4 bits; only needed ones are read. A folder of
-    adapters brings its base, as it was quantised when they were trained.
-    Raises UserError, naming file, tensor, found and expected shape, for what is missing, unknown or misshaped.
+    Sizes come from its config files and tensor shapes. Only needed tensors are read, one at a time, to
+    `device`. They have the type they are stored in; with quantize "nf4" the decoder's linear layers have
+    4 bits. A folder of adapters brings its base, as it was quantised when they were trained.
+    Raises UserError, naming file, tensor and both shapes, for what is missing, unknown or misshaped.
     """
     folder = checkpoint_folder(str(source))
     if (folder / "adapter.json").exists():
         return load_adapters(folder, device)
-    configs = {part: read_json(folder / part / "config.json") for part in ("", *NAMES) if part != "mm_projector"}
+    configs = {part: read_json(folder / part / "config.json") for part in ("", "llm", "vision_tower")}
     stored = stored_tensors(tensor_files(folder / "vision_tower"))
     with reading(folder, "one of its config.json files or its vision tensors"):
         model = empty_model(configs, {name: tensor.shape for name, tensor in stored.items()})
@@ -1053,7 +1134,7 @@ def load(source: str | Path, device: str | torch.device = "cpu", quantize: str =
 
 
 def empty_model(configs: dict[str, dict], shapes: dict[str, tuple]) -> UnifiedModel:
-    """The published config files, by folder, and the shapes of the vision tensors -> a model on the meta device."""
+    """Published config files by folder, and shapes of the vision tensors -> a model on the meta device."""
     llm, tower = configs["llm"], configs["vision_tower"]
     decoder = DecoderConfig(
         hidden_size=llm["hidden_size"], intermediate_size=llm["intermediate_size"],
@@ -1078,7 +1159,8 @@ def context_of(llm: dict) -> int:
     return llm["max_position_embeddings"]
 
 
-def load_weights(model: UnifiedModel, folder: Path, device: str | torch.device, quantize: str = "none") -> None:
+def load_weights(model: UnifiedModel, folder: Path, device: str | torch.device,
+                 quantize: str = "none") -> None:
     """Every needed tensor of a checkpoint to its place in the model. Raises UserError, see `fill`."""
     stored, wanted = {}, set(model.state_dict())
     for part, table in NAMES.items():
@@ -1107,7 +1189,10 @@ def load_adapters(folder: Path, device: str | torch.device) -> UnifiedModel:
 
 
 def load_adapter_weights(model: UnifiedModel, folder: Path, device: str | torch.device) -> None:
-    """adapter.safetensors to its place in a model that has such adapters. Raises UserError where they differ."""
+    """Read adapter.safetensors to its place in a model that has such adapters.
+
+    Raises UserError where they differ.
+    """
     file = folder / "adapter.safetensors"
     stored, wanted = stored_tensors([file]), set(trainable_state(model))
     if stored.keys() != wanted:
@@ -1128,7 +1213,8 @@ def restore(model: UnifiedModel, folder: Path) -> None:
 def add_tokens(model: UnifiedModel, tokens: list[str]) -> None:
     """Add the special tokens that the checkpoint lacks.
 
-    Choice: their embedding and lm_head rows start as the mean row, as VILA-U does for its own."""
+    Choice: their embedding and lm_head rows start as the mean row, as VILA-U does for its own.
+    """
     new = [token for token in tokens if not model.text.knows(token)]
     if not new:
         return
@@ -1142,10 +1228,11 @@ def add_tokens(model: UnifiedModel, tokens: list[str]) -> None:
 
 def save(model: UnifiedModel, folder: Path, state: dict | None = None,
          tensors: dict[str, Tensor] | None = None) -> None:
-    """Write a checkpoint, whole or not at all: in the published layout, or the adapters alone where there are any.
+    """Write a checkpoint, whole or not at all: the published layout, or the adapters alone if there are any.
 
-    state (JSON) and tensors are what training needs to go on (where it was, the optimizer): training.json and
-    training.safetensors."""
+    state (JSON) and tensors are what training needs to go on (where it was, the optimizer). They become
+    training.json and training.safetensors.
+    """
     with write_whole(folder) as new:
         new.mkdir()
         if model.adapter:
@@ -1171,7 +1258,7 @@ def write_published(model: UnifiedModel, folder: Path) -> None:
 
 
 def write_configs(model: UnifiedModel, folder: Path) -> None:
-    """The four config.json files of the published layout. Keys of a loaded checkpoint that we do not know stay."""
+    """Write the four config.json files of the published layout. Unknown keys of a loaded checkpoint stay."""
     for part, config in published_configs(model).items():
         (folder / part).mkdir(parents=True, exist_ok=True)
         config = updated(model.configs.get(part, {}), config)
@@ -1192,7 +1279,8 @@ def published_configs(model: UnifiedModel) -> dict[str, dict]:
            **{f: x for f, x in asdict(d).items() if f not in ("rope_factor", "context", "qkv_bias")},
            "rope_scaling": {"type": "linear", "factor": d.rope_factor} if d.rope_factor != 1 else None,
            "max_position_embeddings": d.context, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    tower = {"model_type": "rqvaesigliptransformer_model", "hidden_size": v.width, "vision_layers_used": v.layers,
+    tower = {"model_type": "rqvaesigliptransformer_model", "hidden_size": v.width,
+             "vision_layers_used": v.layers,
              "rqvaesiglip": v.to_published(),
              "rqtransformer": {"embed_dim": k.width, "block_size": [v.grid, v.grid, v.depth],
                                "head": {"n_layer": k.layers, "block": {"n_head": k.heads}},
@@ -1205,7 +1293,7 @@ def published_configs(model: UnifiedModel) -> dict[str, dict]:
 
 
 def load_training(folder: Path) -> tuple[dict, dict[str, Tensor]]:
-    """The state and tensors that `save` wrote beside the weights; ({}, {}) where there is no such checkpoint."""
+    """The state and tensors that `save` wrote beside the weights, ({}, {}) where there are none."""
     folder = Path(folder)
     settle_folder(folder)
     if not (folder / "training.json").exists():
@@ -1222,7 +1310,7 @@ class Config:
     # -- model
     model: str = "out/warmup"    # run directory, checkpoint folder or hub id
     quantize: Literal["none", "nf4"] = "none"    # nf4: the decoder's linear layers in 4 bits
-    merge: str = ""              # write the model, its adapters folded in, to this folder in the published layout; stop
+    merge: str = ""              # write the model, adapters folded in, to this folder, and stop
     # -- prompt
     prompt: str = "a red circle at top left"     # each `<image>` mark in it takes the next file of --image
     image: str = ""              # picture files for the prompt's <image> marks, separated by commas
@@ -1240,7 +1328,7 @@ class Config:
 
 
 def write_answer_page(prompt: str, pictures: list[np.ndarray], answer: Answer, folder: Path) -> Path:
-    """The answer as files: answer.html shows texts and pictures in turn, the pictures lie beside it as PNGs."""
+    """Write the answer as answer.html, texts and pictures in turn, with the pictures beside it as PNGs."""
     folder.mkdir(parents=True, exist_ok=True)
     body = []
     for i, picture in enumerate(pictures):
@@ -1272,7 +1360,8 @@ def main() -> None:
     if marks != len(pictures):
         raise UserError(f"--image: {len(pictures)} files, but {marks} <image> marks in --prompt")
     model = load(config.model, pick_device(config.device), config.quantize).eval()
-    prompt = model.prompt(config.prompt, list(model.encode_pictures(pictures)) if pictures else [], config.draw)
+    codes = list(model.encode_pictures(pictures)) if pictures else []
+    prompt = model.prompt(config.prompt, codes, config.draw)
     sampling = Sampling(config.temperature, config.top_k, config.top_p, config.guidance)
     budget = max(1, min(config.budget, model.decoder.config.context - len(prompt)))
     trajectory, = model.generate([prompt], 1, budget, sampling, [(config.seed,)])

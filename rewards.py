@@ -1,4 +1,4 @@
-"""Hybrid reward and step rewards (paper, Sec. 3.2): Eq. (5), r = r_t + r_v + r_f, each part on a scale of 0..1.
+"""Hybrid reward and step rewards (paper, Sec. 3.2): Eq. (5), r = r_t + r_v + r_f, each part between 0 and 1.
 
     part   judged                               judge           scale 0..1
     r_t    every text, given the prompt         RulesText       share of attributes that are right (toy world)
@@ -29,10 +29,13 @@ import shapes
 from common import UserError, pick_device, png, read_picture, run_main
 from tokenizer import Answer, Segment
 
-# A judge gives None where it has no opinion, for example where a reply holds no score. None is no information, it
-# is never a 0. A judge gets a whole batch at once, so that a learned one can use its device well.
-TextJudge = Callable[[list[str], list[list[str]]], list[list[float | None]]]     # prompts, texts of each -> scores
-VisualJudge = Callable[[list[str], list[np.ndarray]], list[float | None]]        # texts, pictures -> scores
+# A judge gives None where it has no opinion, for example where a reply holds no score. None is no
+# information, it is never a 0. A judge gets a whole batch at once, so that a learned one can use its
+# device well.
+#   TextJudge     prompts, the texts of each answer -> a score for each text
+#   VisualJudge   texts, pictures                   -> a score for each picture
+TextJudge = Callable[[list[str], list[list[str]]], list[list[float | None]]]
+VisualJudge = Callable[[list[str], list[np.ndarray]], list[float | None]]
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -73,7 +76,7 @@ class RulesText:
 
 
 class RulesVisual:
-    """r_v in the toy world: the scene in a picture against the scene that its own text names, right or wrong."""
+    """r_v in the toy world: the scene in a picture against the scene that its text names, right or wrong."""
 
     def __call__(self, texts: list[str], pictures: list[np.ndarray]) -> list[float]:
         """texts [n], pictures uint8 [H, W, 3] -> n scores 0..1."""
@@ -93,10 +96,11 @@ class Scores:
     steps: list[float | None]
 
 
-def hybrid_rewards(group: list[Scores], weights: tuple[float, float, float] = (1.0, 1.0, 1.0)) -> list[float]:
-    """Eq. (5): r = r_t + r_v + r_f for every answer of one group, each part times its weight (1 in the paper).
+def hybrid_rewards(group: list[Scores],
+                   weights: tuple[float, float, float] = (1.0, 1.0, 1.0)) -> list[float]:
+    """Eq. (5): r = r_t + r_v + r_f for every answer of one group, each part times its weight (paper: 1).
 
-    Choice: a part without a score takes its mean over the group, never 0: it is no information, not a failure.
+    Choice: a part without a score takes its mean over the group, never 0. It is no information, no failure.
     """
     totals = [0.0] * len(group)
     for weight, part in zip(weights, ("text", "visual", "format")):
@@ -139,7 +143,10 @@ def judge(prompts: list[str], answers: list[Answer], text_judge: TextJudge | Non
 
 
 def mean_reward(rewards: list[float | None], wanted: int | None) -> float | None:
-    """Mean over an answer's steps of one kind. A missing step counts 0, a step without a score does not count."""
+    """Mean over an answer's steps of one kind.
+
+    A missing step counts as 0, a step without a score does not count.
+    """
     scored = [reward for reward in rewards if reward is not None]
     if rewards and not scored:
         return None
@@ -189,8 +196,9 @@ def check_rules(config, prompts: list[str]) -> None:
         return
     for prompt in prompts:
         if shapes.wanted_steps(prompt) is None:
-            raise UserError(f"--prompts {config.prompts}: the rule judges know only the toy world's edits, not "
-                            f"{prompt[:60]!r}; choose --text-reward and --visual-reward, or give them weight 0")
+            raise UserError(f"--prompts {config.prompts}: the rule judges know only the toy world's edits, "
+                            f"not {prompt[:60]!r}; choose --text-reward and --visual-reward, or give them "
+                            f"weight 0")
 
 
 def check_judge(flag: str, part: str, spec: str) -> None:
@@ -207,7 +215,10 @@ def check_judge(flag: str, part: str, spec: str) -> None:
 
 def group_record(sample, answers: list[Answer], scores: list[Scores],
                  advantages: list[Tensor] | None = None) -> dict:
-    """One prompt (a `data.Sample`) and its answers as JSON: texts, pictures, rewards and mean advantages of steps."""
+    """One prompt (a `data.Sample`) and its answers as JSON.
+
+    Each step has its text or picture, its reward and its mean advantage.
+    """
     records = []
     for n, (answer, score) in enumerate(zip(answers, scores)):
         steps = [{"text": s.text, "picture": None if s.picture is None else png(s.picture), "reward": reward,

@@ -153,14 +153,13 @@ def update(folder: Path, quantize: str, rank: int, file: Path, sample: bool) -> 
     if sample:
         with Timer("rollout"):
             batch = grpo.rollout(policy, [data.Sample(PROMPT, [])], config, (RulesText(), RulesVisual()),
-                                 data.CodeCache(policy), torch.Generator().manual_seed(0))
+                                 data.CodeCache(policy), [(0,)])
         for answer, score in zip(batch.answers, batch.scores):
             print(answer.layout, len(answer.step_of), "positions, format", score.format)
         save_file({k: getattr(batch, k).contiguous() for k in ("tokens", "is_image", "mask", "old_logp", "advantages")},
                   file)
     else:
-        batch = grpo.Rollout(samples=[], trajectories=[], answers=[], scores=[], by_answer=[], zero_spread=0.0,
-                             judging=0.0, **load_file(file))
+        batch = grpo.Rollout(samples=[], answers=[], scores=[], metrics={}, **load_file(file))
     arrays = batch.tokens, batch.is_image, batch.mask
     with Timer("reference"), torch.no_grad(), with_trainable(policy, reference):
         ref_logp = policy.log_probs(*arrays, Sampling())
@@ -168,7 +167,7 @@ def update(folder: Path, quantize: str, rank: int, file: Path, sample: bool) -> 
         batch.old_logp = ref_logp              # the 4-bit model's own first probabilities: its ratio starts at 1
     optimizer = torch.optim.Adam(policy.policy_parameters(), lr=1e-4)
     with Timer("update"):
-        print({k: round(v, 4) for k, v in grpo.update(grpo.Scorer(policy), optimizer, batch, ref_logp, config).items()})
+        print({k: round(v, 4) for k, v in grpo.update(policy, optimizer, batch, ref_logp, config).items()})
 
 
 def main() -> None:

@@ -75,7 +75,7 @@ def test_the_first_updates_ratio_is_one_and_later_ones_move(warm):
 def test_image_codes_alone_can_be_taught_redness(warm):
     """If this does not rise, the image branch is broken: reward = redness of one picture, text takes no part."""
     policy = load(warm)
-    optimizer = torch.optim.Adam(policy.policy_parameters(), lr=1e-3)
+    optimizer = torch.optim.Adam(policy.policy_parameters(), lr=3e-3)
     prompt, redness = policy.prompt("a red circle at top", draw=True), []
     for step in range(15):
         rows = policy.generate([prompt], 32, policy.vision_config.positions + 1, seeds=[(step,)])
