@@ -63,16 +63,20 @@ def main() -> None:
         floors = {"text": size(model.decoder.layers) + size(model.decoder.lm_head),
                   "image": size(model.decoder.layers) + VISION.depth * size(model.depth)}
         for rows in (1, 4, 8):
-            caches = [KVCache(CONTEXT + 1) for _ in model.decoder.layers]
+            cache = KVCache(len(model.decoder.layers), CONTEXT + 1)
             x = torch.randn(rows, CONTEXT, DECODER.hidden_size, dtype=torch.bfloat16)
-            model.decoder(x, torch.arange(CONTEXT).expand(rows, -1), caches)
-            place = torch.full((rows, 1), CONTEXT)
+            model.decoder.prefill(list(x), cache)
+            place, uniform = torch.full((rows,), CONTEXT), torch.rand(rows, VISION.depth)
+
+            def state():
+                cache.used = CONTEXT                           # the same slot again in every run
+                return model.decoder.step(x[:, 0], place, cache)
 
             def text():
-                return model.decoder.lm_head(model.decoder(x[:, :1], place, caches))
+                return model.decoder.lm_head(state())
 
             def image():
-                return model.draw_codes(model.decoder(x[:, :1], place, caches)[:, 0], None, Sampling(), None)
+                return model.sample_codes(state(), None, uniform, Sampling())
             for kind, action in (("text", text), ("image", image)):
                 took, floor = seconds(action), floors[kind] / bandwidth
                 print(f"{form:5} batch {rows}  {kind:5} {took:6.3f} s a position, {rows / took:6.2f} positions/s; "
