@@ -743,7 +743,7 @@ def score_replies(benchmark: Benchmark, of: AnswerSet, config: Config) -> None:
             of.scores[question.id, aspect] = score
             if score is None:
                 reason = "no reply" if reply is None else "no valid score in the reply"
-                of.left_out(*question.origin, reason, aspect)
+                of.left_out.add(*question.origin, reason, aspect)
 
 
 def judge_answers(benchmark: Benchmark, answer_sets: list[AnswerSet], config: Config,

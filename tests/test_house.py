@@ -94,7 +94,8 @@ def test_public_functions_say_what_they_do(name):
 
 
 def test_long_lines_are_the_exception():
-    files = [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py")]
+    """In the files that people read beside the paper; tests may be wider."""
+    files = ROOT.glob("*.py")
     long = [f"{file.name}:{number}" for file in files
             for number, line in enumerate(file.read_text().splitlines(), 1) if len(line) > 110]
     assert len(long) <= 15, f"{len(long)} lines have more than 110 columns: {long[:20]}"
