@@ -1,4 +1,4 @@
-"""Shared by all tests: the fixtures' folder, an untrained miniature that samples in milliseconds, a warm-up run."""
+"""Shared by all tests: the fixtures' folder, an untrained miniature that samples fast, a warm-up run."""
 import json
 import os
 import subprocess
@@ -16,7 +16,7 @@ FIXTURES = Path(os.environ.get("FIXTURES", ROOT / "tests" / "fixtures"))
 
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
-    """An untrained miniature whose text head favours tags, so that sampling hits every branch: images, tags, ends."""
+    """An untrained miniature whose text head favours tags: sampling hits images, tags and ends."""
     from tokenizer import IMAGE_END, IMAGE_START, THINK_END, THINK_START
     from warmup import miniature
     model = miniature(0, tmp_path_factory.mktemp("text")).eval()
@@ -25,13 +25,15 @@ def tiny(tmp_path_factory):
             codebook.weight.normal_()
         row = model.prompt("a red circle at top left")
         mean = model(row.tokens[None], row.is_image[None]).mean((0, 1))
-        for token, logit in ((THINK_START, 4.2), (THINK_END, 4.5), (IMAGE_START, 6), (IMAGE_END, 4.8), ("</s>", 3.9)):
+        logits = {THINK_START: 4.2, THINK_END: 4.5, IMAGE_START: 6, IMAGE_END: 4.8, "</s>": 3.9}
+        for token, logit in logits.items():
             model.decoder.lm_head.weight[model.text.id(token)] = logit * mean / mean.square().sum()
     return model
 
 
 SMALL = dict(tokenizer_steps=10, pretrain_steps=6, warmup_steps=6, batch=4, save_every=4)
-RUN = dict(updates=4, prompts_per_update=2, group_size=2, budget=48, save_every=2, eval_prompts=0, device="cpu")
+RUN = dict(updates=4, prompts_per_update=2, group_size=2, budget=48, save_every=2, eval_prompts=0,
+           device="cpu")
 
 
 def run(*arguments, check: int = 0, **environment) -> str:

@@ -1,13 +1,14 @@
 """The 7B model at full size, with random weights: memory and time of loading, sampling and one GRPO update.
 
-    python tests/full_size.py make DIR                       # 16 GB in the published layout (a few minutes)
-    python tests/full_size.py load DIR --quantize nf4        # load time and peak resident memory, in a fresh process
-    python tests/full_size.py rollout DIR --out ROLLOUT      # (a) bf16 base + LoRA: rollout and one update
-    python tests/full_size.py update DIR --out ROLLOUT       # (b) NF4 base + LoRA: the update on the same trajectories
+    python tests/full_size.py make DIR                     # 16 GB in the published layout (a few minutes)
+    python tests/full_size.py load DIR --quantize nf4      # load time and peak memory, in a fresh process
+    python tests/full_size.py rollout DIR --out ROLLOUT    # (a) bf16 base + LoRA: rollout and one update
+    python tests/full_size.py update DIR --out ROLLOUT     # (b) NF4 base + LoRA: update on the same rollout
 
-Random weights speak no language, so `make` writes a small grammar into a few rows of the embedding and lm_head: every
-state carries one large component that makes the right next token likely. An answer is then one short text and one
-picture in most cases, and the format reward differs within a group. Everything else is normal noise.
+Random weights speak no language, so `make` writes a small grammar into a few rows of the embedding and of
+lm_head: every state carries one large component that makes the right next token likely. An answer is then
+one short text and one picture in most cases, and the format reward differs within a group. Everything else
+is normal noise.
 """
 import argparse
 import json
@@ -15,6 +16,7 @@ import resource
 import sys
 import time
 from pathlib import Path
+from typing import Callable
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -28,20 +30,20 @@ from rewards import RulesText, RulesVisual
 from tokenizer import (BYTE, CONTROL, IMAGE_END, IMAGE_START, NORMAL, SPECIAL_TOKENS, THINK_END, THINK_START,
                        UNKNOWN, TextTokenizer, VisionConfig, write_field)
 
-DECODER = DecoderConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32, num_attention_heads=32,
-                        vocab_size=32006, rope_factor=2.0, context=4096)
+DECODER = DecoderConfig(hidden_size=4096, intermediate_size=11008, num_hidden_layers=32,
+                        num_attention_heads=32, vocab_size=32006, rope_factor=2.0, context=4096)
 DEPTH = DepthConfig(width=2560, layers=6, heads=40)
 VISION = VisionConfig(image_size=256, patch_size=16, width=1024, mlp_width=4096, layers=23, heads=16,
-                      codebook_size=16384,
-                      depth=4, shared_codebook=True, ch=128, ch_mult=(1, 1, 2, 2, 4), num_res_blocks=2,
-                      attn_resolutions=(16,), z_channels=256, resolution=256)
+                      codebook_size=16384, depth=4, shared_codebook=True, ch=128, ch_mult=(1, 1, 2, 2, 4),
+                      num_res_blocks=2, attn_resolutions=(16,), z_channels=256, resolution=256)
 SHARD = 5 * 10 ** 9                                  # bytes
 PROMPT = "How do I saute potatoes?"
 
 
 def write_tokenizer(folder: Path) -> TextTokenizer:
-    """A SentencePiece model with 32,000 pieces, most of them made up."""
-    pieces = [("<unk>", UNKNOWN), ("<s>", CONTROL), ("</s>", CONTROL)] + [(f"<0x{b:02X}>", BYTE) for b in range(256)]
+    """A SentencePiece model with 32,000 pieces, most of them arbitrary single characters."""
+    pieces = [("<unk>", UNKNOWN), ("<s>", CONTROL), ("</s>", CONTROL)]
+    pieces += [(f"<0x{b:02X}>", BYTE) for b in range(256)]
     pieces += [(chr(0x3400 + i), NORMAL) for i in range(32000 - len(pieces))]
     model = b"".join(write_field(1, write_field(1, p.encode()) + write_field(2, 0.0) + write_field(3, k))
                      for p, k in pieces)
@@ -53,12 +55,17 @@ def write_tokenizer(folder: Path) -> TextTokenizer:
 
 
 def noise(shape: torch.Size, generator: torch.Generator, std: float = 0.02) -> torch.Tensor:
+    """Normal noise in bfloat16."""
     return torch.empty(shape).normal_(0, std, generator=generator).bfloat16()
 
 
 def grammar(text: TextTokenizer, weights: dict[str, torch.Tensor]) -> None:
-    """Component i of a token's embedding says what kind it is, component i of an lm_head row what it may follow."""
-    think, done, start, end, stop = (text.id(t) for t in (THINK_START, THINK_END, IMAGE_START, IMAGE_END, "</s>"))
+    """Write the grammar into `weights`, in place.
+
+    Component i of a token's embedding says what kind it is, component i of an lm_head row what it may follow.
+    """
+    names = (THINK_START, THINK_END, IMAGE_START, IMAGE_END, "</s>")
+    think, done, start, end, stop = (text.id(name) for name in names)
     colon = text.encode("ASSISTANT:")[-1]
     embed, head = weights["decoder.embed.weight"], weights["decoder.lm_head.weight"]
     kinds = {"word": 0, colon: 1, think: 2, done: 3, start: 4, "picture": 5, end: 6}
@@ -69,13 +76,17 @@ def grammar(text: TextTokenizer, weights: dict[str, torch.Tensor]) -> None:
             embed[token, i] = 4.0
     weights["projector.2.bias"][5] = 4.0
     words = text.encode("How do I saute potatoes")[1:9]
-    for i, following in {1: [think], 2: words, 0: words + [done], 3: [start], 5: [end], 6: [stop]}.items():
-        head[following, i] = 1.05 if following == [stop] else 1.5      # about every second answer forgets to stop
+    follows = {1: [think], 2: words, 0: words + [done], 3: [start], 5: [end], 6: [stop]}
+    for i, following in follows.items():
+        head[following, i] = 1.05 if following == [stop] else 1.5      # half of the answers do not stop
 
 
 def make(folder: Path) -> None:
-    """Decoder, projector, depth transformer and image tokenizer as published, and what a loader has to leave alone:
-    SigLIP's text tower, the tower's last layer, the codebooks' running means."""
+    """Write decoder, projector, depth transformer and image tokenizer as published.
+
+    What a loader has to leave alone is there too: SigLIP's text tower, the tower's last layer, the codebooks'
+    running means.
+    """
     generator = torch.Generator().manual_seed(0)
     with torch.device("meta"):
         model = UnifiedModel(DECODER, DEPTH, VISION)
@@ -93,42 +104,60 @@ def make(folder: Path) -> None:
             return special[name]
         if "norm" in name and name.endswith("weight"):
             return torch.ones(shape, dtype=torch.bfloat16)
-        quiet = name.startswith("decoder") and ("o_proj" in name or "down_proj" in name)   # or it drowns the grammar
+        # Loud output projections would drown the grammar.
+        quiet = name.startswith("decoder") and ("o_proj" in name or "down_proj" in name)
         return noise(shape, generator, 0.0005 if quiet else 0.02)
     for part in NAMES:
-        named = {rename(n, back[part]): (n, t.shape) for n, t in model.state_dict().items() if rename(n, back[part])}
+        named = {rename(name, back[part]): (name, tensor.shape) for name, tensor in model.state_dict().items()
+                 if rename(name, back[part])}
         if part == "vision_tower":
-            tower = "rqvaesiglip.siglip_model."
-            last = {n.replace(".layers.22.", ".layers.23."): v for n, v in named.items() if ".layers.22." in n}
-            named |= last | {n.replace("vision_model", "text_model"): v for n, v in {**named, **last}.items()
-                             if n.startswith(tower + "vision_model.encoder")}
-            named[tower + "text_model.embeddings.token_embedding.weight"] = ("", torch.Size((32000, 1024)))
-            for d in range(4):                                  # one copy a depth, as the official save writes them
-                for name, shape in (("weight", (16385, 1024)), ("embed_ema", (16384, 1024)),
-                                    ("cluster_size_ema", (16384,))):
-                    named.setdefault(f"rqvaesiglip.quantizer.codebooks.{d}.{name}", ("", torch.Size(shape)))
-        shards, size = [[]], 0
-        for theirs, (ours, shape) in named.items():
-            if size + 2 * shape.numel() > SHARD:
-                shards, size = shards + [[]], 0
-            shards[-1].append((theirs, ours, shape))
-            size += 2 * shape.numel()
-        index = {}
-        for i, shard in enumerate(shards, 1):
-            name = f"model-{i:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
-            save_file({t: value(o, s) for t, o, s in shard}, folder / part / name, metadata={"format": "pt"})
-            index |= {t: name for t, _, _ in shard}
-            print(folder / part / name, f"{(folder / part / name).stat().st_size / 1e9:.2f} GB", flush=True)
-        if len(shards) > 1:
-            (folder / part / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
+            add_surplus(named)
+        write_part(folder / part, named, value)
+
+
+def add_surplus(named: dict[str, tuple[str, torch.Size]]) -> None:
+    """Add the tensors of the vision tower that a loader has to leave alone."""
+    tower = "rqvaesiglip.siglip_model."
+    last = {n.replace(".layers.22.", ".layers.23."): v for n, v in named.items() if ".layers.22." in n}
+    named |= last
+    named |= {n.replace("vision_model", "text_model"): v for n, v in named.items()
+              if n.startswith(tower + "vision_model.encoder")}
+    named[tower + "text_model.embeddings.token_embedding.weight"] = ("", torch.Size((32000, 1024)))
+    shapes = {"weight": (16385, 1024), "embed_ema": (16384, 1024), "cluster_size_ema": (16384,)}
+    for d in range(4):                                  # one copy a depth, as the official save writes them
+        for name, shape in shapes.items():
+            named.setdefault(f"rqvaesiglip.quantizer.codebooks.{d}.{name}", ("", torch.Size(shape)))
+
+
+def write_part(folder: Path, named: dict[str, tuple[str, torch.Size]], value: Callable) -> None:
+    """Write one folder of the layout in files of at most SHARD bytes, with an index where there are several.
+
+    named: name in the file -> (name in the model, shape). value(name, shape): the tensor.
+    """
+    shards, size = [[]], 0
+    for theirs, (ours, shape) in named.items():
+        if size + 2 * shape.numel() > SHARD:
+            shards, size = shards + [[]], 0
+        shards[-1].append((theirs, ours, shape))
+        size += 2 * shape.numel()
+    index = {}
+    for i, shard in enumerate(shards, 1):
+        name = f"model-{i:05d}-of-{len(shards):05d}.safetensors" if len(shards) > 1 else "model.safetensors"
+        tensors = {theirs: value(ours, shape) for theirs, ours, shape in shard}
+        save_file(tensors, folder / name, metadata={"format": "pt"})
+        index |= {theirs: name for theirs in tensors}
+        print(folder / name, f"{(folder / name).stat().st_size / 1e9:.2f} GB", flush=True)
+    if len(shards) > 1:
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": index}))
 
 
 def peak() -> str:
+    """The most resident memory of this process so far."""
     return f"peak resident {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20:.1f} GiB"
 
 
 class Timer:
-    """Prints what a phase took."""
+    """A with-block that prints the seconds and the peak memory of a phase."""
 
     def __init__(self, name: str):
         self.name = name
@@ -156,28 +185,50 @@ def update(folder: Path, quantize: str, rank: int, file: Path, sample: bool) -> 
                                  data.CodeCache(policy), [(0,)])
         for answer, score in zip(batch.answers, batch.scores):
             print(answer.layout, len(answer.step_of), "positions, format", score.format)
-        save_file({k: getattr(batch, k).contiguous() for k in ("tokens", "is_image", "mask", "old_logp", "advantages")},
-                  file)
+        columns = ("tokens", "is_image", "mask", "old_logp", "advantages")
+        save_file({name: getattr(batch, name).contiguous() for name in columns}, file)
     else:
         batch = grpo.Rollout(samples=[], answers=[], scores=[], metrics={}, **load_file(file))
     arrays = batch.tokens, batch.is_image, batch.mask
     with Timer("reference"), torch.no_grad(), with_trainable(policy, reference):
         ref_logp = policy.log_probs(*arrays, Sampling())
     if not sample:
-        batch.old_logp = ref_logp              # the 4-bit model's own first probabilities: its ratio starts at 1
+        batch.old_logp = ref_logp              # of the 4-bit model itself, so that its ratio starts at 1
     optimizer = torch.optim.Adam(policy.policy_parameters(), lr=1e-4)
     with Timer("update"):
-        print({k: round(v, 4) for k, v in grpo.update(policy, optimizer, batch, ref_logp, config).items()})
+        metrics = grpo.update(policy, optimizer, batch, ref_logp, config)
+        print({name: round(value, 4) for name, value in metrics.items()})
+
+
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """The description as it stands, and every default in --help."""
+
+
+def make_parser(description: str) -> argparse.ArgumentParser:
+    """A command line whose --help shows the description as it stands and every default."""
+    return argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = make_parser(__doc__)
+    group = parser.add_argument_group("what to do")
+    group.add_argument("what", choices=("make", "load", "rollout", "update"), help="the step, see above")
+    group.add_argument("folder", type=Path, help="the checkpoint that `make` writes and the others read")
+    group = parser.add_argument_group("model")
+    group.add_argument("--quantize", choices=("none", "nf4"), default="none",
+                       help="of `load`: nf4 loads the decoder's linear layers in 4 bits")
+    group.add_argument("--lora-rank", type=int, default=16,
+                       help="of `rollout` and `update`: the adapters' rank")
+    group = parser.add_argument_group("files")
+    group.add_argument("--out", type=Path, default=Path("rollout.safetensors"),
+                       help="the trajectories that `rollout` writes and `update` reads")
+    return parser.parse_args()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("make", "load", "rollout", "update"))
-    parser.add_argument("folder", type=Path)
-    parser.add_argument("--quantize", default="none")
-    parser.add_argument("--lora-rank", type=int, default=16)
-    parser.add_argument("--out", type=Path, default=Path("rollout.safetensors"))
-    args = parser.parse_args()
+    """One of the four steps."""
+    args = parse_arguments()
     if args.what == "make":
         with Timer("make"):
             make(args.folder)

@@ -9,7 +9,7 @@ from grpo import Config, check, decision_weights, grpo_loss, k3_kl, outcome_adva
 
 
 def test_eq4_by_hand():
-    """Rewards 1, 0, 0, 0: mean .25, unbiased std .5, so 1.5 and three times -.5 (less the 1e-4 in the divisor)."""
+    """Rewards 1, 0, 0, 0: mean .25, unbiased std .5, so 1.5 and three times -.5, but for the added 1e-4."""
     got = outcome_advantages(torch.tensor([[1.0, 0.0, 0.0, 0.0]]))
     assert got[0].tolist() == pytest.approx([0.75 / 0.5001, *[-0.25 / 0.5001] * 3])
 
@@ -20,7 +20,7 @@ def test_constant_group_gets_exact_zeros():
 
 
 def test_eq6_by_hand_with_ragged_answers():
-    """Step rewards [1, 0], [1], [1, 1, 0]: six values, mean 2/3, std sqrt(.8/3) = .5164; r~ is +.6455 or -1.291."""
+    """Step rewards [1, 0], [1], [1, 1, 0]: mean 2/3, std sqrt(4/15) = .5164, so r~ is +.6455 or -1.291."""
     up, down = (1 / 3) / (math.sqrt(4 / 15) + 1e-4), -(2 / 3) / (math.sqrt(4 / 15) + 1e-4)
     got = process_advantages([[1, 0], [1], [1, 1, 0]])
     expected = [[up + down, down], [up], [2 * up + down, up + down, down]]
@@ -119,13 +119,20 @@ def test_a_code_that_was_cut_since_has_ratio_zero_and_no_nan():
     loss, ratio, kl = grpo_loss(logp, torch.zeros(1, 1, 1), torch.full((1, 1, 1), -1.0), torch.ones(1, 1, 1),
                                 torch.ones(1, 1, 1), 0.2, 0.1)
     loss.sum().backward()
-    assert ratio.item() == 0 and loss.isfinite().all() and logits.grad.isfinite().all() and kl.isfinite().all()
+    assert ratio.item() == 0
+    assert all(values.isfinite().all() for values in (loss, kl, logits.grad))
 
 
-@pytest.mark.parametrize("wrong", [dict(group_size=1), dict(reward_weights="1,x,1"), dict(reward_weights=(1.0, 1.0)),
-                                   dict(text_reward="oracle"), dict(visual_reward="llava-critic"), dict(credit="step"),
-                                   dict(step_discount=2.0), dict(temperature=0.0),
-                                   dict(updates=5, epochs_per_rollout=2)])
+@pytest.mark.parametrize("wrong", [
+    dict(group_size=1),
+    dict(reward_weights="1,x,1"),
+    dict(reward_weights=(1.0, 1.0)),
+    dict(text_reward="oracle"),
+    dict(visual_reward="llava-critic"),
+    dict(credit="step"),
+    dict(step_discount=2.0),
+    dict(temperature=0.0),
+    dict(updates=5, epochs_per_rollout=2)])
 def test_impossible_settings_are_refused_by_name(wrong):
     with pytest.raises(UserError) as error:
         check(Config(**wrong))

@@ -10,8 +10,8 @@ from model import Sampling, as_batch, by_modality, decision_logp, guide, load, s
 from rewards import format_reward
 from tokenizer import IMAGE_START, Sequence, parse_answer
 
-SETTINGS = [Sampling(), Sampling(temperature=0.7), Sampling(top_k=5), Sampling(top_p=0.8), Sampling(guidance=3.0),
-            Sampling(0.9, 20, 0.95, 2.0)]
+SETTINGS = [Sampling(), Sampling(temperature=0.7), Sampling(top_k=5), Sampling(top_p=0.8),
+            Sampling(guidance=3.0), Sampling(0.9, 20, 0.95, 2.0)]
 
 
 def prompts(model, count=3):
@@ -31,7 +31,10 @@ def slow_index(logp, uniform):
 
 
 def slow_generate(model, prompt, budget, sampling, uniform):
-    """One row, no cache, no batch: `generate` as plainly as possible. uniform [budget, D]: its random numbers."""
+    """`generate` as plainly as possible: one row, no cache, no batch.
+
+    uniform [budget, D]: the random numbers of the row.
+    """
     N, D = model.vision_config.positions, model.vision_config.depth
     row, logps, since = prompt, [], []
     left = N if prompt.tokens[-1, 0] == model.text.id(IMAGE_START) else 0
@@ -77,13 +80,15 @@ def uniforms(seed: tuple, budget: int, depth: int):
 @torch.no_grad()
 @pytest.mark.parametrize("sampling", SETTINGS, ids=str)
 def test_cached_sampling_equals_the_slow_oracle(tiny, sampling):
-    """A ragged batch in mixed modes, from which ended rows leave, against one row at a time without a cache."""
-    given, budget, D = [*prompts(tiny, 4), tiny.prompt("a red circle", draw=True)], 40, tiny.vision_config.depth
-    rows = tiny.generate(given, 3, budget, sampling, [("seed", p) for p in range(len(given))])
+    """A ragged batch in mixed modes, which ended rows leave, against one row at a time without a cache."""
+    questions = [*prompts(tiny, 4), tiny.prompt("a red circle", draw=True)]
+    budget, D = 40, tiny.vision_config.depth
+    rows = tiny.generate(questions, 3, budget, sampling, [("seed", p) for p in range(len(questions))])
     assert len({len(row.tokens) for row in rows}) > 1, "the answers must differ in length"
     for n, fast in enumerate(rows):
         p, g = divmod(n, 3)
-        tokens, is_image, logp = slow_generate(tiny, given[p], budget, sampling, uniforms(("seed", p, g), budget, D))
+        uniform = uniforms(("seed", p, g), budget, D)
+        tokens, is_image, logp = slow_generate(tiny, questions[p], budget, sampling, uniform)
         assert torch.equal(fast.tokens, tokens) and torch.equal(fast.is_image, is_image)
         assert torch.allclose(fast.logp, logp, atol=1e-4)
     assert sum(bool(row.is_image.any()) for row in rows) > 4, "some answers must hold pictures"
@@ -92,12 +97,17 @@ def test_cached_sampling_equals_the_slow_oracle(tiny, sampling):
 @torch.no_grad()
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(guidance=3.0)], ids=str)
 def test_answers_do_not_depend_on_the_batch_or_on_rows(tiny, sampling):
-    """Sums in another order may move a number that lies within rounding of a boundary; with these seeds none does."""
-    given = prompts(tiny, 3)
+    """Sums in another order may move a number that lies within rounding of a boundary.
+
+    With these seeds none does.
+    """
+    questions = prompts(tiny, 3)
     seeds = [("s", p) for p in range(3)]
-    whole = tiny.generate(given, 4, 40, sampling, seeds)
-    alone = [row for p in range(3) for row in tiny.generate(given[p:p + 1], 4, 40, sampling, seeds[p:p + 1])]
-    for other in (alone, *(tiny.generate(given, 4, 40, sampling, seeds, rows) for rows in (1, 3, 5, 100))):
+    whole = tiny.generate(questions, 4, 40, sampling, seeds)
+    others = [[row for p in range(3)
+               for row in tiny.generate(questions[p:p + 1], 4, 40, sampling, seeds[p:p + 1])]]
+    others += [tiny.generate(questions, 4, 40, sampling, seeds, rows) for rows in (1, 3, 5, 100)]
+    for other in others:
         assert len(other) == len(whole)
         for a, b in zip(whole, other):
             assert torch.equal(a.tokens, b.tokens) and a.truncated == b.truncated
@@ -107,8 +117,10 @@ def test_answers_do_not_depend_on_the_batch_or_on_rows(tiny, sampling):
 @torch.no_grad()
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(guidance=3.0)], ids=str)
 def test_a_position_costs_one_decoder_pass_and_one_wait(tiny, sampling, monkeypatch):
-    """The guided branch is part of the decoder's pass, rows that have ended are in none, and the device is waited for
-    once a position: every way to read a tensor on the CPU is counted."""
+    """The guided branch is part of the decoder's pass, and rows that have ended are in none.
+
+    The device is waited for once a position: every way to read a tensor on the CPU is counted.
+    """
     passes, waits = [], []
     forward = tiny.decoder.forward
 
@@ -118,12 +130,16 @@ def test_a_position_costs_one_decoder_pass_and_one_wait(tiny, sampling, monkeypa
     monkeypatch.setattr(tiny.decoder, "forward", counted)
     sample = type(tiny).sample_rows
 
+    def recorded(name, method):
+        def record(x, *arguments, **options):
+            waits.append(name)
+            return method(x, *arguments, **options)
+        return record
+
     def watched(self, *arguments):
         with monkeypatch.context() as patch:
             for name in ("tolist", "item", "__bool__", "__int__", "cpu", "nonzero", "numpy", "__float__"):
-                real = getattr(torch.Tensor, name)
-                patch.setattr(torch.Tensor, name, lambda x, *a, real=real, name=name, **k: (
-                    waits.append(name), real(x, *a, **k))[1])
+                patch.setattr(torch.Tensor, name, recorded(name, getattr(torch.Tensor, name)))
             return sample(self, *arguments)
     monkeypatch.setattr(type(tiny), "sample_rows", watched)
     rows = tiny.generate(prompts(tiny, 3), 8, 40, sampling)
@@ -132,13 +148,14 @@ def test_a_position_costs_one_decoder_pass_and_one_wait(tiny, sampling, monkeypa
     assert len(passes) == setup + positions - 1
     decoded = passes[setup:]
     alive = [sum(len(row.tokens) > t for row in rows) for t in range(1, positions)]
-    images = [sum(bool(t < len(row.tokens) and row.is_image[t]) for row in rows) for t in range(positions - 1)]
+    images = [sum(bool(row.is_image[t]) for row in rows if t < len(row.tokens)) for t in range(positions - 1)]
     assert any(a < 24 for a in alive) and any(images), "some rows must end early and some must draw"
     for count, a, n in zip(decoded, alive, images):
         assert a <= count - n * (sampling.guidance != 1) <= max(a / 0.75, a + 1), (count, a, n)
     per_position = waits.count("tolist") - 1                           # the first modes
     assert per_position == positions
-    assert len(waits) - waits.count("tolist") <= 3 * 4, waits          # embedding the prompts, before the first position
+    others = len(waits) - waits.count("tolist")
+    assert others <= 3 * 4, waits                                      # embedding prompts, before position 0
 
 
 @torch.no_grad()
@@ -156,12 +173,14 @@ def test_first_update_ratio_is_one_for_text_and_codes(tiny, sampling):
 def test_the_index_is_where_the_distribution_passes_the_number():
     logp = torch.tensor([0.0, 0.25, 0.0, 0.5, 0.25]).log().expand(6, -1)
     index, value = sample_index(logp, torch.tensor([0.0, 0.24, 0.26, 0.74, 0.76, 1 - 2 ** -24]))
-    assert index.tolist() == [1, 1, 3, 3, 4, 4] and value.exp().tolist() == pytest.approx([.25, .25, .5, .5, .25, .25])
+    assert index.tolist() == [1, 1, 3, 3, 4, 4]
+    assert value.exp().tolist() == pytest.approx([.25, .25, .5, .5, .25, .25])
     cut = torch.tensor([0.5, 0.5, 0.0, 0.0]).log()[None]
     assert sample_index(cut, torch.tensor([1 - 2 ** -24]))[0].item() == 1, "what is cut is never sampled"
-    many = sample_index(logp[:1].expand(20_000, -1), torch.rand(20_000, generator=torch.Generator().manual_seed(0)))[0]
-    counts = torch.bincount(many, minlength=5) / 20_000
-    assert counts.tolist() == pytest.approx([0, .25, 0, .5, .25], abs=0.015)
+    uniform = torch.rand(20_000, generator=torch.Generator().manual_seed(0))
+    many, _ = sample_index(logp[:1].expand(20_000, -1), uniform)
+    shares = torch.bincount(many, minlength=5) / 20_000
+    assert shares.tolist() == pytest.approx([0, .25, 0, .5, .25], abs=0.015)
 
 
 def test_an_image_is_never_cut_and_the_budget_holds(tiny):
@@ -190,8 +209,9 @@ def test_sampled_end_and_tags_are_decisions_and_the_prompt_is_not(tiny):
 def test_gradient_flows_from_decisions_only(tiny):
     """Masked positions give no gradient; </s> does."""
     prompt = prompts(tiny)[0]
-    end = Sequence(torch.tensor([[tiny.text.id("</s>"), 0, 0, 0]])[:, :tiny.vision_config.depth], torch.tensor([False]))
-    row = prompt + end
+    end = torch.zeros(1, tiny.vision_config.depth, dtype=torch.long)
+    end[0, 0] = tiny.text.id("</s>")
+    row = prompt + Sequence(end, torch.tensor([False]))
     mask = torch.zeros(1, *row.tokens.shape, dtype=torch.bool)
     assert not tiny.log_probs(row.tokens[None], row.is_image[None], mask).requires_grad
     mask[0, -1, 0] = True
@@ -226,7 +246,8 @@ def test_save_and_load_are_exact(tiny, tmp_path):
     for name, value in tiny.state_dict().items():
         assert torch.equal(value, again.state_dict()[name]), name
     row = prompts(tiny)[0]
-    assert torch.equal(tiny(row.tokens[None], row.is_image[None]), again(row.tokens[None], row.is_image[None]))
+    arrays = row.tokens[None], row.is_image[None]
+    assert torch.equal(tiny(*arrays), again(*arrays))
     assert again.text.encode("<think>a red circle</think>") == tiny.text.encode("<think>a red circle</think>")
 
 

@@ -45,14 +45,16 @@ def test_a_4_bit_layer_computes_and_differentiates_like_its_dense_twin():
     x, twin_x = (torch.ones(5, 64).requires_grad_() for _ in range(2))
     y, twin = layer(x), F.linear(twin_x, layer.weight, layer.bias)
     assert torch.equal(y, twin)
-    y.square().sum().backward(), twin.square().sum().backward()
+    y.square().sum().backward()
+    twin.square().sum().backward()
     assert torch.equal(x.grad, twin_x.grad) and x.grad.abs().sum() > 0
 
 
 def some_batch(model):
     """Text and, for the image head, codes: whole sequences, every position but the first a decision."""
     N, D = model.vision_config.positions, model.vision_config.depth
-    codes = torch.randint(model.vision_config.codebook_size, (2, N, D), generator=torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(model.vision_config.codebook_size, (2, N, D), generator=generator)
     rows = [model.sequence(f"{THINK_START}a b{THINK_END}<im_start><image><im_end></s>", [c]) for c in codes]
     tokens, is_image = torch.stack([r.tokens for r in rows]), torch.stack([r.is_image for r in rows])
     mask = is_image[..., None] | (torch.arange(D) == 0)
@@ -82,7 +84,8 @@ def test_adapters_start_as_the_base_are_trained_alone_and_come_back(tmp_path, qu
     before = model.log_probs(*batch)
     # not bit by bit: on some CPUs torch takes another kernel once a layer's weights are frozen
     assert torch.allclose(before, dense, rtol=0, atol=2e-5), "a fresh adapter changes nothing"
-    first, frozen = trainable_state(model), {k: v.clone() for k, v in model.state_dict().items() if k not in trainable_state(model)}
+    first = trainable_state(model)
+    frozen = {k: v.clone() for k, v in model.state_dict().items() if k not in first}
     optimizer = torch.optim.Adam(model.policy_parameters(), lr=1e-2)
     for _ in range(3):
         optimizer.zero_grad()
@@ -91,7 +94,8 @@ def test_adapters_start_as_the_base_are_trained_alone_and_come_back(tmp_path, qu
     after = model.log_probs(*batch).detach()
     assert after.sum() > before.sum() + 1
     assert all(torch.equal(model.state_dict()[k], v) for k, v in frozen.items()), "the base moved"
-    assert not any(torch.equal(first[k], v) for k, v in trainable_state(model).items()), "some adapter was left out"
+    last = trainable_state(model)
+    assert not any(torch.equal(first[k], v) for k, v in last.items()), "some adapter was left out"
     with torch.no_grad(), with_trainable(model, first):
         assert torch.equal(model.log_probs(*batch), before), "the reference is the first state"
     assert torch.equal(model.log_probs(*batch), after)
@@ -99,7 +103,8 @@ def test_adapters_start_as_the_base_are_trained_alone_and_come_back(tmp_path, qu
     names = {f.name for f in (tmp_path / "policy").iterdir()}
     assert names == {"adapter.json", "adapter.safetensors", "training.json", "training.safetensors"}
     again = load(tmp_path)
-    assert torch.equal(again.log_probs(*batch), after) and same(trainable_state(again), trainable_state(model))
+    assert torch.equal(again.log_probs(*batch), after)
+    assert same(trainable_state(again), trainable_state(model))
     merge(again)
     assert not any(isinstance(m, (LoRALinear, NF4Linear)) for m in again.modules())
     assert torch.allclose(again.log_probs(*batch), after, atol=1e-4)
@@ -108,7 +113,7 @@ def test_adapters_start_as_the_base_are_trained_alone_and_come_back(tmp_path, qu
 
 
 def test_adapters_learn_to_tell_the_added_tokens_apart():
-    """<think> and </think> share one row at first: without rows of their own no adapter could separate them."""
+    """<think> and </think> start with equal rows: without trained rows no adapter could separate them."""
     model = load(FOLDER)
     prepare_training(model, 2, 4.0)
     think, done = model.text.id(THINK_START), model.text.id(THINK_END)
@@ -131,14 +136,16 @@ def test_checkpointing_does_not_change_the_gradient():
         model.decoder.checkpointing = on
         model.zero_grad()
         model.log_probs(*batch).sum().backward()
-        gradients.append(torch.cat([p.grad.flatten() for p in model.policy_parameters() if p.grad is not None]))
+        parts = [p.grad.flatten() for p in model.policy_parameters() if p.grad is not None]
+        gradients.append(torch.cat(parts))
     assert torch.equal(*gradients) and gradients[0].norm() > 0
 
 
 def test_a_bfloat16_checkpoint_is_trained_in_float32():
     model = load(FOLDER).to(torch.bfloat16)
     whole, small = copy.deepcopy(model), copy.deepcopy(model)
-    prepare_training(whole, 0, 16.0), prepare_training(small, 2, 16.0)
+    prepare_training(whole, 0, 16.0)
+    prepare_training(small, 2, 16.0)
     for m in (whole, small):
         assert {p.dtype for p in m.policy_parameters()} == {torch.float32}
         m.log_probs(*some_batch(m)).sum().backward()
@@ -152,31 +159,36 @@ def test_a_bfloat16_checkpoint_is_trained_in_float32():
 def test_both_scripts_run_with_qlora_resume_and_merge(warm, tmp_path, monkeypatch):
     torch.set_num_threads(1)
     adapters = dict(lora_rank=4, quantize="nf4", checkpointing=True)
-    config = warmup.Config(out=str(tmp_path / "w"), model=str(warm), device="cpu", micro_batch=3, **adapters, **SMALL)
+    config = warmup.Config(out=str(tmp_path / "w"), model=str(warm), device="cpu", micro_batch=3, **adapters,
+                           **SMALL)
     killed_after(5, lambda: warmup.warm_up(config), monkeypatch)
     warmup.warm_up(config)
-    assert warmup.is_done(tmp_path / "w") and {line["stage"] for line in metrics(tmp_path / "w")} == {"warmup"}
+    assert warmup.is_done(tmp_path / "w")
+    assert {line["stage"] for line in metrics(tmp_path / "w")} == {"warmup"}
     whole, cut = (grpo.Config(model=str(tmp_path / "w"), out=str(tmp_path / name), **adapters, **RUN)
                   for name in ("whole", "cut"))
     grpo.train(whole, 0, 1, CPU)
     killed_after(3, lambda: grpo.train(cut, 0, 1, CPU), monkeypatch)
     grpo.train(cut, 0, 1, CPU)
-    state = [{**trainable_state(load(tmp_path / n)), **load_training(tmp_path / n / "policy")[1]} for n in ("whole", "cut")]
-    assert same(*state) and metrics(tmp_path / "whole") == metrics(tmp_path / "cut")
-    told = json.loads((tmp_path / "whole" / "policy" / "adapter.json").read_text())
-    assert told["base"] == str(warm.resolve()) and told["quantize"] == "nf4" and told["rank"] == 4
+    states = [{**trainable_state(load(tmp_path / name)), **load_training(tmp_path / name / "policy")[1]}
+              for name in ("whole", "cut")]
+    assert same(*states) and metrics(tmp_path / "whole") == metrics(tmp_path / "cut")
+    record = json.loads((tmp_path / "whole" / "policy" / "adapter.json").read_text())
+    assert record["base"] == str(warm.resolve()) and record["quantize"] == "nf4" and record["rank"] == 4
     run("model.py", "--model", tmp_path / "whole", "--merge", tmp_path / "merged")
     merged, adapted = load(tmp_path / "merged"), load(tmp_path / "whole")
-    assert torch.allclose(merged.log_probs(*some_batch(merged)), adapted.log_probs(*some_batch(adapted)), atol=1e-4)
+    logp, expected = merged.log_probs(*some_batch(merged)), adapted.log_probs(*some_batch(adapted))
+    assert torch.allclose(logp, expected, atol=1e-4)
 
 
 def test_the_papers_preset_fills_in_and_flags_beside_it_win():
     for script in (grpo, warmup):
         assert set(script.PAPER) <= {f.name for f in fields(script.Config)}
-        config = parse_config(script.Config, ["--preset", "paper", "--lora-rank", "8"], {"paper": script.PAPER})
+        arguments = ["--preset", "paper", "--lora-rank", "8"]
+        config = parse_config(script.Config, arguments, {"paper": script.PAPER})
         assert config.lora_rank == 8 and config.preset == "paper" and config.quantize == "nf4"
-        assert {k: getattr(config, k) for k in script.PAPER if k != "lora_rank"} == \
-            {k: v for k, v in script.PAPER.items() if k != "lora_rank"}
+        expected = {name: value for name, value in script.PAPER.items() if name != "lora_rank"}
+        assert {name: getattr(config, name) for name in expected} == expected
         script.check(config)
     assert (grpo.PAPER["group_size"], grpo.PAPER["updates"], grpo.PAPER["eval_guidance"]) == (4, 3000, 3.0)
     with pytest.raises(UserError, match="paper"):
@@ -201,15 +213,18 @@ def test_damaged_adapters_are_refused(tmp_path):
     model = load(FOLDER)
     prepare_training(model, 2, 4.0)
     save(model, tmp_path / "policy")
-    file, told = tmp_path / "policy" / "adapter.safetensors", tmp_path / "policy" / "adapter.json"
-    whole, text = file.read_bytes(), told.read_text()
-    for spoil, said in ((lambda: file.write_bytes(whole[:-9]), "adapter.safetensors"), (file.unlink, "missing"),
-                        (lambda: told.write_text(text.replace('"rank": 2', '"rank": 3')), "shape"),
-                        (lambda: told.write_text(text.replace("vila_u_tiny", "gone")), "base"),
-                        (lambda: told.write_text("{}"), "lacks"), (lambda: told.write_text("{"), "not JSON")):
+    file, record = tmp_path / "policy" / "adapter.safetensors", tmp_path / "policy" / "adapter.json"
+    whole, text = file.read_bytes(), record.read_text()
+    for spoil, expected in ((lambda: file.write_bytes(whole[:-9]), "adapter.safetensors"),
+                            (file.unlink, "missing"),
+                            (lambda: record.write_text(text.replace('"rank": 2', '"rank": 3')), "shape"),
+                            (lambda: record.write_text(text.replace("vila_u_tiny", "gone")), "base"),
+                            (lambda: record.write_text("{}"), "lacks"),
+                            (lambda: record.write_text("{"), "not JSON")):
         spoil()
-        with pytest.raises(UserError, match=said):
+        with pytest.raises(UserError, match=expected):
             load(tmp_path)
-        file.write_bytes(whole), told.write_text(text)
+        file.write_bytes(whole)
+        record.write_text(text)
     with pytest.raises(UserError, match="rank 2"):
         prepare_training(load(tmp_path), 8, 4.0)

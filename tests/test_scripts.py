@@ -1,4 +1,4 @@
-"""The scripts as a user runs them: end to end in small, killed and resumed, on two processes, and with bad input."""
+"""The scripts as a user runs them: end to end, killed and resumed, on two processes, and with bad input."""
 import json
 import os
 import re
@@ -37,11 +37,13 @@ SEEDS = [(0, p) for p in range(4)]
 
 
 def one_rollout(warm, settings: dict):
-    config = grpo.Config(model=str(warm), **{**RUN, "prompts_per_update": 4, "group_size": 4, "kl": 0.1, **settings})
+    settings = {**RUN, "prompts_per_update": 4, "group_size": 4, "kl": 0.1, **settings}
+    config = grpo.Config(model=str(warm), **settings)
     policy, reference = load(warm), load(warm)
-    judges = (lambda prompts, texts: [[0.3 * len(t) % 1 for t in told] for told in texts],
+    judges = (lambda prompts, answers: [[0.3 * len(text) % 1 for text in texts] for texts in answers],
               lambda texts, pictures: [p.mean() / 255 for p in pictures])
-    batch = grpo.rollout(policy, grpo.next_prompts(config, 0, []), config, judges, data.CodeCache(policy), SEEDS)
+    prompts = grpo.next_prompts(config, 0, [])
+    batch = grpo.rollout(policy, prompts, config, judges, data.CodeCache(policy), SEEDS)
     with torch.no_grad():
         ref_logp = reference.log_probs(batch.tokens, batch.is_image, batch.mask, grpo.sampling_of(config))
     return config, policy, batch, ref_logp
@@ -55,7 +57,8 @@ def test_micro_batch_size_does_not_change_the_gradient(warm):
     for size in (1, 3, 16):
         optimizer = torch.optim.SGD(policy.policy_parameters(), lr=0.0)
         grpo.update(policy, optimizer, batch, ref_logp, replace(config, micro_batch=size))
-        gradients.append(torch.cat([p.grad.flatten() for p in policy.policy_parameters() if p.grad is not None]))
+        parts = [p.grad.flatten() for p in policy.policy_parameters() if p.grad is not None]
+        gradients.append(torch.cat(parts))
     assert gradients[0].norm() > 0
     for other in gradients[1:]:
         assert torch.allclose(gradients[0], other, atol=1e-5 * gradients[0].abs().max())
@@ -73,7 +76,10 @@ def test_the_first_updates_ratio_is_one_and_later_ones_move(warm):
 
 
 def test_image_codes_alone_can_be_taught_redness(warm):
-    """If this does not rise, the image branch is broken: reward = redness of one picture, text takes no part."""
+    """The reward is the redness of one picture, and text takes no part.
+
+    If it does not rise, the image branch is broken.
+    """
     policy = load(warm)
     optimizer = torch.optim.Adam(policy.policy_parameters(), lr=3e-3)
     prompt, redness = policy.prompt("a red circle at top", draw=True), []
@@ -87,7 +93,8 @@ def test_image_codes_alone_can_be_taught_redness(warm):
         mask = mask & is_image[..., None]
         logp = policy.log_probs(tokens, is_image, mask)
         values = grpo.outcome_advantages(1000 * reward)[:, None, None].expand_as(logp)
-        loss, *_ = grpo.grpo_loss(logp, old_logp, logp.detach(), values, grpo.decision_weights(mask, is_image), 0.2, 0.0)
+        per_decision = grpo.decision_weights(mask, is_image)
+        loss, *_ = grpo.grpo_loss(logp, old_logp, logp.detach(), values, per_decision, 0.2, 0.0)
         optimizer.zero_grad()
         loss.mean().backward()
         optimizer.step()
@@ -98,8 +105,9 @@ def test_image_codes_alone_can_be_taught_redness(warm):
 
 def test_grpo_from_prompts_on_disk_and_evaluation_leave_something_to_look_at(warm, tmp_path):
     run("shapes.py", "--dump", tmp_path / "data", "--count", 3, "--edits", 2)
-    out = run("grpo.py", "--model", warm, "--out", tmp_path / "grpo", "--prompts", tmp_path / "data" / "prompts.jsonl",
-              *flags({**RUN, "eval_prompts": 2}))
+    command = ["grpo.py", "--model", warm, "--out", tmp_path / "grpo",
+               "--prompts", tmp_path / "data" / "prompts.jsonl"]
+    out = run(*command, *flags({**RUN, "eval_prompts": 2}))
     assert "before greedy" in out and "after greedy" in out
     page = (tmp_path / "grpo" / "report.html").read_text()
     assert page.count("<svg") > 10 and page.count("data:image/png;base64,") > 8 and "http" not in page
@@ -113,13 +121,13 @@ def test_grpo_from_prompts_on_disk_and_evaluation_leave_something_to_look_at(war
         for name in ("format", "text", "visual", "visual_true", "story"):
             rate, low, high = rates[arm][name]
             assert 0 <= low <= rate <= high <= 1
-    assert "finished" in run("grpo.py", "--model", warm, "--out", tmp_path / "grpo", "--prompts",
-                             tmp_path / "data" / "prompts.jsonl", *flags({**RUN, "eval_prompts": 0}))
+    assert "finished" in run(*command, *flags({**RUN, "eval_prompts": 0}))
 
 
 def test_prompts_that_the_rules_cannot_judge_are_refused(warm, tmp_path):
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "How do I boil an egg?"}\n')
-    config = grpo.Config(model=str(warm), out=str(tmp_path / "g"), prompts=str(tmp_path / "prompts.jsonl"), **RUN)
+    config = grpo.Config(model=str(warm), out=str(tmp_path / "g"), prompts=str(tmp_path / "prompts.jsonl"),
+                         **RUN)
     with pytest.raises(UserError, match="boil an egg"):
         grpo.train(config, 0, 1, torch.device("cpu"))
 
@@ -129,25 +137,30 @@ def test_learned_judges_train_and_the_report_shows_what_was_asked(warm, tmp_path
     from judges import LlavaCritic
     replies = LlavaCritic.replies
 
-    def scored(self, prompts, pictures, **options):              # the real model, then a score in every second reply
-        said = replies(self, prompts, pictures, 2, **options)
-        return [f"Score: {len(p) % 100}" if i % 2 else text for i, (p, text) in enumerate(zip(prompts, said))]
+    def scored(self, prompts, pictures, **options):
+        """The real model, then a score in every second reply."""
+        texts = replies(self, prompts, pictures, 2, **options)
+        for i in range(1, len(texts), 2):
+            texts[i] = f"Score: {len(prompts[i]) % 100}"
+        return texts
     monkeypatch.setattr(LlavaCritic, "replies", scored)
     (tmp_path / "prompts.jsonl").write_text('{"prompt": "How do I boil an egg?"}\n')
     config = grpo.Config(model=str(warm), out=str(tmp_path / "g"), prompts=str(tmp_path / "prompts.jsonl"),
                          text_reward=f"llava-critic={FIXTURES / 'llava_critic_tiny'}",
-                         visual_reward=f"image-reward={FIXTURES / 'image_reward_tiny'}", **{**RUN, "group_size": 4})
+                         visual_reward=f"image-reward={FIXTURES / 'image_reward_tiny'}",
+                         **{**RUN, "group_size": 4})
     grpo.train(config, 0, 1, torch.device("cpu"))
     logged = metrics(tmp_path / "g")
     assert len(logged) == RUN["updates"] and any(line["reward/text"] > 0 for line in logged)
     assert any(line["no_score"] > 0 for line in logged), "replies without a score are counted"
     page = write_report(tmp_path / "g").read_text()
-    assert "what the text judge was asked" in page and "How do I boil an egg?]" in page and "[score: none]" in page
+    for text in ("what the text judge was asked", "How do I boil an egg?]", "[score: none]"):
+        assert text in page
 
 
 def test_two_processes_train_and_leave_one_checkpoint(warm, tmp_path):
-    run("-m", "torch.distributed.run", "--nproc_per_node=2", "grpo.py", "--model", warm, "--out", tmp_path / "ddp",
-        *flags(RUN))
+    run("-m", "torch.distributed.run", "--nproc_per_node=2",
+        "grpo.py", "--model", warm, "--out", tmp_path / "ddp", *flags(RUN))
     assert load_training(tmp_path / "ddp" / "policy")[0]["update"] == RUN["updates"]
     assert len(metrics(tmp_path / "ddp")) == RUN["updates"]
 
@@ -155,8 +168,9 @@ def test_two_processes_train_and_leave_one_checkpoint(warm, tmp_path):
 def test_one_answer_from_the_command_line(warm, tmp_path):
     from PIL import Image
     Image.fromarray(shapes.render(shapes.SCENES[0])).save(tmp_path / "start.png")
-    run("model.py", "--model", warm, "--prompt", "paint it blue. <BEGIN> a red circle at top left <image>", "--image",
-        tmp_path / "start.png", "--out", tmp_path / "answer", "--budget", 60)
+    prompt = "paint it blue. <BEGIN> a red circle at top left <image>"
+    run("model.py", "--model", warm, "--prompt", prompt, "--image", tmp_path / "start.png",
+        "--out", tmp_path / "answer", "--budget", 60)
     assert "start" not in os.listdir(tmp_path / "answer") and (tmp_path / "answer" / "answer.html").exists()
     assert (tmp_path / "answer" / "prompt_0.png").exists()
 
@@ -205,8 +219,9 @@ def test_damaged_checkpoints_are_refused(warm, tmp_path):
 
 
 def test_a_dead_group_trains_nothing_and_says_so(warm, tmp_path, capsys):
-    """With a constant reward every advantage is exactly zero: without a KL the policy does not move at all."""
-    config = grpo.Config(model=str(warm), out=str(tmp_path / "dead"), reward_weights=(0.0, 0.0, 1.0), kl=0.0, **RUN)
+    """With a constant reward every advantage is exactly zero: without a KL the policy does not move."""
+    config = grpo.Config(model=str(warm), out=str(tmp_path / "dead"), reward_weights=(0.0, 0.0, 1.0), kl=0.0,
+                         **RUN)
     grpo.train(config, 0, 1, torch.device("cpu"))
     assert same(load(tmp_path / "dead").state_dict(), load(warm).state_dict())
     assert all(line["zero_spread"] == 1 for line in metrics(tmp_path / "dead"))

@@ -1,7 +1,7 @@
 """Numbers of the official VILA-U implementation, recorded on tiny random checkpoints in the published layout.
 
-Every size, count and key comes from the fixture's own files, so that other fixtures of the same kind can be checked:
-set FIXTURES to the folder that holds vila_u_tiny/.
+Every size, count and key comes from the fixture's own files, so that other fixtures of the same kind can be
+checked: set FIXTURES to the folder that holds vila_u_tiny/.
 """
 import copy
 import json
@@ -43,7 +43,7 @@ def close(got, expected, where=None, tolerance=TOLERANCE):
 
 
 def arrays(model, ids, codes):
-    """The expanded form (-200 at every image position) and the images' codes, in order -> tokens, is_image."""
+    """ids [B, T] with -200 at every image position, and the images' codes in order -> tokens, is_image."""
     is_image = ids == IMAGE_PLACEHOLDER
     tokens = F.pad(ids.clamp(min=0)[..., None], (0, model.vision_config.depth - 1))
     tokens[is_image] = codes.flatten(0, 1)
@@ -69,8 +69,8 @@ def test_text_logits(model, e, side):
     ids, mask = e[f"text.{side}.input_ids"], e[f"text.{side}.attention_mask"].bool()
     for row, where, logits in zip(ids, mask, e[f"text.{side}.logits"]):
         row = pack([row[where].tolist()], model.vision_config.depth)
-        close(official_vocabulary(model.decoder.lm_head(model(row.tokens[None], row.is_image[None]))[0], logits),
-              logits[where])
+        ours = model.decoder.lm_head(model(row.tokens[None], row.is_image[None]))[0]
+        close(official_vocabulary(ours, logits), logits[where])
 
 
 def official_vocabulary(ours, theirs):
@@ -84,11 +84,13 @@ def greedy(model, prompts, expected):
     n, rows = expected.shape[1], model.generate(prompts, 1, expected.shape[1], Sampling(temperature=0))
     for got, ids in zip(rows, expected):
         ids = ids[:len(got.tokens)]
-        assert torch.equal(got.tokens[:, 0], ids) and (len(got.tokens) == n or ids[-1] == model.text.id("</s>"))
+        assert torch.equal(got.tokens[:, 0], ids)
+        assert len(got.tokens) == n or ids[-1] == model.text.id("</s>")
 
 
 def test_greedy_text(model, e):
-    rows = [ids[mask.bool()].tolist() for ids, mask in zip(e["text.left.input_ids"], e["text.left.attention_mask"])]
+    masks = e["text.left.attention_mask"].bool()
+    rows = [ids[mask].tolist() for ids, mask in zip(e["text.left.input_ids"], masks)]
     greedy(model, [pack([row], model.vision_config.depth) for row in rows], e["text.left.greedy_ids"])
 
 
@@ -111,7 +113,8 @@ def test_interleaved_teacher_forcing(model, e):
     close(model.embed(tokens, is_image), e["inter.inputs_embeds"], real)
     hidden = model(tokens, is_image)
     close(hidden, e["inter.hidden_states"], real)
-    close(official_vocabulary(model.decoder.lm_head(hidden), e["inter.text_logits"]), e["inter.text_logits"], real)
+    ours, theirs = model.decoder.lm_head(hidden), e["inter.text_logits"]
+    close(official_vocabulary(ours, theirs), theirs, real)
     before = hidden[:, :-1][is_image[:, 1:]]
     logits = model.depth(before, model.vision.vectors(tokens[is_image]))
     close(logits, e["inter.rq_logits"].flatten(0, 1))
@@ -166,7 +169,9 @@ def test_losses_and_gradient_norms(model, e, v):
         ours = rename(rest, table) or rename(theirs, table)
         if ours.endswith("k_proj.bias"):
             continue                                          # zero in exact arithmetic: rounding noise
-        got = grads[ours][:e["inter.text_logits"].shape[-1]] if ours == "decoder.embed.weight" else grads[ours]
+        got = grads[ours]
+        if ours == "decoder.embed.weight":                    # without the rows of the tokens that we added
+            got = got[:e["inter.text_logits"].shape[-1]]
         assert got.norm().item() == pytest.approx(norm, rel=1e-4), theirs
         compared += 1
     assert compared > 20
@@ -204,7 +209,8 @@ def test_guided_greedy_codes(model, e, scale):
     drawn = model.generate(prompts, 1, codes.shape[1] + 1, Sampling(temperature=0, guidance=scale))
     for row, expected in zip(drawn, codes):
         assert torch.equal(row.tokens[row.is_image], expected)
-    for prompt, expected, guided in zip(prompts, codes, logits):         # teacher-forced: both branches, every depth
+    # Teacher-forced: both branches, every depth.
+    for prompt, expected, guided in zip(prompts, codes, logits):
         row = prompt + Sequence(expected, torch.ones(len(expected), dtype=torch.bool))
         cond = model(row.tokens[None], row.is_image[None])[0, len(prompt) - 1:-1]
         vectors = model.vision.vectors(expected)
