@@ -52,13 +52,13 @@ class Config:
     # -- algorithm
     updates: Count = 40                      # optimizer updates of the run
     prompts_per_update: Count = 16           # P: prompts a rollout
-    group_size: Annotated[int, Range(2)] = 4 # G in Eq. (2): answers a prompt, compared with each other
+    group_size: Annotated[int, Range(2)] = 4  # G in Eq. (2): answers a prompt, compared with each other
     epochs_per_rollout: Count = 1            # updates on the same answers; the clip acts from the second on
     micro_batch: Count = 64                  # answers a forward pass; changes memory, never the gradient
     lr: LearningRate = 2e-4                  # of Adam; reached after RAMP updates
     clip: Share = 0.2                        # eps in Eq. (2)
     kl: NonNegative = 0.2                    # beta in Eq. (2)
-    credit: Literal["process", "outcome"] = "process"    # Eq. (6), step by step; outcome: Eq. (4)
+    credit: Literal["process", "outcome"] = "process"    # process: Eq. (6); outcome: Eq. (4)
     step_discount: Share = 0.5               # gamma of Eq. (6): 1 is the sum as printed, 0 the step alone
     normalise: Literal["kind", "all"] = "kind"    # pools of Eq. (6): text and image apart, or all as one
     per_modality: bool = False               # loss: text mean + image mean instead of 1/|Y|
