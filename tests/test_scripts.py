@@ -1,6 +1,5 @@
 """The scripts as a user runs them: end to end, killed and resumed, on two processes, and with bad input."""
 import json
-import os
 import re
 from pathlib import Path
 
@@ -171,7 +170,7 @@ def test_one_answer_from_the_command_line(warm, tmp_path):
     prompt = "paint it blue. <BEGIN> a red circle at top left <image>"
     run("model.py", "--model", warm, "--prompt", prompt, "--image", tmp_path / "start.png",
         "--out", tmp_path / "answer", "--budget", 60)
-    assert "start" not in os.listdir(tmp_path / "answer") and (tmp_path / "answer" / "answer.html").exists()
+    assert (tmp_path / "answer" / "answer.html").exists()
     assert (tmp_path / "answer" / "prompt_0.png").exists()
 
 
