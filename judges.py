@@ -30,7 +30,7 @@ from torch import Tensor
 
 from common import (UserError, parse_config, pick_device, read_json, read_picture, read_text, reading,
                     run_main, snapshot)
-from model import Decoder, DecoderConfig, KVCache, Stored, fill, stored_tensors, tensor_files
+from model import NAMES, Decoder, DecoderConfig, KVCache, Stored, fill, stored_tensors, tensor_files
 from tokenizer import (CACHE_SIZE, SIGLIP_HEADS, Attention, Block, SiglipTower, TowerConfig, byte_pairs,
                        preprocess)
 
@@ -775,13 +775,7 @@ def unpad(x: Tensor, size: tuple[int, int]) -> Tensor:
 
 TOWER = "model.vision_tower.vision_tower.vision_model."
 LLAVA_NAMES = {     # prefixes in the published files -> here; {} is a number
-    "model.embed_tokens.": "decoder.embed.",
-    "model.layers.{}.input_layernorm.": "decoder.layers.{}.norm1.",
-    "model.layers.{}.self_attn.": "decoder.layers.{}.attn.",
-    "model.layers.{}.post_attention_layernorm.": "decoder.layers.{}.norm2.",
-    "model.layers.{}.mlp.": "decoder.layers.{}.mlp.",
-    "model.norm.": "decoder.norm.",
-    "lm_head.": "decoder.lm_head.",
+    **NAMES["llm"],
     "model.mm_projector.": "projector.",
     "model.image_newline": "newline",
     TOWER + "embeddings.patch_embedding.": "tower.patch.",

@@ -717,6 +717,7 @@ class Unconditional:
         seen = slots <= self.slot[:, None, None, None]         # (n, 1, 1, slots)
 
         def attend(layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            """The first B rows look at the answers' cache, the others at this branch's own."""
             y = kv.attend(layer, q[:B], k[:B], v[:B])
             if not n:
                 return y
