@@ -612,12 +612,14 @@ def sheet_html(sheet: dict) -> list[str]:
         start = "".join("<br>" + picture_html(p, "picture of the prompt") for p in group["pictures"])
         body.append(f'<div class="group"><div class="prompt">{html.escape(group["prompt"])}{start}</div>'
                     + "".join(map(answer_html, group["answers"])) + "</div>")
-    judged = [f"[score: {'none' if j['score'] is None else j['score']}]\n{j['question']}\n--> {j['reply']}"
-              for j in sheet["judged"]]
-    if judged:
-        text = html.escape("\n".join(judged))
-        body.append(f"<details><summary>what the text judge was asked last, and its replies</summary>"
-                    f"<pre>{text}</pre></details>")
+    if sheet["judged"]:
+        body.append("<details><summary>what the text judge was asked last, and its replies</summary>")
+        for asked in sheet["judged"]:
+            score = "none" if asked["score"] is None else f"{asked['score']:.2f}"
+            pictures = "".join(picture_html(p, "picture of the question") for p in asked["pictures"])
+            text = html.escape(f"[score: {score}]\n{asked['question']}\n--> {asked['reply']}")
+            body.append(f'<div class="prompt">{pictures}</div><pre>{text}</pre>')
+        body.append("</details>")
     return body
 
 

@@ -91,6 +91,7 @@ class Config:
     reward_weights: Weights = (1.0, 1.0, 1.0)    # of r_t, r_v and r_f in the reward column
     reward_device: str = ""          # where learned judges run; empty: with the model
     critic_quantize: Literal["none", "nf4"] = "none"    # nf4: the critic's decoder in 4 bits
+    critic_tiles: Natural = 0        # the critic: tiles of a picture at most; 0: as published
     # -- benchmark
     benchmark: str = ""              # rate on published files instead of the toy world
     data: str = ""                   # the files: the published folder, or one file
@@ -229,8 +230,8 @@ def before_and_after(run, prompts: list[str]) -> None:
                 guidance=run.eval_guidance or run.guidance, budget=run.budget,
                 batch=min(Config.batch, 4 * run.micro_batch), text_reward=run.text_reward,
                 visual_reward=run.visual_reward, reward_weights=run.reward_weights,
-                reward_device=run.reward_device, critic_quantize=run.critic_quantize, device=run.device,
-                rows=run.rows)
+                reward_device=run.reward_device, critic_quantize=run.critic_quantize,
+                critic_tiles=run.critic_tiles, device=run.device, rows=run.rows)
             results[name] = evaluate(open_model(model, config, run.quantize), config)
         table = rates_table(results)
         print(table)
@@ -762,7 +763,8 @@ def judge_answers(benchmark: Benchmark, answer_sets: list[AnswerSet], config: Co
     """Fill in replies and scores by --judge: our critic's, or the `replies` of one that ran elsewhere."""
     critic = None
     if config.judge.startswith("llava-critic"):
-        critic = make_judge("text", config.judge, judge_device(config), config.critic_quantize)
+        critic = make_judge("text", config.judge, judge_device(config), config.critic_quantize,
+                            config.critic_tiles)
     for of in answer_sets:
         of.replies = replies
         if critic:
@@ -903,6 +905,8 @@ def check(config: Config) -> None:
         for name in ("data", "judge", "before"):
             require(config, name, not getattr(config, name), "--benchmark beside it")
         return
+    if config.benchmark == "t2i":
+        check_judge("--visual-reward", "visual", config.visual_reward)
     if not config.data:
         raise UserError(f"--benchmark {config.benchmark}: expected its files at --data as well")
     require(config, "data", Path(config.data).exists(), "a path that exists")

@@ -30,13 +30,13 @@ from tqdm import tqdm
 import warmup
 from common import (Count, LearningRate, Natural, NonNegative, Positive, Range, Run, Share, TopP, UserError,
                     Weights, average_gradients, averaged, check_config, check_settings, optimizer_tensors,
-                    parse_config, peak_gib, require, restore_optimizer, run_main, start_processes)
+                    parse_config, peak_gib, png, require, restore_optimizer, run_main, start_processes)
 from data import (PROMPT_READERS, CodeCache, LeftOut, Sample, keep_usable, read_prompts, read_sources,
                   toy_prompt)
 from evaluate import before_and_after
 from model import (Sampling, UnifiedModel, as_batch, by_modality, check_budget, check_memory, load,
                    load_training, prepare_training, restore, save, trainable_state, with_trainable)
-from rewards import (Scores, check_judges, check_rules, group_record, hybrid_rewards, judge, judge_names,
+from rewards import (Scores, check_judges, check_prompts, group_record, hybrid_rewards, judge, judge_names,
                      make_judges)
 
 SPREAD = 1e-3         # a group whose rewards have a smaller standard deviation says nothing: exact zeros
@@ -68,6 +68,7 @@ class Config:
     reward_weights: Weights = (1.0, 1.0, 1.0)    # of r_t, r_v and r_f in Eq. (5); 0 leaves one out
     reward_device: str = ""                  # where learned judges run; empty: with the policy
     critic_quantize: Literal["none", "nf4"] = "none"    # nf4: the critic's decoder in 4 bits
+    critic_tiles: Natural = 0                # the critic: tiles of a picture at most; 0: as published
     # -- sampling
     temperature: Positive = 1.0              # of the rollouts, text and codes alike
     top_k: Natural = 0                       # 0: off
@@ -241,7 +242,7 @@ def read_pool(config: Config) -> tuple[list[Sample], LeftOut]:
         samples = read_sources(config.prompts, "--prompts", PROMPT_READERS, left_out)
         pool = [Sample(s.prompt, s.prompt_pictures, origin=s.origin)
                 for of_kind in samples.values() for s in of_kind]
-    check_rules(config, [sample.prompt for sample in pool])
+    check_prompts(config, pool)
     return pool, left_out
 
 
@@ -427,6 +428,7 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> list[S
     restore_optimizer(optimizer, tensors)
     judges, codes = make_judges(config, device), CodeCache(policy)
     pool = ready_prompts(pool, left_out, policy, codes, config)
+    check_prompts(config, pool, judges[0])
     run = Run(config, state.get("lines", 0)) if rank == 0 else None
     first, silent = state.get("update", 0), 0
     if rank == 0:
@@ -498,9 +500,10 @@ def show(policy: UnifiedModel, run: Run, config: Config, pool: list[Sample], jud
 
 
 def judge_records(judges: tuple, most: int = 24) -> list[dict]:
-    """The latest questions to a learned text judge, its replies and their scores, for the report."""
+    """The latest questions to a learned text judge with their pictures, its replies and their scores."""
     latest = list(getattr(judges[0], "record", ()))[-most:]
-    return [{"question": question, "reply": reply, "score": score} for question, reply, score in latest]
+    return [{"question": question, "pictures": [png(p) for p in pictures], "reply": reply, "score": score}
+            for question, pictures, reply, score in latest]
 
 
 def main() -> None:

@@ -251,40 +251,54 @@ def judge_names(part: str) -> list[str]:
     return ["rules", *judges.JUDGES[part]]
 
 
-def make_judge(part: str, spec: str, device: torch.device, quantize: str = "none"):
+def make_judge(part: str, spec: str, device: torch.device, quantize: str = "none", tiles: int = 0):
     """NAME or NAME=FOLDER -> a judge. Raises UserError where its weights are missing or damaged."""
     name, _, folder = spec.partition("=")
     if name == "rules":
         return RULES[part]()
     judge_class = judges.JUDGES[part][name]
-    options = {"quantize": quantize} if part == "text" else {}
+    options = {"quantize": quantize, "tiles": tiles} if part == "text" else {}
     return judge_class(folder or judge_class.HUB, device, **options)
 
 
-def make_judges(config, device: torch.device) -> tuple[TextJudge, VisualJudge]:
-    """--text-reward, --visual-reward, --reward-device and --critic-quantize -> the two judges."""
+def make_judges(config, device: torch.device) -> tuple[TextJudge | None, VisualJudge | None]:
+    """The settings under "rewards" -> the two judges; None for a part of weight 0, which nobody judges."""
     if config.reward_device:
         device = pick_device(config.reward_device, "--reward-device")
-    return (make_judge("text", config.text_reward, device, config.critic_quantize),
-            make_judge("visual", config.visual_reward, device))
+    (r_t, r_v, _), text, visual = config.reward_weights, None, None
+    if r_t:
+        text = make_judge("text", config.text_reward, device, config.critic_quantize, config.critic_tiles)
+    if r_v:
+        visual = make_judge("visual", config.visual_reward, device)
+    return text, visual
 
 
 def check_judges(config) -> None:
     """Refuse judges that do not exist before anything is loaded. Raises UserError."""
-    check_judge("--text-reward", "text", config.text_reward)
-    check_judge("--visual-reward", "visual", config.visual_reward)
-
-
-def check_rules(config, prompts: list[str]) -> None:
-    """Refuse prompts (of --prompts) that the rule judges cannot judge. Raises UserError."""
     r_t, r_v, _ = config.reward_weights
-    if not ((r_t and config.text_reward == "rules") or (r_v and config.visual_reward == "rules")):
-        return
-    for prompt in prompts:
-        if shapes.wanted_steps(prompt) is None:
+    for flag, part, spec, weight in (("--text-reward", "text", config.text_reward, r_t),
+                                     ("--visual-reward", "visual", config.visual_reward, r_v)):
+        if weight and not spec:
+            raise UserError(f"--reward-weights: {weight:g} for the {part} part, but {flag} names no judge: "
+                            f"expected {' or '.join(judge_names(part))}, or weight 0")
+        if spec:
+            check_judge(flag, part, spec)
+
+
+def check_prompts(config, samples: list, text_judge: TextJudge | None = None) -> None:
+    """Refuse prompts (of --prompts) that a judge cannot judge. Raises UserError.
+
+    text_judge: a judge with a method `check` says itself which prompts it cannot take.
+    """
+    r_t, r_v, _ = config.reward_weights
+    rules = (r_t and config.text_reward == "rules") or (r_v and config.visual_reward == "rules")
+    for sample in samples:
+        if rules and shapes.wanted_steps(sample.prompt) is None:
             raise UserError(f"--prompts {config.prompts}: the rule judges know only the toy world's edits, "
-                            f"not {prompt[:60]!r}; choose --text-reward and --visual-reward, or give them "
-                            f"weight 0")
+                            f"not {sample.prompt[:60]!r}; choose --text-reward and --visual-reward, or give "
+                            f"them weight 0")
+        if hasattr(text_judge, "check"):
+            text_judge.check(sample.prompt, read_pictures(sample), config.budget)
 
 
 def check_judge(flag: str, part: str, spec: str) -> None:
