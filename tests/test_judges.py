@@ -697,7 +697,7 @@ def test_the_length_of_a_picture_is_known_before_it_is_read(critic, aspect):
 
 def test_pictures_that_leave_no_room_are_refused_with_the_numbers(critic):
     critic.check("What?", [PICTURES["big"]] * 3, 100)
-    with pytest.raises(UserError, match=r"--prompts: the text judge cannot take the 500 pictures of 'What\?'"):
+    with pytest.raises(UserError, match=r"text judge cannot take the 500 pictures of 'What\?'"):
         critic.check("What?", [PICTURES["big"]] * 500, 100)
 
 
