@@ -78,6 +78,7 @@ class Config:
     lora_rank: Natural = 0                   # rank of the decoder's adapters; 0: train the whole policy
     lora_alpha: Positive = 16.0              # adapters are scaled by alpha / rank
     quantize: Literal["none", "nf4"] = "none"    # nf4: the frozen base in 4 bits (QLoRA)
+    unpack: bool = False                     # nf4: a full copy of the base during rollouts: faster, more memory
     checkpointing: bool = False              # recompute layers in the backward pass: less memory, more time
     # -- run
     out: str = "out/grpo"                    # run directory
