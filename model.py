@@ -780,10 +780,8 @@ def check_memory(source: str, budget: int, rows: int, device: torch.device, quan
     with quantize "nf4". Raises UserError with the numbers.
     """
     folder = checkpoint_folder(source)
-    if (folder / "adapter.json").exists():
-        with reading(folder / "adapter.json", "the file"):
-            config = read_json(folder / "adapter.json")
-            folder, quantize = checkpoint_folder(config["base"]), config["quantize"]
+    if adapter := adapter_settings(folder):
+        folder, quantize = checkpoint_folder(adapter["base"]), adapter["quantize"]
     with reading(folder / "llm" / "config.json", "the file"):
         decoder = decoder_config(read_json(folder / "llm" / "config.json"))
     if budget >= decoder.context:
@@ -1202,7 +1200,7 @@ def checkpoint_folder(source: str) -> Path:
     """
     for folder in (Path(source) / "policy", Path(source)):
         settle_folder(folder)
-        if (folder / "llm").is_dir() or (folder / "adapter.json").exists():
+        if (folder / "llm").is_dir() or adapter_settings(folder):
             return folder
     is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and not source.startswith("out/")
     if Path(source).exists() or not is_hub_id:
@@ -1220,8 +1218,8 @@ def load(source: str | Path, device: str | torch.device = "cpu", quantize: str =
     Raises UserError, naming file, tensor and both shapes, for what is missing, unknown or misshaped.
     """
     folder = checkpoint_folder(str(source))
-    if (folder / "adapter.json").exists():
-        return load_adapters(folder, device)
+    if adapter := adapter_settings(folder):
+        return load_adapters(folder, device, **adapter)
     configs = {part: read_json(folder / part / "config.json") for part in ("", "llm", "vision_tower")}
     stored = stored_tensors(tensor_files(folder / "vision_tower"))
     with reading(folder, "one of its config.json files or its vision tensors"):
@@ -1229,7 +1227,7 @@ def load(source: str | Path, device: str | torch.device = "cpu", quantize: str =
     model.text = TextTokenizer.from_folder(folder / "llm")              # small files first: they fail fast
     load_weights(model, folder, device, quantize)
     add_tokens(model, [THINK_START, THINK_END])
-    model.source, model.quantize = str(Path(source).resolve() if Path(source).exists() else source), quantize
+    model.source, model.quantize = str(folder.resolve() if Path(source).exists() else source), quantize
     return model
 
 
@@ -1279,32 +1277,91 @@ def load_weights(model: UnifiedModel, folder: Path, device: str | torch.device,
     model.vision.requires_grad_(False)
 
 
-def load_adapters(folder: Path, device: str | torch.device) -> UnifiedModel:
-    """adapter.json (base, quantize, rank, alpha) and adapter.safetensors -> the base with these adapters."""
-    with reading(folder / "adapter.json", "the file"):
-        config = read_json(folder / "adapter.json")
-        base, quantize, rank, alpha = config["base"], config["quantize"], config["rank"], config["alpha"]
+# How our names of trained tensors end -> how PEFT's do, behind LLaMA's name of the layer.
+PEFT = {"a": "lora_A.weight", "b": "lora_B.weight", "rows": "token_adapter.trainable_tokens_delta"}
+# Settings of PEFT that make more of an adapter than LoRALinear: each has to be off.
+NOT_READ = ("use_dora", "use_rslora", "alpha_pattern", "rank_pattern", "modules_to_save", "fan_in_fan_out")
+
+
+def peft_name(name: str) -> str:
+    """The name that PEFT gives to one of our trained tensors."""
+    path, _, leaf = rename(name, {ours: theirs for theirs, ours in NAMES["llm"].items()}).rpartition(".")
+    return f"base_model.model.{path}.{PEFT[leaf]}"
+
+
+def peft_config(model: UnifiedModel) -> dict:
+    """What adapter_config.json says about a model's adapters.
+
+    The base is the decoder's folder llm/, an ordinary LLaMA. The rows of <think> and </think> are PEFT's
+    trainable tokens: a base that lacks them needs `resize_token_embeddings` first.
+    """
+    layers = model.decoder.layers[0].named_modules()
+    return {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": f"{model.source}/llm",
+            "r": model.adapter["rank"], "lora_alpha": model.adapter["alpha"], "bias": "none",
+            "target_modules": [name.split(".")[1] for name, m in layers if isinstance(m, LoRALinear)],
+            "trainable_token_indices": added_ids(model), "inference_mode": True}
+
+
+def added_ids(model: UnifiedModel) -> dict[str, list[int]]:
+    """Which rows of the embedding and of lm_head are trained beside the adapters."""
+    return {"embed_tokens": model.decoder.embed.ids, "lm_head": model.decoder.lm_head.ids}
+
+
+def adapter_settings(folder: Path) -> dict | None:
+    """Base, quantize, rank and alpha of a folder of adapters in PEFT's layout; None for any other folder.
+
+    Ours have a base.json beside PEFT's files, {"quantize": how the base was loaded}. An adapter.json of
+    earlier versions is read too. Raises UserError for adapters that are not plain LoRA.
+    """
+    file, ours, earlier = (folder / name for name in ("adapter_config.json", "base.json", "adapter.json"))
+    if file.exists():
+        with reading(file, "the file"):
+            config = read_json(file)
+            more = [key for key in NOT_READ if config.get(key)]
+            if config["peft_type"] != "LORA" or more:
+                raise UserError(f"{file}: expected plain LoRA, found {more or config['peft_type']}")
+            return {"base": config["base_model_name_or_path"].removesuffix("/llm"),
+                    "quantize": read_json(ours)["quantize"] if ours.exists() else "none",
+                    "rank": int(config["r"]), "alpha": float(config["lora_alpha"])}
+    if earlier.exists():
+        with reading(earlier, "the file"):
+            config = read_json(earlier)
+            return {key: config[key] for key in ("base", "quantize", "rank", "alpha")}
+    return None
+
+
+def load_adapters(folder: Path, device: str | torch.device, base: str, quantize: str, rank: int,
+                  alpha: float) -> UnifiedModel:
+    """The base as it was when adapters were trained, with the adapters of this folder."""
     try:
         model = load(base, device, quantize)
     except UserError as error:
-        raise UserError(f"{folder / 'adapter.json'}: its base cannot be loaded: {error}") from None
+        raise UserError(f"{folder}: the base of these adapters cannot be loaded: {error}") from None
     prepare_training(model, rank, alpha)
     load_adapter_weights(model, folder, device)
     return model
 
 
 def load_adapter_weights(model: UnifiedModel, folder: Path, device: str | torch.device) -> None:
-    """Read adapter.safetensors to its place in a model that has such adapters.
+    """Read adapter_model.safetensors to its place in a model that has such adapters.
 
     Raises UserError where they differ.
     """
-    file = folder / "adapter.safetensors"
-    stored, wanted = stored_tensors([file]), set(trainable_state(model))
-    if stored.keys() != wanted:
-        name = sorted(stored.keys() ^ wanted)[0]
-        raise UserError(f"{file}: tensor {name} is {'missing' if name in wanted else 'unknown'}")
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    file, names = folder / "adapter_model.safetensors", {peft_name(name): name for name in trained}
+    if (folder / "adapter_config.json").exists():
+        ids = read_json(folder / "adapter_config.json").get("trainable_token_indices")
+        if ids != added_ids(model):
+            raise UserError(f"{folder / 'adapter_config.json'}: trainable_token_indices is {ids}, but the "
+                            f"ids of {THINK_START} and {THINK_END} in the base are {added_ids(model)}")
+    else:                                                                # earlier versions: our own names
+        file, names = folder / "adapter.safetensors", {name: name for name in trained}
+    stored = stored_tensors([file])
+    if stored.keys() != names.keys():
+        name = sorted(stored.keys() ^ names.keys())[0]
+        raise UserError(f"{file}: tensor {name} is {'missing' if name in names else 'unknown'}")
     for name, tensor in stored.items():
-        assign(model, name, tensor.read().to(device), f"{file}: tensor {name}")
+        assign(model, names[name], tensor.read().float().to(device), f"{file}: tensor {name}")
 
 
 def restore(model: UnifiedModel, folder: Path) -> None:
@@ -1333,7 +1390,7 @@ def add_tokens(model: UnifiedModel, tokens: list[str]) -> None:
 
 def save(model: UnifiedModel, folder: Path, state: dict | None = None,
          tensors: dict[str, Tensor] | None = None) -> None:
-    """Write a checkpoint, whole or not at all: the published layout, or the adapters alone if there are any.
+    """Write a checkpoint, whole or not at all: the published layout, or the adapters alone, in PEFT's.
 
     state (JSON) and tensors are what training needs to go on (where it was, the optimizer). They become
     training.json and training.safetensors.
@@ -1341,9 +1398,10 @@ def save(model: UnifiedModel, folder: Path, state: dict | None = None,
     with write_whole(folder) as new:
         new.mkdir()
         if model.adapter:
-            config = {"base": model.source, "quantize": model.quantize, **model.adapter}
-            write_text(new / "adapter.json", json.dumps(config, indent=1))
-            write_tensors(trainable_state(model), new / "adapter.safetensors")
+            write_text(new / "adapter_config.json", json.dumps(peft_config(model), indent=1))
+            write_text(new / "base.json", json.dumps({"quantize": model.quantize}))
+            write_tensors({peft_name(name): value for name, value in trainable_state(model).items()},
+                          new / "adapter_model.safetensors")
         else:
             write_published(model, new)
         if state is not None:

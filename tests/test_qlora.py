@@ -121,7 +121,8 @@ def test_adapters_start_as_the_base_are_trained_alone_and_come_back(tmp_path, qu
     assert torch.equal(model.log_probs(*batch), after)
     save(model, tmp_path / "policy", {"step": 3})
     names = {f.name for f in (tmp_path / "policy").iterdir()}
-    assert names == {"adapter.json", "adapter.safetensors", "training.json", "training.safetensors"}
+    assert names == {"adapter_config.json", "adapter_model.safetensors", "base.json", "training.json",
+                     "training.safetensors"}
     again = load(tmp_path)
     assert torch.equal(again.log_probs(*batch), after)
     assert same(trainable_state(again), trainable_state(model))
@@ -193,8 +194,10 @@ def test_both_scripts_run_with_qlora_resume_and_merge(warm, tmp_path, monkeypatc
     states = [{**trainable_state(load(tmp_path / name)), **load_training(tmp_path / name / "policy")[1]}
               for name in ("whole", "cut")]
     assert same(*states) and metrics(tmp_path / "whole") == metrics(tmp_path / "cut")
-    record = json.loads((tmp_path / "whole" / "policy" / "adapter.json").read_text())
-    assert record["base"] == str(warm.resolve()) and record["quantize"] == "nf4" and record["rank"] == 4
+    record, base = (json.loads((tmp_path / "whole" / "policy" / name).read_text())
+                    for name in ("adapter_config.json", "base.json"))
+    assert record["base_model_name_or_path"] == str(warm.resolve() / "policy" / "llm")
+    assert record["r"] == 4 and base == {"quantize": "nf4"}
     run("model.py", "--model", tmp_path / "whole", "--merge", tmp_path / "merged")
     merged, adapted = load(tmp_path / "merged"), load(tmp_path / "whole")
     logp, expected = merged.log_probs(*some_batch(merged)), adapted.log_probs(*some_batch(adapted))
@@ -234,11 +237,17 @@ def test_damaged_adapters_are_refused(tmp_path):
     model = load(FOLDER)
     prepare_training(model, 2, 4.0)
     save(model, tmp_path / "policy")
-    file, record = tmp_path / "policy" / "adapter.safetensors", tmp_path / "policy" / "adapter.json"
+    file, record = (tmp_path / "policy" / name for name in ("adapter_model.safetensors",
+                                                            "adapter_config.json"))
     whole, text = file.read_bytes(), record.read_text()
-    for spoil, expected in ((lambda: file.write_bytes(whole[:-9]), "adapter.safetensors"),
+    think = model.text.id(THINK_START)
+    for spoil, expected in ((lambda: file.write_bytes(whole[:-9]), "adapter_model.safetensors"),
                             (file.unlink, "missing"),
-                            (lambda: record.write_text(text.replace('"rank": 2', '"rank": 3')), "shape"),
+                            (lambda: record.write_text(text.replace('"r": 2', '"r": 3')), "shape"),
+                            (lambda: record.write_text(text.replace('"LORA"', '"IA3"')), "IA3"),
+                            (lambda: record.write_text(text.replace('"r": 2', '"r": 2, "use_dora": true')),
+                             "use_dora"),
+                            (lambda: record.write_text(text.replace(str(think), "1")), "trainable_token"),
                             (lambda: record.write_text(text.replace("vila_u_tiny", "gone")), "base"),
                             (lambda: record.write_text("{}"), "lacks"),
                             (lambda: record.write_text("{"), "not JSON")):
