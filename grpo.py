@@ -28,9 +28,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 import warmup
-from common import (Count, LearningRate, Natural, NonNegative, Positive, Range, Run, Share, TopP, UserError,
-                    Weights, average_gradients, averaged, check_config, check_settings, optimizer_tensors,
-                    parse_config, peak_gib, require, restore_optimizer, run_main, start_processes)
+from common import (Count, LearningRate, Natural, Naturals, NonNegative, Positive, Positives, Range, Run,
+                    Share, TopPs, UserError, Weights, average_gradients, averaged, check_config,
+                    check_settings, optimizer_tensors, parse_config, peak_gib, require, restore_optimizer,
+                    run_main, start_processes)
 from data import (PROMPT_READERS, CodeCache, LeftOut, Sample, keep_usable, read_prompts, read_sources,
                   toy_prompt)
 from evaluate import before_and_after
@@ -69,9 +70,9 @@ class Config:
     reward_device: str = ""                  # where learned judges run; empty: with the policy
     critic_quantize: Literal["none", "nf4"] = "none"    # nf4: the critic's decoder in 4 bits
     # -- sampling
-    temperature: Positive = 1.0              # of the rollouts, text and codes alike
-    top_k: Natural = 0                       # 0: off
-    top_p: TopP = 1.0                        # 1: off
+    temperature: Positives = 1.0             # of the rollouts; two numbers: of text tokens, of image codes
+    top_k: Naturals = 0                      # 0: off; two: of text tokens, of image codes
+    top_p: TopPs = 1.0                       # 1: off; two: of text tokens, of image codes
     guidance: NonNegative = 1.0              # 1: off; else rollouts and scoring both are guided
     budget: Count = 160                      # positions that an answer may have
     # -- adapters
@@ -86,18 +87,18 @@ class Config:
     save_every: Count = 10                   # updates between checkpoints
     resume: bool = True                      # go on from the last checkpoint; --no-resume starts over
     eval_prompts: Natural = 96               # held-out prompts of the evaluation before and after; 0: none
-    eval_guidance: NonNegative = 0.0         # guidance of that evaluation; 0: that of the rollouts
+    eval_sampling: Literal["rollouts", "published"] = "rollouts"    # published: as VILA-U and the paper do
     preset: str = ""                         # paper: the paper's settings (PAPER); flags beside it win
 
 
 RAMP = 5                                     # updates until the learning rate is reached
-FREE = ("device", "reward_device", "save_every", "updates", "resume", "eval_prompts", "eval_guidance", "out",
+FREE = ("device", "reward_device", "save_every", "updates", "resume", "eval_prompts", "eval_sampling", "out",
         "micro_batch", "checkpointing", "preset")      # settings that may change when a run goes on
 
 # --preset paper: what the paper states is marked so. The rest is ours and fits one GPU (the QLoRA variant).
 PAPER = dict(
     model="out/warmup-7b",                                        # what warmup.py --preset paper --out wrote
-    group_size=4, updates=3000, eval_guidance=3.0,                # paper; the model brings 256 x 256 pictures
+    group_size=4, updates=3000, eval_sampling="published",        # paper; the model brings 256 x 256 pictures
     step_discount=1.0, normalise="all", credit="process",         # paper, Eq. (6) as printed
     text_reward="llava-critic", visual_reward="image-reward",     # paper, Eq. (5)
     reward_weights=(1.0, 1.0, 1.0),                               # paper, Eq. (5)

@@ -4,8 +4,11 @@ import math
 import pytest
 import torch
 
-from common import UserError
+import evaluate
+import grpo
+from common import UserError, parse_config
 from grpo import Config, check, decision_weights, grpo_loss, k3_kl, outcome_advantages, process_advantages
+from model import IMAGE, TEXT
 
 
 def test_eq4_by_hand():
@@ -121,6 +124,42 @@ def test_a_code_that_was_cut_since_has_ratio_zero_and_no_nan():
     loss.sum().backward()
     assert ratio.item() == 0
     assert all(values.isfinite().all() for values in (loss, kl, logits.grad))
+
+
+def test_one_number_sets_both_modalities_and_two_set_each():
+    one = grpo.sampling_of(parse_config(Config, ["--temperature", "0.7", "--top-k", "5"]))
+    assert one.of(TEXT) == one.of(IMAGE) == (0.7, 5, 1.0)
+    config = parse_config(Config, ["--temperature", "0.9,1", "--top-k", "0,900", "--top-p", "0.6,0.96"])
+    two = grpo.sampling_of(config)
+    assert two.of(TEXT) == (0.9, 0, 0.6) and two.of(IMAGE) == (1.0, 900, 0.96)
+
+
+def test_the_paper_presets_sample_as_published_at_evaluation_and_rl_stays_at_one(tmp_path, monkeypatch):
+    """VILA-U's own settings; guidance 3 is the paper's."""
+    asked = []
+    monkeypatch.setattr(evaluate, "load", lambda *_: None)
+    monkeypatch.setattr(evaluate, "evaluate", lambda _, config: asked.append(config) or {})
+    monkeypatch.setattr(evaluate, "rates_table", lambda _: "")
+    monkeypatch.setattr(evaluate, "write_report", lambda *_: "")
+    paper = parse_config(Config, ["--preset", "paper", "--out", str(tmp_path)], {"paper": grpo.PAPER})
+    benchmarks = parse_config(evaluate.Config, ["--preset", "paper"], {"paper": evaluate.PAPER})
+    evaluate.before_and_after(paper, [])
+    for config in (*asked, benchmarks):
+        sampling = grpo.sampling_of(config)
+        assert (sampling.of(TEXT), sampling.of(IMAGE)) == ((0.9, 0, 0.6), (1.0, 900, 0.96))
+        assert sampling.guidance == 3
+    assert len(asked) == 2 and grpo.sampling_of(paper) == grpo.Sampling()
+    evaluate.before_and_after(Config(out=str(tmp_path), temperature=0.8, top_k=5), [])
+    assert grpo.sampling_of(asked[-1]) == grpo.Sampling(0.8, 5)
+
+
+@pytest.mark.parametrize("flag, value", [
+    ("--temperature", "0.9,1,1"), ("--temperature", "0.9,x"), ("--temperature", "0.9,0"), ("--top-k", "1.5"),
+    ("--top-k", "900,-1"), ("--top-p", "0.6,1.2"), ("--top-p", ","), ("--clip", "0.1,0.2")])
+def test_numbers_that_fit_no_modality_are_refused_by_name(flag, value):
+    with pytest.raises(UserError, match=flag) as error:
+        parse_config(Config, [flag, value])
+    assert "TEXT,IMAGE" in str(error.value) or flag == "--clip"
 
 
 @pytest.mark.parametrize("wrong", [
