@@ -221,6 +221,10 @@ def run_main(main) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except torch.OutOfMemoryError as error:
+        print(f"error: out of memory ({str(error).split('. ')[0]}): lower --rows, --micro-batch, --batch or "
+              f"--budget; what was saved before is intact", file=sys.stderr)
+        sys.exit(2)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR,
                                errno.EEXIST):
@@ -300,6 +304,25 @@ def peak_gib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2 ** 30
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30
+
+
+def total_bytes(device: torch.device) -> int:
+    """The device's memory in bytes, 0 where it cannot be known."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    if device.type == "mps":
+        return torch.mps.recommended_max_memory()
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else 0
+
+
+def free_bytes(device: torch.device) -> int | None:
+    """Memory that a GPU has left for new tensors, in bytes. None on a CPU, where nothing is cut to fit."""
+    if device.type == "cuda":
+        unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + unused
+    if device.type == "mps":
+        return total_bytes(device) - torch.mps.driver_allocated_memory()
+    return None
 
 
 def seeded(*parts: object) -> torch.Generator:

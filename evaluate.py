@@ -54,14 +54,14 @@ from tqdm import tqdm
 
 import data
 import shapes
-from common import (Count, Naturals, NonNegative, NonNegatives, TopPs, UserError, Weights, add_line,
-                    check_config, check_settings, flag_of, parse_config, pick_device, picture_html, read_json,
+from common import (Count, Natural, Naturals, NonNegative, NonNegatives, TopPs, UserError, Weights,
+                    add_line, check_config, check_settings, flag_of, parse_config, pick_device, picture_html, read_json,
                     read_lines, read_picture, require, run_main, shown, write_page, write_report, write_text,
                     write_whole)
 from data import (I2T_QUESTION, Broken, CodeCache, LeftOut, Question, Sample, fingerprint, keep_usable,
                   toy_prompt)
 from judges import LlavaCritic, strip_marks
-from model import Sampling, UnifiedModel, check_budget, load
+from model import Sampling, UnifiedModel, check_budget, check_memory, load
 from rewards import (check_judge, check_judges, format_reward, hybrid_rewards, judge, judge_names, make_judge,
                      make_judges, own_text)
 
@@ -85,6 +85,7 @@ class Config:
     guidance: NonNegative = 1.0      # for image codes; 1: the model itself
     budget: Count = 160              # positions that an answer may have
     batch: Count = 192               # prompts at a time; changes memory, never an answer's random numbers
+    rows: Natural = 0                # answers in the KV cache at a time; 0: as many as fit the device
     # -- rewards
     text_reward: str = "rules"       # judge of r_t in the reward column, NAME or NAME=FOLDER
     visual_reward: str = "rules"     # judge of r_v there, and of --benchmark t2i, NAME or NAME=FOLDER
@@ -156,8 +157,16 @@ def answer_all(model: UnifiedModel, samples: list[Sample], config: Config, sampl
         part = samples[start:start + config.batch]
         prompts = [model.prompt(s.prompt, codes(s.prompt_pictures), s.kind == "t2i") for s in part]
         seeds = [(config.seed, start + i) for i in range(len(part))]
-        answers += model.read_answers(model.generate(prompts, 1, config.budget, sampling, seeds))
+        answers += model.read_answers(model.generate(prompts, 1, config.budget, sampling, seeds,
+                                                   config.rows))
     return answers
+
+
+def open_model(source: str, config: Config, quantize: str = "none") -> UnifiedModel:
+    """Load a model to --device if its answers fit beside it. Raises UserError."""
+    device = pick_device(config.device)
+    check_memory(source, config.budget, config.rows, device, quantize)
+    return load(source, device, quantize).eval()
 
 
 def evaluate(model: UnifiedModel, config: Config) -> dict:
@@ -226,8 +235,9 @@ def before_and_after(run, prompts: list[str]) -> None:
                 model=str(model), prompts=run.eval_prompts, edits=run.edits, budget=run.budget, **sampling,
                 batch=min(Config.batch, 4 * run.micro_batch), text_reward=run.text_reward,
                 visual_reward=run.visual_reward, reward_weights=run.reward_weights,
-                reward_device=run.reward_device, critic_quantize=run.critic_quantize, device=run.device)
-            results[name] = evaluate(load(model, pick_device(run.device)), config)
+                reward_device=run.reward_device, critic_quantize=run.critic_quantize, device=run.device,
+                rows=run.rows)
+            results[name] = evaluate(open_model(model, config, run.quantize), config)
         table = rates_table(results)
         print(table)
         write_text(folder / "evaluation.json", json.dumps(results, indent=1))
@@ -254,9 +264,9 @@ def ladder(config: Config) -> None:
 
     The runs are OUT/RUNG-SEED. One that is finished is not trained again.
     """
-    device, folder = pick_device(config.device), Path(config.out or "out/ladder")
+    folder = Path(config.out or "out/ladder")
     folder.mkdir(parents=True, exist_ok=True)
-    results = {"warm-up": [evaluate(load(config.model, device), config)]}
+    results = {"warm-up": [evaluate(open_model(config.model, config), config)]}
     for rung, settings in LADDER.items():
         results[rung] = []
         for seed in config.seeds.split(","):
@@ -268,7 +278,8 @@ def ladder(config: Config) -> None:
             command += [f"{flag_of(name)}={value}" for name, value in flags.items()]
             if subprocess.run(command).returncode:
                 raise UserError(f"--ladder: grpo.py did not finish {out}, for the reason above")
-            results[rung].append(evaluate(load(out, device), replace(config, model=str(out))))
+            rung_config = replace(config, model=str(out))
+            results[rung].append(evaluate(open_model(str(out), rung_config), rung_config))
     print(f"mean (range) over GRPO seeds {config.seeds}; {config.prompts} {config.split} prompts, seed "
           f"{config.seed}; sampled at temperature {shown(config.temperature)}")
     print(ladder_table(results))
@@ -611,7 +622,7 @@ def answer_questions(source: str, questions: list[Question], config: Config, fol
     question's id alone, so a run that was killed goes on with the same answers, whatever --batch is now.
     Raises UserError where the folder was made with other settings, or where no question fits.
     """
-    model, left_out = load(source, pick_device(config.device)).eval(), LeftOut()
+    model, left_out = open_model(source, config), LeftOut()
     short = BENCHMARKS[config.benchmark].SHORT
     if not short:
         check_budget(model, config.budget, source)
@@ -629,7 +640,8 @@ def answer_questions(source: str, questions: list[Question], config: Config, fol
         for start in range(0, len(todo), config.batch):
             part = todo[start:start + config.batch]
             prompts = [model.prompt(q.prompt, codes(q.prompt_pictures), q.kind == "t2i") for q in part]
-            rows = model.generate(prompts, 1, config.budget, sampling, [(config.seed, q.id) for q in part])
+            seeds = [(config.seed, question.id) for question in part]
+            rows = model.generate(prompts, 1, config.budget, sampling, seeds, config.rows)
             for question, row, answer in zip(part, rows, model.read_answers(rows), strict=True):
                 segments = write_segments(answer, question.id, folder)
                 answers[question.id] = {"id": question.id, "answer": segments, "layout": answer.layout,
@@ -923,7 +935,7 @@ def main() -> None:
     else:
         file = Path(config.out or "out/evaluate") / "evaluation.json"
         file.parent.mkdir(parents=True, exist_ok=True)
-        result = evaluate(load(config.model, pick_device(config.device)), config)
+        result = evaluate(open_model(config.model, config), config)
         print(rates_table({Path(config.model).name: result}))
         write_text(file, json.dumps(result, indent=1))
         print(f"rates: {file}")

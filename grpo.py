@@ -35,8 +35,8 @@ from common import (Count, LearningRate, Natural, Naturals, NonNegative, Positiv
 from data import (PROMPT_READERS, CodeCache, LeftOut, Sample, keep_usable, read_prompts, read_sources,
                   toy_prompt)
 from evaluate import before_and_after
-from model import (Sampling, UnifiedModel, as_batch, by_modality, check_budget, load, load_training,
-                   prepare_training, restore, save, trainable_state, with_trainable)
+from model import (Sampling, UnifiedModel, as_batch, by_modality, check_budget, check_memory, load,
+                   load_training, prepare_training, restore, save, trainable_state, with_trainable)
 from rewards import (Scores, check_judges, check_rules, group_record, hybrid_rewards, judge, judge_names,
                      make_judges)
 
@@ -75,6 +75,7 @@ class Config:
     top_p: TopPs = 1.0                       # 1: off; two: of text tokens, of image codes
     guidance: NonNegative = 1.0              # 1: off; else rollouts and scoring both are guided
     budget: Count = 160                      # positions that an answer may have
+    rows: Natural = 0                        # answers in the KV cache at a time; 0: as many as fit the device
     # -- adapters
     lora_rank: Natural = 0                   # rank of the decoder's adapters; 0: train the whole policy
     lora_alpha: Positive = 16.0              # adapters are scaled by alpha / rank
@@ -93,7 +94,7 @@ class Config:
 
 RAMP = 5                                     # updates until the learning rate is reached
 FREE = ("device", "reward_device", "save_every", "updates", "resume", "eval_prompts", "eval_sampling", "out",
-        "micro_batch", "checkpointing", "preset")      # settings that may change when a run goes on
+        "rows", "micro_batch", "checkpointing", "preset")      # settings that may change when a run goes on
 
 # --preset paper: what the paper states is marked so. The rest is ours and fits one GPU (the QLoRA variant).
 PAPER = dict(
@@ -301,7 +302,7 @@ def rollout(policy: UnifiedModel, samples: list[Sample], config: Config, judges:
     """Sample G answers to each prompt, judge them, and compare each with its group."""
     G, began = config.group_size, time.perf_counter()
     prompts = [policy.prompt(s.prompt, codes(s.prompt_pictures)) for s in samples]
-    trajectories = policy.generate(prompts, G, config.budget, sampling_of(config), seeds)
+    trajectories = policy.generate(prompts, G, config.budget, sampling_of(config), seeds, config.rows)
     answers = policy.read_answers(trajectories)
     sampled = time.perf_counter()
     scores = judge([s.prompt for s in samples for _ in range(G)], answers, *judges)
@@ -420,6 +421,7 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> list[S
     state, tensors = load_training(folder / "policy") if config.resume else ({}, {})
     check_settings(folder, state.get("settings", {}), asdict(config), FREE)
     pool, left_out = read_pool(config)
+    check_memory(config.model, config.budget, config.rows, device, config.quantize)
     policy, reference = start_policy(config, state, device)
     optimizer = torch.optim.Adam(policy.policy_parameters(), lr=config.lr, betas=(0.9, 0.95))
     restore_optimizer(optimizer, tensors)

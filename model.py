@@ -33,10 +33,12 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+from tqdm import tqdm
 
-from common import (Count, Naturals, NonNegative, NonNegatives, TopPs, UserError, open_tensors, parse_config,
-                    pick_device, picture_html, read_json, read_picture, read_tensor, reading, run_main,
-                    seeded, settle_folder, snapshot, write_page, write_text, write_tensors, write_whole)
+from common import (Count, Naturals, NonNegative, NonNegatives, TopPs, UserError, free_bytes, open_tensors,
+                    parse_config, pick_device, picture_html, read_json, read_picture, read_tensor, reading,
+                    run_main, seeded, settle_folder, snapshot, total_bytes, write_page, write_text,
+                    write_tensors, write_whole)
 from tokenizer import (IMAGE_END, IMAGE_PLACEHOLDER, IMAGE_START, THINK_END, THINK_START, VISION_NAMES,
                        Answer, Attention, Block, ImageTokenizer, Sequence, TextTokenizer, VisionConfig, pack,
                        pad, parse_answer, preprocess, to_pictures)
@@ -383,6 +385,7 @@ class UnifiedModel(nn.Module):
         self.configs: dict[str, dict] = {}               # the published config.json files, by folder
         self.source, self.quantize = "", "none"          # what the weights were loaded from, and how
         self.adapter: dict | None = None                 # rank and alpha, if there are adapters
+        self.rows = 0                                    # what `rows_that_fit` printed last
 
     @property
     def device(self) -> torch.device:
@@ -472,15 +475,16 @@ class UnifiedModel(nn.Module):
         Choice: what the policy should learn, closing tags included, is its own decision.
 
         seeds: one tuple for each prompt, by default its place in the list. Answer g of prompt p follows from
-        (*seeds[p], g) alone: neither the batch nor `rows` nor the device changes it.
-        rows: answers in memory at a time (0: all).
+        (*seeds[p], g) alone: neither the batch nor `rows` nor the device changes it. (Other batches sum in
+        another order. That can move a decision whose random number lies within rounding of a boundary.)
+        rows: answers in the KV cache at a time (0: as many as fit the device's free memory).
         Raises UserError where a prompt and its budget exceed the decoder's context, or where the budget is
         too small for the image that a prompt opens.
         """
         N, D = self.vision_config.positions, self.vision_config.depth
         context = self.decoder.config.context
-        longest = max(map(len, prompts))
-        if budget < 1 or longest + budget > context:
+        longest = max(map(len, prompts), default=0)
+        if longest + budget > context:
             raise UserError(f"a prompt of {longest} positions and an answer of up to {budget} exceed the "
                             f"decoder's context of {context}: shorten the prompt or lower --budget")
         if budget < N and any(self.opens_image(prompt) for prompt in prompts):
@@ -488,9 +492,10 @@ class UnifiedModel(nn.Module):
         seeds = seeds or [(p,) for p in range(len(prompts))]
         answers = [(p, torch.rand(budget, D, generator=seeded(*seeds[p], g)))
                    for p in range(len(prompts)) for g in range(group)]
+        rows = rows or self.rows_that_fit(len(answers), longest + budget, sampling.guidance != 1)
         trajectories = []
-        for start in range(0, len(answers), rows or len(answers)):
-            places, uniforms = zip(*answers[start:start + (rows or len(answers))])
+        for start in range(0, len(answers), rows):
+            places, uniforms = zip(*answers[start:start + rows])
             first = places[0]
             part, index = prompts[first:places[-1] + 1], torch.tensor(places) - first
             columns = self.sample_rows(part, index, torch.stack(uniforms), sampling)
@@ -502,6 +507,22 @@ class UnifiedModel(nn.Module):
                 trajectories.append(Trajectory(prompts[p], tokens[:n], is_image, decisions, logp[:n],
                                                bool(truncated)))
         return trajectories
+
+    def rows_that_fit(self, answers: int, positions: int, guided: bool) -> int:
+        """How many of `answers` rows of `positions` fit beside the weights: all on a CPU, at least 1.
+
+        A number below `answers` is printed when it changes. Guidance takes up to one more image a row.
+        """
+        free = free_bytes(self.device)
+        if guided:
+            positions += len(self.unconditional_prompt()) + self.vision_config.positions
+        row = row_bytes(self.decoder.config, positions, self.projector[0].weight.element_size())
+        rows = max(1, answers if free is None else min(answers, int(ROOM * free) // row))
+        if rows < answers and rows != self.rows:
+            self.rows = rows
+            tqdm.write(f"--rows: {rows} of {answers} answers at a time ({row / 2 ** 20:,.0f} MiB of keys and "
+                       f"values each, {free / 2 ** 30:.1f} GiB free)")
+        return rows
 
     @torch.inference_mode()
     def sample_rows(self, prompts: list[Sequence], index: Tensor, uniform: Tensor, sampling: Sampling
@@ -749,6 +770,42 @@ def chat(text: str, system: str) -> str:
     An empty message is treated like a missing one, as there: nothing stands between 'USER:' and 'ASSISTANT:'.
     """
     return f"{system} USER: {text} ASSISTANT:" if text.strip() else f"{system} USER:ASSISTANT:"
+
+
+ROOM = 0.8           # share of the free memory that keys and values may take; the rest is for activations
+
+
+def row_bytes(decoder: DecoderConfig, positions: int, bytes_a_number: int) -> int:
+    """What the keys and values of one row take in the cache (VILA-U 7B in bf16: 512 KiB a position)."""
+    head_dim = decoder.hidden_size // decoder.num_attention_heads
+    heads = decoder.num_key_value_heads or decoder.num_attention_heads
+    return 2 * decoder.num_hidden_layers * heads * head_dim * positions * bytes_a_number
+
+
+def check_memory(source: str, budget: int, rows: int, device: torch.device, quantize: str = "none") -> None:
+    """Refuse, before any weight is read, what the device cannot hold: `rows` (0: one) answers of `budget`.
+
+    The estimate is a lower bound: keys and values in 16 bits beside the decoder's files, 4.5 bits a weight
+    with quantize "nf4". Raises UserError with the numbers.
+    """
+    folder = checkpoint_folder(source)
+    if (folder / "adapter.json").exists():
+        with reading(folder / "adapter.json", "the file"):
+            config = read_json(folder / "adapter.json")
+            folder, quantize = checkpoint_folder(config["base"]), config["quantize"]
+    with reading(folder / "llm" / "config.json", "the file"):
+        decoder = decoder_config(read_json(folder / "llm" / "config.json"))
+    if budget >= decoder.context:
+        raise UserError(f"--budget {budget}: the decoder of {source} has a context of {decoder.context} "
+                        f"positions, prompt included")
+    files = sum(file.stat().st_size for file in tensor_files(folder / "llm") if file.exists())
+    weights = files * (4.5 / 16 if quantize == "nf4" else 1)
+    cache, total = max(1, rows) * row_bytes(decoder, budget, 2), total_bytes(device)
+    if total and weights + cache > total:
+        gib = [f"{size / 2 ** 30:.1f} GiB" for size in (cache, weights, total)]
+        raise UserError(f"--rows {rows} --budget {budget}: keys and values of {max(1, rows)} answers take at "
+                        f"least {gib[0]} beside {gib[1]} of weights, but {device} has {gib[2]}: lower one of "
+                        f"them")
 
 
 def check_budget(policy: UnifiedModel, budget: int, name: str) -> None:
@@ -1145,20 +1202,25 @@ def load(source: str | Path, device: str | torch.device = "cpu", quantize: str =
 
 def empty_model(configs: dict[str, dict], shapes: dict[str, tuple]) -> UnifiedModel:
     """Published config files by folder, and shapes of the vision tensors -> a model on the meta device."""
-    llm, tower = configs["llm"], configs["vision_tower"]
-    decoder = DecoderConfig(
+    tower = configs["vision_tower"]
+    head = tower["rqtransformer"]
+    depth = DepthConfig(head["embed_dim"], head["head"]["n_layer"], head["head"]["block"]["n_head"])
+    with torch.device("meta"):
+        model = UnifiedModel(decoder_config(configs["llm"]), depth,
+                             VisionConfig.from_published(tower, shapes))
+    model.configs, model.system_prompt = configs, configs[""].get("system_prompt", VICUNA)
+    return model
+
+
+def decoder_config(llm: dict) -> DecoderConfig:
+    """The published llm/config.json -> the decoder's sizes."""
+    return DecoderConfig(
         hidden_size=llm["hidden_size"], intermediate_size=llm["intermediate_size"],
         num_hidden_layers=llm["num_hidden_layers"], num_attention_heads=llm["num_attention_heads"],
         vocab_size=llm["vocab_size"], num_key_value_heads=llm.get("num_key_value_heads"),
         rms_norm_eps=llm.get("rms_norm_eps", 1e-5), rope_theta=llm.get("rope_theta", 10000.0),
         rope_factor=(llm.get("rope_scaling") or {}).get("factor", 1.0),
         context=context_of(llm), attention_bias=llm.get("attention_bias", False))
-    head = tower["rqtransformer"]
-    depth = DepthConfig(head["embed_dim"], head["head"]["n_layer"], head["head"]["block"]["n_head"])
-    with torch.device("meta"):
-        model = UnifiedModel(decoder, depth, VisionConfig.from_published(tower, shapes))
-    model.configs, model.system_prompt = configs, configs[""].get("system_prompt", VICUNA)
-    return model
 
 
 def context_of(llm: dict) -> int:

@@ -4,10 +4,11 @@ import random
 import pytest
 import torch
 
+import model as model_module
 from common import UserError, seeded
 from data import CodeCache, toy_prompt
-from model import (IMAGE, TEXT, Sampling, as_batch, by_modality, decision_logp, guide, load, sample_index,
-                   save)
+from model import (IMAGE, TEXT, Sampling, as_batch, by_modality, check_memory, decision_logp, guide, load,
+                   sample_index, save)
 from rewards import format_reward
 from tokenizer import IMAGE_START, Sequence, parse_answer
 
@@ -114,6 +115,40 @@ def test_answers_do_not_depend_on_the_batch_or_on_rows(tiny, sampling):
         for a, b in zip(whole, other):
             assert torch.equal(a.tokens, b.tokens) and a.truncated == b.truncated
             assert torch.allclose(a.logp, b.logp, atol=1e-4)
+
+
+def test_rows_follow_from_the_free_memory(tiny, monkeypatch, capsys):
+    """By default as many rows are in the cache as fit, fewer where guidance needs a second branch."""
+    longest, c = max(map(len, prompts(tiny))), tiny.decoder.config
+    kv = [torch.zeros(1, c.num_key_value_heads or c.num_attention_heads, longest + 40,
+                      c.hidden_size // c.num_attention_heads) for _ in range(2 * c.num_hidden_layers)]
+    row = sum(tensor.numel() * tensor.element_size() for tensor in kv)
+    everything = tiny.generate(prompts(tiny), 3, 40)
+    used, sample = [], type(tiny).sample_rows
+
+    def watched(self, part, index, uniform, sampling):
+        used.append(len(index))
+        return sample(self, part, index, uniform, sampling)
+    monkeypatch.setattr(type(tiny), "sample_rows", watched)
+    monkeypatch.setattr(model_module, "free_bytes", lambda device: int(4.5 * row / model_module.ROOM))
+    cut = tiny.generate(prompts(tiny), 3, 40)
+    assert used == [4, 4, 1], "four and a half rows fit"
+    assert "4 of 9 answers at a time" in capsys.readouterr().out
+    assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(everything, cut, strict=True))
+    used.clear()
+    tiny.generate(prompts(tiny), 3, 40, Sampling(guidance=2.0))
+    assert 1 <= used[0] < 4, "the unconditional branch takes its share"
+
+
+def test_what_no_memory_holds_is_refused_before_it_is_loaded(warm, monkeypatch):
+    monkeypatch.setattr(model_module, "stored_tensors", None)          # nothing may be read
+    cpu = torch.device("cpu")
+    check_memory(str(warm), 100, 0, cpu)
+    check_memory(str(warm), 100, 64, cpu)
+    with pytest.raises(UserError, match=r"--rows 9999999 --budget 100: .* at least [\d.]+ GiB .* cpu has"):
+        check_memory(str(warm), 100, 9999999, cpu)
+    with pytest.raises(UserError, match="--budget 100000: the decoder .* context of 256"):
+        check_memory(str(warm), 100000, 0, cpu)
 
 
 @torch.no_grad()
