@@ -55,9 +55,9 @@ from tqdm import tqdm
 import data
 import shapes
 from common import (Count, Natural, Naturals, NonNegative, NonNegatives, TopPs, UserError, Weights,
-                    add_line, check_config, check_settings, flag_of, parse_config, pick_device, picture_html, read_json,
-                    read_lines, read_picture, require, run_main, shown, write_page, write_report, write_text,
-                    write_whole)
+                    add_line, check_config, check_settings, flag_of, parse_config, pick_device, picture_html,
+                    read_json, read_lines, read_picture, require, run_main, shown, write_page, write_report,
+                    write_text, write_whole)
 from data import (I2T_QUESTION, Broken, CodeCache, LeftOut, Question, Sample, fingerprint, keep_usable,
                   toy_prompt)
 from judges import LlavaCritic, strip_marks

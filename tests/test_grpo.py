@@ -137,7 +137,7 @@ def test_one_number_sets_both_modalities_and_two_set_each():
 def test_the_paper_presets_sample_as_published_at_evaluation_and_rl_stays_at_one(tmp_path, monkeypatch):
     """VILA-U's own settings; guidance 3 is the paper's."""
     asked = []
-    monkeypatch.setattr(evaluate, "load", lambda *_: None)
+    monkeypatch.setattr(evaluate, "open_model", lambda *_: None)
     monkeypatch.setattr(evaluate, "evaluate", lambda _, config: asked.append(config) or {})
     monkeypatch.setattr(evaluate, "rates_table", lambda _: "")
     monkeypatch.setattr(evaluate, "write_report", lambda *_: "")
