@@ -305,7 +305,7 @@ def rollout(policy: UnifiedModel, samples: list[Sample], config: Config, judges:
     trajectories = policy.generate(prompts, G, config.budget, sampling_of(config), seeds, config.rows)
     answers = policy.read_answers(trajectories)
     sampled = time.perf_counter()
-    scores = judge([s.prompt for s in samples for _ in range(G)], answers, *judges)
+    scores = judge([s for s in samples for _ in range(G)], answers, *judges, config.credit)
     judged = time.perf_counter()
     groups = [slice(b, b + G) for b in range(0, len(answers), G)]
     values = [advantages(answers[g], scores[g], config) for g in groups]
@@ -322,7 +322,8 @@ def rollout(policy: UnifiedModel, samples: list[Sample], config: Config, judges:
         "steps_per_answer": mean(len(a.segments) for a in answers),
         "truncated": mean(t.truncated for t in trajectories),
         "text_share": (text.sum() / mask.sum()).item(),
-        "no_score": mean(float(r is None) for s in scores for r in s.steps),
+        "no_score": mean(float(missing) for s in scores for missing in s.unscored),
+        "cut_texts": mean(float(cut) for s in scores for cut in s.cut),
         "seconds/rollout": sampled - began, "seconds/reward": judged - sampled}
     return Rollout(samples, answers, scores, tokens, is_image, mask, logp, padded.to(policy.device), metrics)
 
