@@ -240,9 +240,8 @@ def read_pool(config: Config) -> tuple[list[Sample], LeftOut]:
         pool = read_prompts(Path(config.prompts))
     else:
         samples = read_sources(config.prompts, "--prompts", PROMPT_READERS, left_out)
-        pool = [Sample(s.prompt, s.prompt_pictures, origin=s.origin)
-                for of_kind in samples.values() for s in of_kind]
-    check_rules(config, [sample.prompt for sample in pool])
+        pool = [replace(s, answer="", answer_pictures=[]) for of_kind in samples.values() for s in of_kind]
+    check_rules(config, pool)
     return pool, left_out
 
 
@@ -301,7 +300,7 @@ def rollout(policy: UnifiedModel, samples: list[Sample], config: Config, judges:
             seeds: list[tuple]) -> Rollout:
     """Sample G answers to each prompt, judge them, and compare each with its group."""
     G, began = config.group_size, time.perf_counter()
-    prompts = [policy.prompt(s.prompt, codes(s.prompt_pictures)) for s in samples]
+    prompts = [policy.prompt(s.prompt, codes(s.prompt_pictures), s.kind == "t2i") for s in samples]
     trajectories = policy.generate(prompts, G, config.budget, sampling_of(config), seeds, config.rows)
     answers = policy.read_answers(trajectories)
     sampled = time.perf_counter()
@@ -472,6 +471,10 @@ def announce(config: Config, first: int, pool: list[Sample], left_out: LeftOut) 
         print(f"{len(pool):,} prompts are ready")
         for reason, count in left_out.reasons().items():
             print(f"{reason}: {count:,}")
+    unknown = sum(sample.kind == "interleaved" and sample.steps is None for sample in pool)
+    if unknown:
+        print(f"{unknown:,} of them do not say how many \"steps\" they want: any number is well-formed, and "
+              f"r_t and r_v are means over the steps that are there")
     if first >= config.updates:
         print(f"{config.out} is finished: {first} updates (more with --updates, afresh with --no-resume)")
 
