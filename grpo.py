@@ -17,6 +17,7 @@ import math
 import random
 import time
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -36,7 +37,7 @@ from data import (PROMPT_READERS, CodeCache, LeftOut, Sample, keep_usable, read_
                   toy_prompt)
 from evaluate import before_and_after
 from model import (Sampling, UnifiedModel, as_batch, by_modality, check_budget, check_memory, load,
-                   load_training, prepare_training, restore, save, trainable_state, with_trainable)
+                   load_training, prepare_training, restore, save, trainable_state, unpacked, with_trainable)
 from rewards import (Scores, check_judges, check_rules, group_record, hybrid_rewards, judge, judge_names,
                      make_judges)
 
@@ -80,6 +81,7 @@ class Config:
     lora_rank: Natural = 0                   # rank of the decoder's adapters; 0: train the whole policy
     lora_alpha: Positive = 16.0              # adapters are scaled by alpha / rank
     quantize: Literal["none", "nf4"] = "none"    # nf4: the frozen base in 4 bits (QLoRA)
+    unpack: bool = False                     # nf4: a full copy of the base in rollouts: faster, more memory
     checkpointing: bool = False              # recompute layers in the backward pass: less memory, more time
     # -- run
     out: str = "out/grpo"                    # run directory
@@ -94,7 +96,7 @@ class Config:
 
 RAMP = 5                                     # updates until the learning rate is reached
 FREE = ("device", "reward_device", "save_every", "updates", "resume", "eval_prompts", "eval_sampling", "out",
-        "rows", "micro_batch", "checkpointing", "preset")      # settings that may change when a run goes on
+        "rows", "micro_batch", "unpack", "checkpointing", "preset")    # may change when a run goes on
 
 # --preset paper: what the paper states is marked so. The rest is ours and fits one GPU (the QLoRA variant).
 PAPER = dict(
@@ -301,7 +303,8 @@ def rollout(policy: UnifiedModel, samples: list[Sample], config: Config, judges:
     """Sample G answers to each prompt, judge them, and compare each with its group."""
     G, began = config.group_size, time.perf_counter()
     prompts = [policy.prompt(s.prompt, codes(s.prompt_pictures), s.kind == "t2i") for s in samples]
-    trajectories = policy.generate(prompts, G, config.budget, sampling_of(config), seeds, config.rows)
+    with unpacked(policy) if config.unpack else nullcontext():
+        trajectories = policy.generate(prompts, G, config.budget, sampling_of(config), seeds, config.rows)
     answers = policy.read_answers(trajectories)
     sampled = time.perf_counter()
     scores = judge([s for s in samples for _ in range(G)], answers, *judges, config.credit)
@@ -406,6 +409,8 @@ def check(config: Config, world: int = 1) -> None:
 def start_policy(config: Config, state: dict, device: torch.device) -> tuple[UnifiedModel, dict[str, Tensor]]:
     """Load the policy, where its last checkpoint left it, and the reference, its first parameters."""
     policy = load(config.model, device, config.quantize)
+    require(config, "unpack", policy.quantize == "nf4" or not config.unpack,
+            f"a policy in 4 bits (--quantize nf4), but that of {config.model} is not")
     prepare_training(policy, config.lora_rank, config.lora_alpha, config.seed)
     reference = trainable_state(policy)
     if state:
