@@ -293,24 +293,27 @@ def guide(cond: Tensor, uncond: Tensor | None, scale: float) -> Tensor:
     return cond if uncond is None else uncond.float() + scale * (cond - uncond.float())
 
 
-def decision_logp(logits: Tensor, sampling: Sampling, mode: int) -> Tensor:
+def decision_logp(logits: Tensor, sampling: Sampling, mode: int, keep: Tensor | None = None) -> Tensor:
     """logits [..., V] -> log-probabilities [..., V] of the distribution that decisions come from, float32.
 
     mode: TEXT or IMAGE, whose settings count. Temperature, then top-k, then top-p with the crossing token
     kept: the order of VILA-U's code sampler.
     Choice: sampler and scorer call this one function. What is cut has -inf in both.
+    keep [..., 1]: indices that are not cut, whatever their logits.
     """
     logits, (temperature, top_k, top_p) = logits.float(), sampling.of(mode)
     if temperature == 0:
         best = torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
         return best.log()
-    logits = logits / temperature
+    uncut = logits = logits / temperature
     if 0 < top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -torch.inf)
     if top_p < 1:
         ordered, index = logits.softmax(-1).sort(descending=True)
         beyond = ordered.cumsum(-1) - ordered > top_p                       # mass before it already crosses
         logits = logits.masked_fill(torch.zeros_like(beyond).scatter(-1, index, beyond), -torch.inf)
+    if keep is not None:
+        logits = logits.scatter(-1, keep, uncut.gather(-1, keep))
     return logits.log_softmax(-1)
 
 
@@ -391,6 +394,11 @@ class UnifiedModel(nn.Module):
     def device(self) -> torch.device:
         return self.projector[0].weight.device
 
+    @property
+    def pass_dtype(self) -> torch.dtype:
+        """The type that passes compute in."""
+        return self.projector[0].weight.dtype
+
     def policy_parameters(self) -> list[nn.Parameter]:
         """What warm-up and GRPO train: decoder, both heads and projector, or adapters.
 
@@ -427,15 +435,19 @@ class UnifiedModel(nn.Module):
         tokens [B, T, D] int64, is_image [B, T], mask [B, T, D] bool (True: score it; images whole or not at
         all) -> [B, T, D] float32, 0 where mask is False. A code that truncation has cut since it was sampled
         has -inf.
+        Choice: not so with passes in bf16. Their rounding would cut some decisions before the policy has
+        moved at all, so the decision that was sampled always stays.
         """
+        rounded = self.pass_dtype != torch.float32
         before = self.forward(tokens, is_image)[:, :-1]      # alignment: the state one place before predicts
         logp = torch.zeros(tokens.shape, device=tokens.device)
         text = mask[:, :, 0] & ~is_image                                                   # (B, T)
         if text.any():
-            chances = decision_logp(self.decoder.lm_head(before[text[:, 1:]]), sampling, TEXT)     # (n, V)
+            logits, chosen = self.decoder.lm_head(before[text[:, 1:]]), tokens[text][:, :1]
+            chances = decision_logp(logits, sampling, TEXT, chosen if rounded else None)   # (n, V)
             column = torch.zeros_like(mask)
             column[..., 0] = text
-            logp = logp.masked_scatter(column, chances.gather(-1, tokens[text][:, :1]))
+            logp = logp.masked_scatter(column, chances.gather(-1, chosen))
         image = mask[:, :, 0] & is_image                                                   # (B, T)
         if image.any():
             codes = tokens[image]                                                          # (n, D)
@@ -444,8 +456,9 @@ class UnifiedModel(nn.Module):
             if sampling.guidance != 1:
                 uncond = self.depth(self.unconditional(codes), vectors)
             logits = guide(self.depth(before[image[:, 1:]], vectors), uncond, sampling.guidance)
-            chances = decision_logp(logits, sampling, IMAGE)                               # (n, D, K)
-            logp = logp.index_put((image,), chances.gather(-1, codes[..., None])[..., 0])
+            chosen = codes[..., None]
+            chances = decision_logp(logits, sampling, IMAGE, chosen if rounded else None)  # (n, D, K)
+            logp = logp.index_put((image,), chances.gather(-1, chosen)[..., 0])
         return logp
 
     def unconditional(self, codes: Tensor) -> Tensor:
