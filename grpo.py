@@ -22,20 +22,20 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 import warmup
 from common import (Count, LearningRate, Natural, NonNegative, Positive, Range, Run, Share, TopP, UserError,
-                    Weights, average_gradients, averaged, check_config, check_settings, optimizer_tensors,
-                    parse_config, peak_gib, require, restore_optimizer, run_main, start_processes)
+                    Weights, average_gradients, averaged, check_config, check_settings, end_processes,
+                    note_processes, optimizer_tensors, parse_config, peak_gib, require, restore_optimizer,
+                    run_main, start_processes, whole)
 from data import (PROMPT_READERS, CodeCache, LeftOut, Sample, keep_usable, read_prompts, read_sources,
                   toy_prompt)
 from evaluate import before_and_after
-from model import (Sampling, UnifiedModel, as_batch, by_modality, check_budget, check_memory, load,
-                   load_training, prepare_training, restore, save, trainable_state, with_trainable)
+from model import (Sampling, UnifiedModel, as_batch, by_modality, check_budget, check_memory, gathered,
+                   load, load_training, prepare_training, restore, save, trainable_state, with_trainable)
 from rewards import (Scores, check_judges, check_rules, group_record, hybrid_rewards, judge, judge_names,
                      make_judges)
 
@@ -83,6 +83,7 @@ class Config:
     # -- run
     out: str = "out/grpo"                    # run directory
     seed: int = 0                            # of prompts and sampling
+    precision: Literal["auto", "float32", "bf16"] = "auto"    # of the passes; auto: bf16 on a GPU
     device: str = "auto"                     # cpu, cuda, mps; auto takes the best there is
     save_every: Count = 10                   # updates between checkpoints
     resume: bool = True                      # go on from the last checkpoint; --no-resume starts over
@@ -93,7 +94,7 @@ class Config:
 
 RAMP = 5                                     # updates until the learning rate is reached
 FREE = ("device", "reward_device", "save_every", "updates", "resume", "eval_prompts", "eval_guidance", "out",
-        "rows", "micro_batch", "checkpointing", "preset")      # settings that may change when a run goes on
+        "rows", "micro_batch", "checkpointing", "precision", "preset")    # what may change when a run goes on
 
 # --preset paper: what the paper states is marked so. The rest is ours and fits one GPU (the QLoRA variant).
 PAPER = dict(
@@ -301,7 +302,8 @@ def rollout(policy: UnifiedModel, samples: list[Sample], config: Config, judges:
     """Sample G answers to each prompt, judge them, and compare each with its group."""
     G, began = config.group_size, time.perf_counter()
     prompts = [policy.prompt(s.prompt, codes(s.prompt_pictures)) for s in samples]
-    trajectories = policy.generate(prompts, G, config.budget, sampling_of(config), seeds, config.rows)
+    with gathered(policy):
+        trajectories = policy.generate(prompts, G, config.budget, sampling_of(config), seeds, config.rows)
     answers = policy.read_answers(trajectories)
     sampled = time.perf_counter()
     scores = judge([s.prompt for s in samples for _ in range(G)], answers, *judges)
@@ -377,7 +379,7 @@ def update(policy: UnifiedModel, optimizer: torch.optim.Optimizer, batch: Rollou
                 sums[f"kl/{name}"] += kl[of_kind].sum().item()
                 sums[f"clip_frac/{name}"] += clipped[of_kind].sum().item()
     average_gradients(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(policy.policy_parameters(), 1.0)
+    norm = whole(torch.nn.utils.clip_grad_norm_(policy.policy_parameters(), 1.0))
     optimizer.step()
     means = {f"{key}/{name}": sums[f"{key}/{name}"] / max(1, sums[f"count/{name}"])
              for key in ("kl", "clip_frac") for name in ("text", "image")}
@@ -399,13 +401,17 @@ def check(config: Config, world: int = 1) -> None:
             f"a multiple of --epochs-per-rollout {config.epochs_per_rollout}")
     require(config, "prompts_per_update", config.prompts_per_update % world == 0,
             f"a multiple of the {world} processes, which share them")
+    require(config, "reward_device", world == 1 or ":" not in config.reward_device,
+            "no number: under torchrun each process has its judges on its own device")
+    require(config, "precision", config.precision == "auto" or not config.lora_rank,
+            "auto: with adapters the passes have the type of the frozen base")
     check_judges(config)
 
 
 def start_policy(config: Config, state: dict, device: torch.device) -> tuple[UnifiedModel, dict[str, Tensor]]:
     """Load the policy, where its last checkpoint left it, and the reference, its first parameters."""
     policy = load(config.model, device, config.quantize)
-    prepare_training(policy, config.lora_rank, config.lora_alpha, config.seed)
+    prepare_training(policy, config.lora_rank, config.lora_alpha, config.seed, config.precision)
     reference = trainable_state(policy)
     if state:
         restore(policy, Path(config.out) / "policy")
@@ -426,12 +432,11 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> list[S
     restore_optimizer(optimizer, tensors)
     judges, codes = make_judges(config, device), CodeCache(policy)
     pool = ready_prompts(pool, left_out, policy, codes, config)
-    run = Run(config, state.get("lines", 0)) if rank == 0 else None
+    run = Run(config, state.get("lines", 0))                                               # rank 0 writes
     first, silent = state.get("update", 0), 0
-    if rank == 0:
-        announce(config, first, pool, left_out)
-        if first == 0 and config.eval_prompts:
-            show(policy, run, config, pool, judges, "000000_before", "Before GRPO: the warm-up model")
+    announce(config, state, pool, left_out)
+    if first == 0 and config.eval_prompts:
+        show(policy, run, config, pool, judges, "000000_before", "Before GRPO: the warm-up model")
     bar = tqdm(range(first, config.updates, config.epochs_per_rollout), desc="grpo", disable=rank > 0,
                initial=first // config.epochs_per_rollout, total=config.updates // config.epochs_per_rollout)
     for done in bar:
@@ -450,28 +455,29 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> list[S
         now, before, done = time.perf_counter(), done, done + config.epochs_per_rollout
         metrics = averaged({**batch.metrics, **metrics, "seconds": now - began,
                             "seconds/reference": compared - sampled, "seconds/update": now - compared,
-                            "peak_gib": peak_gib(device)}, world, device)
+                            "peak_gib": peak_gib(device)}, device)
         silent = silent + 1 if metrics["zero_spread"] == 1 else 0
-        if rank == 0:
-            log(run, bar, done, metrics, silent)                                           # step 7
-            if done // config.save_every > before // config.save_every or done == config.updates:
-                title = f"Rollout of update {done}"
-                run.sample(f"{done:06d}", title, batch.records(3), judge_records(judges))
-                state = {"update": done, "lines": run.lines, "settings": asdict(config)}
-                save(policy, folder / "policy", state, optimizer_tensors(optimizer))
-    if rank == 0 and first < config.updates and config.eval_prompts:
+        log(run, bar, done, metrics, silent)                                               # step 7
+        if done // config.save_every > before // config.save_every or done == config.updates:
+            title = f"Rollout of update {done}"
+            run.sample(f"{done:06d}", title, batch.records(3), judge_records(judges))
+            state = {"update": done, "lines": run.lines, "processes": world, "settings": asdict(config)}
+            save(policy, folder / "policy", state, optimizer_tensors(optimizer))
+    if first < config.updates and config.eval_prompts:
         show(policy, run, config, pool, judges, "999999_after", "After GRPO: the same prompts")
     return pool
 
 
-def announce(config: Config, first: int, pool: list[Sample], left_out: LeftOut) -> None:
-    """Print how many prompts are ready, what was left out, and whether the run is finished already."""
+def announce(config: Config, state: dict, pool: list[Sample], left_out: LeftOut) -> None:
+    """Print how many prompts are ready, what was left out, and where a run that goes on stands."""
+    first = state.get("update", 0)
     if pool:
         print(f"{len(pool):,} prompts are ready")
         for reason, count in left_out.reasons().items():
             print(f"{reason}: {count:,}")
     if first >= config.updates:
         print(f"{config.out} is finished: {first} updates (more with --updates, afresh with --no-resume)")
+    note_processes(state)
 
 
 def log(run: Run, bar: tqdm, done: int, metrics: dict, silent: int) -> None:
@@ -509,14 +515,11 @@ def main() -> None:
         "visual_reward": judge_names("visual")})
     rank, world, device = start_processes(config.device)
     check(config, world)
-    if rank == 0 and config.model == Config.model and not warmup.is_done(Path(config.model)):
+    if config.model == Config.model and not warmup.is_done(Path(config.model)):
         print(f"no warm-up model in {config.model} yet: training it first, once (2 minutes on two CPU cores)")
         warmup.warm_up(warmup.Config(device=config.device))
-    if world > 1:
-        dist.barrier()
     pool = train(config, rank, world, device)
-    if world > 1:
-        dist.destroy_process_group()
+    end_processes()
     if rank == 0:
         before_and_after(config, [sample.prompt for sample in pool])
 
