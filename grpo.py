@@ -17,6 +17,7 @@ import math
 import random
 import time
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -35,7 +36,8 @@ from data import (PROMPT_READERS, CodeCache, LeftOut, Sample, keep_usable, read_
                   toy_prompt)
 from evaluate import before_and_after
 from model import (Sampling, UnifiedModel, as_batch, by_modality, check_budget, check_memory, gathered,
-                   load, load_training, prepare_training, restore, save, trainable_state, with_trainable)
+                   load, load_training, prepare_training, restore, save, trainable_state, unpacked,
+                   with_trainable)
 from rewards import (Scores, check_judges, check_rules, group_record, hybrid_rewards, judge, judge_names,
                      make_judges)
 
@@ -79,6 +81,7 @@ class Config:
     lora_rank: Natural = 0                   # rank of the decoder's adapters; 0: train the whole policy
     lora_alpha: Positive = 16.0              # adapters are scaled by alpha / rank
     quantize: Literal["none", "nf4"] = "none"    # nf4: the frozen base in 4 bits (QLoRA)
+    unpack: bool = False                     # nf4: a full copy of the base in rollouts: faster, more memory
     checkpointing: bool = False              # recompute layers in the backward pass: less memory, more time
     # -- run
     out: str = "out/grpo"                    # run directory
@@ -94,7 +97,7 @@ class Config:
 
 RAMP = 5                                     # updates until the learning rate is reached
 FREE = ("device", "reward_device", "save_every", "updates", "resume", "eval_prompts", "eval_guidance", "out",
-        "rows", "micro_batch", "checkpointing", "precision", "preset")    # what may change when a run goes on
+        "rows", "micro_batch", "unpack", "checkpointing", "precision", "preset")    # may change on resuming
 
 # --preset paper: what the paper states is marked so. The rest is ours and fits one GPU (the QLoRA variant).
 PAPER = dict(
@@ -302,11 +305,11 @@ def rollout(policy: UnifiedModel, samples: list[Sample], config: Config, judges:
     """Sample G answers to each prompt, judge them, and compare each with its group."""
     G, began = config.group_size, time.perf_counter()
     prompts = [policy.prompt(s.prompt, codes(s.prompt_pictures)) for s in samples]
-    with gathered(policy):
+    with gathered(policy), unpacked(policy) if config.unpack else nullcontext():
         trajectories = policy.generate(prompts, G, config.budget, sampling_of(config), seeds, config.rows)
     answers = policy.read_answers(trajectories)
     sampled = time.perf_counter()
-    scores = judge([s.prompt for s in samples for _ in range(G)], answers, *judges)
+    scores = judge([s for s in samples for _ in range(G)], answers, *judges, config.credit)
     judged = time.perf_counter()
     groups = [slice(b, b + G) for b in range(0, len(answers), G)]
     values = [advantages(answers[g], scores[g], config) for g in groups]
@@ -323,7 +326,8 @@ def rollout(policy: UnifiedModel, samples: list[Sample], config: Config, judges:
         "steps_per_answer": mean(len(a.segments) for a in answers),
         "truncated": mean(t.truncated for t in trajectories),
         "text_share": (text.sum() / mask.sum()).item(),
-        "no_score": mean(float(r is None) for s in scores for r in s.steps),
+        "no_score": mean(float(missing) for s in scores for missing in s.unscored),
+        "cut_texts": mean(float(cut) for s in scores for cut in s.cut),
         "seconds/rollout": sampled - began, "seconds/reward": judged - sampled}
     return Rollout(samples, answers, scores, tokens, is_image, mask, logp, padded.to(policy.device), metrics)
 
@@ -411,6 +415,8 @@ def check(config: Config, world: int = 1) -> None:
 def start_policy(config: Config, state: dict, device: torch.device) -> tuple[UnifiedModel, dict[str, Tensor]]:
     """Load the policy, where its last checkpoint left it, and the reference, its first parameters."""
     policy = load(config.model, device, config.quantize)
+    require(config, "unpack", policy.quantize == "nf4" or not config.unpack,
+            f"a policy in 4 bits (--quantize nf4), but that of {config.model} is not")
     prepare_training(policy, config.lora_rank, config.lora_alpha, config.seed, config.precision)
     reference = trainable_state(policy)
     if state:

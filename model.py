@@ -814,10 +814,8 @@ def check_memory(source: str, budget: int, rows: int, device: torch.device, quan
     with quantize "nf4". Raises UserError with the numbers.
     """
     folder = checkpoint_folder(source)
-    if (folder / "adapter.json").exists():
-        with reading(folder / "adapter.json", "the file"):
-            config = read_json(folder / "adapter.json")
-            folder, quantize = checkpoint_folder(config["base"]), config["quantize"]
+    if adapter := adapter_settings(folder):
+        folder, quantize = checkpoint_folder(adapter["base"]), adapter["quantize"]
     with reading(folder / "llm" / "config.json", "the file"):
         decoder = decoder_config(read_json(folder / "llm" / "config.json"))
     if budget >= decoder.context:
@@ -854,14 +852,25 @@ NF4 = torch.tensor([-1.0, -0.6961928009986877, -0.5250730514526367, -0.394917488
 
 @cache
 def nf4_tables(device: torch.device) -> tuple[Tensor, Tensor]:
-    """The bounds [15] between neighbouring values and the pairs [256, 2] that a byte stands for.
+    """The bounds [15] between neighbouring values and the pairs [256] that a byte stands for.
 
-    They are computed once a device.
+    A pair is two float32 values in the bits of one int64, so that a look-up moves both at once. They are
+    computed once a device.
     """
     with torch.inference_mode(False):
         bounds = (NF4[1:] + NF4[:-1]) / 2                      # a weight goes to the nearer of two values
-        pairs = torch.stack((NF4.repeat_interleave(16), NF4.repeat(16)), 1)
+        pairs = torch.stack((NF4.repeat_interleave(16), NF4.repeat(16)), 1).view(torch.int64)[:, 0]
         return bounds.to(device), pairs.to(device)
+
+
+@cache
+def nf4_buffer(blocks: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory [blocks, 64] for a weight that is used once and then forgotten, the same at every call.
+
+    On a CPU fresh memory costs more than the arithmetic that fills it.
+    """
+    with torch.inference_mode(False):                          # training fills the same memory later
+        return torch.empty(blocks, NF4_BLOCK, dtype=dtype, device=device)
 
 
 def to_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -882,30 +891,40 @@ def to_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
     return codes[:, 0] << 4 | codes[:, 1], scales
 
 
-def from_nf4(packed: Tensor, scales: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """The inverse of `to_nf4` -> weight [out, in]. Computed in float32, then rounded to `dtype`."""
-    weight = torch.empty(len(scales), NF4_BLOCK, dtype=dtype, device=packed.device)
+def from_nf4(packed: Tensor, scales: Tensor, shape: tuple[int, int], dtype: torch.dtype,
+             out: Tensor | None = None) -> Tensor:
+    """The inverse of `to_nf4` -> weight [out, in], in the memory of `out` [n / 64, 64] if there is one.
+
+    Computed in float32, then rounded to `dtype`. On a CPU a part at a time, which stays in its cache.
+    """
+    if out is None:
+        out = torch.empty(len(scales), NF4_BLOCK, dtype=dtype, device=packed.device)
     _, pairs = nf4_tables(packed.device)
-    for part, bytes_, scale in zip(weight.split(2 ** 16), packed.split(2 ** 21), scales.split(2 ** 16)):
-        part.copy_(pairs.index_select(0, bytes_.int()).view(-1, NF4_BLOCK).mul_(scale[:, None]))
-    return weight.view(shape)
+    n = 2 ** 14 if packed.device.type == "cpu" else len(scales)
+    for part, bytes_, scale in zip(out.split(n), packed.split(n * NF4_BLOCK // 2), scales.split(n)):
+        values = pairs.index_select(0, bytes_.int()).view(torch.float32).view(-1, NF4_BLOCK)
+        torch.mul(values, scale[:, None], out=part)
+    return out.view(shape)
 
 
 class NF4Product(torch.autograd.Function):
     """x W^T for a W in 4 bits.
 
-    The backward pass unpacks it again: only one layer's full weight exists at a time.
+    The backward pass unpacks it again: only one layer's full weight exists at a time, in `nf4_buffer`.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, packed: Tensor, scales: Tensor, shape: tuple[int, int]) -> Tensor:
         ctx.save_for_backward(packed, scales)
         ctx.shape = shape
-        return F.linear(x, from_nf4(packed, scales, shape, x.dtype))
+        out = nf4_buffer(len(scales), x.dtype, x.device)
+        return F.linear(x, from_nf4(packed, scales, shape, x.dtype, out))
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return grad @ from_nf4(*ctx.saved_tensors, ctx.shape, grad.dtype), None, None, None
+        packed, scales = ctx.saved_tensors
+        out = nf4_buffer(len(scales), grad.dtype, grad.device)
+        return grad @ from_nf4(packed, scales, ctx.shape, grad.dtype, out), None, None, None
 
 
 class NF4Linear(nn.Module):
@@ -918,14 +937,35 @@ class NF4Linear(nn.Module):
         self.register_buffer("packed", packed)
         self.register_buffer("scales", scales)
         self.bias, self.dtype = bias, weight.dtype
+        self.full: Tensor | None = None                        # the whole weight, inside `unpacked`
 
     @property
     def weight(self) -> Tensor:
         return from_nf4(self.packed, self.scales, (self.out_features, self.in_features), self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = NF4Product.apply(x, self.packed, self.scales, (self.out_features, self.in_features))
+        if self.full is None:
+            y = NF4Product.apply(x, self.packed, self.scales, (self.out_features, self.in_features))
+        else:
+            y = F.linear(x, self.full)
         return y if self.bias is None else y + self.bias
+
+
+@contextmanager
+def unpacked(model: nn.Module):
+    """Keep every 4-bit weight of `model` unpacked as well inside a with-block, the packed ones beside it.
+
+    Each is then unpacked once instead of once a pass. The results are the same. It costs the memory of the
+    unpacked weights, 13 GB for the linear layers of a 7B decoder in bfloat16.
+    """
+    layers = [m for m in model.modules() if isinstance(m, NF4Linear)]
+    try:
+        for layer in layers:
+            layer.full = layer.weight
+        yield model
+    finally:
+        for layer in layers:
+            layer.full = None
 
 
 class LoRALinear(nn.Module):
@@ -1249,7 +1289,7 @@ def checkpoint_folder(source: str) -> Path:
     """
     for folder in (Path(source) / "policy", Path(source)):
         settle_folder(folder)
-        if (folder / "llm").is_dir() or (folder / "adapter.json").exists():
+        if (folder / "llm").is_dir() or adapter_settings(folder):
             return folder
     is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and not source.startswith("out/")
     if Path(source).exists() or not is_hub_id:
@@ -1267,8 +1307,8 @@ def load(source: str | Path, device: str | torch.device = "cpu", quantize: str =
     Raises UserError, naming file, tensor and both shapes, for what is missing, unknown or misshaped.
     """
     folder = checkpoint_folder(str(source))
-    if (folder / "adapter.json").exists():
-        return load_adapters(folder, device)
+    if adapter := adapter_settings(folder):
+        return load_adapters(folder, device, **adapter)
     configs = {part: read_json(folder / part / "config.json") for part in ("", "llm", "vision_tower")}
     stored = stored_tensors(tensor_files(folder / "vision_tower"))
     with reading(folder, "one of its config.json files or its vision tensors"):
@@ -1276,7 +1316,7 @@ def load(source: str | Path, device: str | torch.device = "cpu", quantize: str =
     model.text = TextTokenizer.from_folder(folder / "llm")              # small files first: they fail fast
     load_weights(model, folder, device, quantize)
     add_tokens(model, [THINK_START, THINK_END])
-    model.source, model.quantize = str(Path(source).resolve() if Path(source).exists() else source), quantize
+    model.source, model.quantize = str(folder.resolve() if Path(source).exists() else source), quantize
     return model
 
 
@@ -1326,32 +1366,91 @@ def load_weights(model: UnifiedModel, folder: Path, device: str | torch.device,
     model.vision.requires_grad_(False)
 
 
-def load_adapters(folder: Path, device: str | torch.device) -> UnifiedModel:
-    """adapter.json (base, quantize, rank, alpha) and adapter.safetensors -> the base with these adapters."""
-    with reading(folder / "adapter.json", "the file"):
-        config = read_json(folder / "adapter.json")
-        base, quantize, rank, alpha = config["base"], config["quantize"], config["rank"], config["alpha"]
+# How our names of trained tensors end -> how PEFT's do, behind LLaMA's name of the layer.
+PEFT = {"a": "lora_A.weight", "b": "lora_B.weight", "rows": "token_adapter.trainable_tokens_delta"}
+# Settings of PEFT that make more of an adapter than LoRALinear: each has to be off.
+NOT_READ = ("use_dora", "use_rslora", "alpha_pattern", "rank_pattern", "modules_to_save", "fan_in_fan_out")
+
+
+def peft_name(name: str) -> str:
+    """The name that PEFT gives to one of our trained tensors."""
+    path, _, leaf = rename(name, {ours: theirs for theirs, ours in NAMES["llm"].items()}).rpartition(".")
+    return f"base_model.model.{path}.{PEFT[leaf]}"
+
+
+def peft_config(model: UnifiedModel) -> dict:
+    """What adapter_config.json says about a model's adapters.
+
+    The base is the decoder's folder llm/, an ordinary LLaMA. The rows of <think> and </think> are PEFT's
+    trainable tokens: a base that lacks them needs `resize_token_embeddings` first.
+    """
+    layers = model.decoder.layers[0].named_modules()
+    return {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": f"{model.source}/llm",
+            "r": model.adapter["rank"], "lora_alpha": model.adapter["alpha"], "bias": "none",
+            "target_modules": [name.split(".")[1] for name, m in layers if isinstance(m, LoRALinear)],
+            "trainable_token_indices": added_ids(model), "inference_mode": True}
+
+
+def added_ids(model: UnifiedModel) -> dict[str, list[int]]:
+    """Which rows of the embedding and of lm_head are trained beside the adapters."""
+    return {"embed_tokens": model.decoder.embed.ids, "lm_head": model.decoder.lm_head.ids}
+
+
+def adapter_settings(folder: Path) -> dict | None:
+    """Base, quantize, rank and alpha of a folder of adapters in PEFT's layout; None for any other folder.
+
+    Ours have a base.json beside PEFT's files, {"quantize": how the base was loaded}. An adapter.json of
+    earlier versions is read too. Raises UserError for adapters that are not plain LoRA.
+    """
+    file, ours, earlier = (folder / name for name in ("adapter_config.json", "base.json", "adapter.json"))
+    if file.exists():
+        with reading(file, "the file"):
+            config = read_json(file)
+            more = [key for key in NOT_READ if config.get(key)]
+            if config["peft_type"] != "LORA" or more:
+                raise UserError(f"{file}: expected plain LoRA, found {more or config['peft_type']}")
+            return {"base": config["base_model_name_or_path"].removesuffix("/llm"),
+                    "quantize": read_json(ours)["quantize"] if ours.exists() else "none",
+                    "rank": int(config["r"]), "alpha": float(config["lora_alpha"])}
+    if earlier.exists():
+        with reading(earlier, "the file"):
+            config = read_json(earlier)
+            return {key: config[key] for key in ("base", "quantize", "rank", "alpha")}
+    return None
+
+
+def load_adapters(folder: Path, device: str | torch.device, base: str, quantize: str, rank: int,
+                  alpha: float) -> UnifiedModel:
+    """The base as it was when adapters were trained, with the adapters of this folder."""
     try:
         model = load(base, device, quantize)
     except UserError as error:
-        raise UserError(f"{folder / 'adapter.json'}: its base cannot be loaded: {error}") from None
+        raise UserError(f"{folder}: the base of these adapters cannot be loaded: {error}") from None
     prepare_training(model, rank, alpha)
     load_adapter_weights(model, folder, device)
     return model
 
 
 def load_adapter_weights(model: UnifiedModel, folder: Path, device: str | torch.device) -> None:
-    """Read adapter.safetensors to its place in a model that has such adapters.
+    """Read adapter_model.safetensors to its place in a model that has such adapters.
 
     Raises UserError where they differ.
     """
-    file = folder / "adapter.safetensors"
-    stored, wanted = stored_tensors([file]), set(trainable_state(model))
-    if stored.keys() != wanted:
-        name = sorted(stored.keys() ^ wanted)[0]
-        raise UserError(f"{file}: tensor {name} is {'missing' if name in wanted else 'unknown'}")
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    file, names = folder / "adapter_model.safetensors", {peft_name(name): name for name in trained}
+    if (folder / "adapter_config.json").exists():
+        ids = read_json(folder / "adapter_config.json").get("trainable_token_indices")
+        if ids != added_ids(model):
+            raise UserError(f"{folder / 'adapter_config.json'}: trainable_token_indices is {ids}, but the "
+                            f"ids of {THINK_START} and {THINK_END} in the base are {added_ids(model)}")
+    else:                                                                # earlier versions: our own names
+        file, names = folder / "adapter.safetensors", {name: name for name in trained}
+    stored = stored_tensors([file])
+    if stored.keys() != names.keys():
+        name = sorted(stored.keys() ^ names.keys())[0]
+        raise UserError(f"{file}: tensor {name} is {'missing' if name in names else 'unknown'}")
     for name, tensor in stored.items():
-        assign(model, name, tensor.read().to(device), f"{file}: tensor {name}")
+        assign(model, names[name], tensor.read().float().to(device), f"{file}: tensor {name}")
 
 
 def restore(model: UnifiedModel, folder: Path) -> None:
@@ -1380,7 +1479,7 @@ def add_tokens(model: UnifiedModel, tokens: list[str]) -> None:
 
 def save(model: UnifiedModel, folder: Path, state: dict | None = None,
          tensors: dict[str, Tensor] | None = None) -> None:
-    """Write a checkpoint, whole or not at all: the published layout, or the adapters alone if there are any.
+    """Write a checkpoint, whole or not at all: the published layout, or the adapters alone, in PEFT's.
 
     state (JSON) and tensors are what training needs to go on (where it was, the optimizer). They become
     training.json and training.safetensors.
@@ -1391,9 +1490,10 @@ def save(model: UnifiedModel, folder: Path, state: dict | None = None,
         new = Path(new)
         new.mkdir(exist_ok=True)
         if model.adapter:
-            config = {"base": model.source, "quantize": model.quantize, **model.adapter}
-            write_text(new / "adapter.json", json.dumps(config, indent=1))
-            write_tensors(trainable_state(model), new / "adapter.safetensors")
+            write_text(new / "adapter_config.json", json.dumps(peft_config(model), indent=1))
+            write_text(new / "base.json", json.dumps({"quantize": model.quantize}))
+            write_tensors({peft_name(name): value for name, value in trainable_state(model).items()},
+                          new / "adapter_model.safetensors")
         else:
             write_published(model, new)
         if state is not None:
