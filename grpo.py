@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
@@ -32,13 +31,14 @@ from tqdm import tqdm
 import warmup
 from common import (Count, LearningRate, Natural, Naturals, NonNegative, Positive, Positives, Range, Run,
                     Share, TopPs, UserError, Weights, average_gradients, averaged, check_config,
-                    check_settings, optimizer_tensors, parse_config, peak_gib, require, restore_optimizer,
-                    run_main, start_processes)
+                    check_settings, end_processes, note_processes, optimizer_tensors, parse_config, peak_gib,
+                    require, restore_optimizer, run_main, start_processes, whole)
 from data import (PROMPT_READERS, CodeCache, LeftOut, Sample, keep_usable, read_prompts, read_sources,
                   toy_prompt)
 from evaluate import before_and_after
-from model import (Sampling, UnifiedModel, as_batch, by_modality, check_budget, check_memory, load,
-                   load_training, prepare_training, restore, save, trainable_state, unpacked, with_trainable)
+from model import (Sampling, UnifiedModel, as_batch, by_modality, check_budget, check_memory, gathered,
+                   load, load_training, prepare_training, restore, save, trainable_state, unpacked,
+                   with_trainable)
 from rewards import (Scores, check_judges, check_rules, group_record, hybrid_rewards, judge, judge_names,
                      make_judges)
 
@@ -89,6 +89,7 @@ class Config:
     # -- run
     out: str = "out/grpo"                    # run directory
     seed: int = 0                            # of prompts and sampling
+    precision: Literal["auto", "float32", "bf16"] = "auto"    # of the passes; auto: bf16 on a GPU
     device: str = "auto"                     # cpu, cuda, mps; auto takes the best there is
     save_every: Count = 10                   # updates between checkpoints
     resume: bool = True                      # go on from the last checkpoint; --no-resume starts over
@@ -99,7 +100,7 @@ class Config:
 
 RAMP = 5                                     # updates until the learning rate is reached
 FREE = ("device", "reward_device", "save_every", "updates", "resume", "eval_prompts", "eval_sampling", "out",
-        "rows", "micro_batch", "unpack", "checkpointing", "preset")    # may change when a run goes on
+        "rows", "micro_batch", "unpack", "checkpointing", "precision", "preset")    # may change on resuming
 
 # --preset paper: what the paper states is marked so. The rest is ours and fits one GPU (the QLoRA variant).
 PAPER = dict(
@@ -308,7 +309,7 @@ def rollout(policy: UnifiedModel, samples: list[Sample], config: Config, judges:
     """Sample G answers to each prompt, judge them, and compare each with its group."""
     G, began = config.group_size, time.perf_counter()
     prompts = [policy.prompt(s.prompt, codes(s.prompt_pictures), s.kind == "t2i") for s in samples]
-    with unpacked(policy) if config.unpack else nullcontext():
+    with gathered(policy), unpacked(policy) if config.unpack else nullcontext():
         trajectories = policy.generate(prompts, G, config.budget, sampling_of(config), seeds, config.rows)
     answers = policy.read_answers(trajectories)
     sampled = time.perf_counter()
@@ -415,7 +416,7 @@ def update(policy: UnifiedModel, optimizer: torch.optim.Optimizer, batch: Rollou
                 sums[f"kl/{name}"] += kl[of_kind].sum().item()
                 sums[f"clip_frac/{name}"] += clipped[of_kind].sum().item()
     average_gradients(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(policy.policy_parameters(), 1.0)
+    norm = whole(torch.nn.utils.clip_grad_norm_(policy.policy_parameters(), 1.0))
     optimizer.step()
     means = {f"{key}/{name}": sums[f"{key}/{name}"] / max(1, sums[f"count/{name}"])
              for key in ("kl", "clip_frac") for name in ("text", "image")}
@@ -439,6 +440,10 @@ def check(config: Config, world: int = 1) -> None:
             f"a multiple of --epochs-per-rollout {config.epochs_per_rollout}")
     require(config, "prompts_per_update", config.prompts_per_update % world == 0,
             f"a multiple of the {world} processes, which share them")
+    require(config, "reward_device", world == 1 or ":" not in config.reward_device,
+            "no number: under torchrun each process has its judges on its own device")
+    require(config, "precision", config.precision == "auto" or not config.lora_rank,
+            "auto: with adapters the passes have the type of the frozen base")
     check_judges(config)
 
 
@@ -447,7 +452,7 @@ def start_policy(config: Config, state: dict, device: torch.device) -> tuple[Uni
     policy = load(config.model, device, config.quantize)
     require(config, "unpack", policy.quantize == "nf4" or not config.unpack,
             f"a policy in 4 bits (--quantize nf4), but that of {config.model} is not")
-    prepare_training(policy, config.lora_rank, config.lora_alpha, config.seed)
+    prepare_training(policy, config.lora_rank, config.lora_alpha, config.seed, config.precision)
     reference = trainable_state(policy)
     if state:
         restore(policy, Path(config.out) / "policy")
@@ -468,12 +473,11 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> list[S
     restore_optimizer(optimizer, tensors)
     judges, codes = make_judges(config, device), CodeCache(policy)
     pool = ready_prompts(pool, left_out, policy, codes, config)
-    run = Run(config, state.get("lines", 0)) if rank == 0 else None
+    run = Run(config, state.get("lines", 0))                                               # rank 0 writes
     first, silent = state.get("update", 0), 0
-    if rank == 0:
-        announce(config, first, pool, left_out)
-        if first == 0 and config.eval_prompts:
-            show(policy, run, config, pool, judges, "000000_before", "Before GRPO: the warm-up model")
+    announce(config, state, pool, left_out)
+    if first == 0 and config.eval_prompts:
+        show(policy, run, config, pool, judges, "000000_before", "Before GRPO: the warm-up model")
     bar = tqdm(range(first, config.updates, config.epochs_per_rollout), desc="grpo", disable=rank > 0,
                initial=first // config.epochs_per_rollout, total=config.updates // config.epochs_per_rollout)
     for done in bar:
@@ -484,7 +488,7 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> list[S
                         [(config.seed, done, number) for number, _ in numbered])           # steps 1 to 4
         sampled = time.perf_counter()
         ref_logp = reference_logp(policy, reference, batch, config)
-        compared = time.perf_counter()
+        scored = time.perf_counter()
         metrics = {}
         for epoch in range(config.epochs_per_rollout):
             for group in optimizer.param_groups:
@@ -492,23 +496,23 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> list[S
             metrics |= update(policy, optimizer, batch, ref_logp, config, epoch)           # steps 5 and 6
         now, before, done = time.perf_counter(), done, done + config.epochs_per_rollout
         metrics = averaged({**batch.metrics, **metrics, "seconds": now - began,
-                            "seconds/reference": compared - sampled, "seconds/update": now - compared,
-                            "peak_gib": peak_gib(device)}, world, device)
+                            "seconds/reference": scored - sampled, "seconds/update": now - scored,
+                            "peak_gib": peak_gib(device)}, device)
         silent = silent + 1 if metrics["zero_spread"] == 1 else 0
-        if rank == 0:
-            log(run, bar, done, metrics, silent)                                           # step 7
-            if done // config.save_every > before // config.save_every or done == config.updates:
-                title = f"Rollout of update {done}"
-                run.sample(f"{done:06d}", title, batch.records(3), judge_records(judges))
-                state = {"update": done, "lines": run.lines, "settings": asdict(config)}
-                save(policy, folder / "policy", state, optimizer_tensors(optimizer))
-    if rank == 0 and first < config.updates and config.eval_prompts:
+        log(run, bar, done, metrics, silent)                                               # step 7
+        if done // config.save_every > before // config.save_every or done == config.updates:
+            title = f"Rollout of update {done}"
+            run.sample(f"{done:06d}", title, batch.records(3), judge_records(judges))
+            state = {"update": done, "lines": run.lines, "processes": world, "settings": asdict(config)}
+            save(policy, folder / "policy", state, optimizer_tensors(optimizer))
+    if first < config.updates and config.eval_prompts:
         show(policy, run, config, pool, judges, "999999_after", "After GRPO: the same prompts")
     return pool
 
 
-def announce(config: Config, first: int, pool: list[Sample], left_out: LeftOut) -> None:
-    """Print how many prompts are ready, what was left out, and whether the run is finished already."""
+def announce(config: Config, state: dict, pool: list[Sample], left_out: LeftOut) -> None:
+    """Print how many prompts are ready, what was left out, and where a run that goes on stands."""
+    first = state.get("update", 0)
     if pool:
         print(f"{len(pool):,} prompts are ready")
         for reason, count in left_out.reasons().items():
@@ -517,6 +521,7 @@ def announce(config: Config, first: int, pool: list[Sample], left_out: LeftOut) 
         print(line)
     if first >= config.updates:
         print(f"{config.out} is finished: {first} updates (more with --updates, afresh with --no-resume)")
+    note_processes(state)
 
 
 def caveats(config: Config, pool: list[Sample]) -> list[str]:
@@ -524,8 +529,8 @@ def caveats(config: Config, pool: list[Sample]) -> list[str]:
     lines = []
     unknown = sum(sample.kind == "interleaved" and sample.steps is None for sample in pool)
     if unknown:
-        lines.append(f"{unknown:,} of them do not say how many \"steps\" they want: any number is well-formed "
-                     f"then, and r_t and r_v are means over the steps that are there")
+        lines.append(f"{unknown:,} of them do not say how many \"steps\" they want: any number is "
+                     f"well-formed then, and r_t and r_v are means over the steps that are there")
     if config.credit == "process" and config.normalise == "all":
         lines.append("--normalise all, Eq. (6) as printed: texts and pictures share one pool. Four answers "
                      "of three steps with text .75 and pictures .54 throughout give every code an advantage "
@@ -568,14 +573,11 @@ def main() -> None:
         "visual_reward": judge_names("visual")})
     rank, world, device = start_processes(config.device)
     check(config, world)
-    if rank == 0 and config.model == Config.model and not warmup.is_done(Path(config.model)):
+    if config.model == Config.model and not warmup.is_done(Path(config.model)):
         print(f"no warm-up model in {config.model} yet: training it first, once (2 minutes on two CPU cores)")
         warmup.warm_up(warmup.Config(device=config.device))
-    if world > 1:
-        dist.barrier()
     pool = train(config, rank, world, device)
-    if world > 1:
-        dist.destroy_process_group()
+    end_processes()
     if rank == 0:
         before_and_after(config, [sample.prompt for sample in pool])
 

@@ -20,10 +20,12 @@ and `decision_logp`, which both call. Behind them come QLoRA, then loading and s
 import html
 import json
 import re
+import warnings
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Callable, Literal, NamedTuple
 
 import numpy as np
@@ -32,13 +34,17 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (FSDPModule, MixedPrecisionPolicy, fully_shard,
+                                    register_fsdp_forward_method)
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
 from common import (Count, Naturals, NonNegative, NonNegatives, TopPs, UserError, free_bytes, open_tensors,
-                    parse_config, pick_device, picture_html, read_json, read_picture, read_tensor, reading,
-                    run_main, seeded, settle_folder, snapshot, total_bytes, write_page, write_text,
-                    write_tensors, write_whole)
+                    parse_config, pick_device, picture_html, process_count, process_rank, read_json,
+                    read_picture, read_tensor, reading, run_main, seeded, settle_folder, sharded_like,
+                    snapshot, total_bytes, write_page, write_text, write_tensors, write_whole)
 from tokenizer import (IMAGE_END, IMAGE_PLACEHOLDER, IMAGE_START, THINK_END, THINK_START, VISION_NAMES,
                        Answer, Attention, Block, ImageTokenizer, Sequence, TextTokenizer, VisionConfig, pack,
                        pad, parse_answer, preprocess, to_pictures)
@@ -420,7 +426,14 @@ class UnifiedModel(nn.Module):
 
     def embed_codes(self, codes: Tensor) -> Tensor:
         """codes [n, D] -> input embeddings [n, C]."""
-        return self.projector(self.vision.vectors(codes).sum(-2))
+        return self.projector(self.vectors(codes).sum(-2))
+
+    def vectors(self, codes: Tensor) -> Tensor:
+        """codes [n, D] -> code vectors [n, D, code_dim] in the type of what they enter.
+
+        The image tokenizer stays in the type it is stored in, whatever the policy trains in.
+        """
+        return self.vision.vectors(codes).to(self.projector[0].weight.dtype)
 
     def forward(self, tokens: Tensor, is_image: Tensor) -> Tensor:
         """Hidden states [B, T, C] of whole sequences, padded on the right: a causal model ignores padding."""
@@ -438,7 +451,9 @@ class UnifiedModel(nn.Module):
         Choice: not so with passes in bf16. Their rounding would cut some decisions before the policy has
         moved at all, so the decision that was sampled always stays.
         """
-        rounded = self.pass_dtype != torch.float32
+        rounded, (B, T) = self.pass_dtype != torch.float32, is_image.shape
+        if isinstance(self, FSDPModule):
+            tokens, is_image, mask = self.with_every_part(tokens, is_image, mask)
         before = self.forward(tokens, is_image)[:, :-1]      # alignment: the state one place before predicts
         logp = torch.zeros(tokens.shape, device=tokens.device)
         text = mask[:, :, 0] & ~is_image                                                   # (B, T)
@@ -451,7 +466,7 @@ class UnifiedModel(nn.Module):
         image = mask[:, :, 0] & is_image                                                   # (B, T)
         if image.any():
             codes = tokens[image]                                                          # (n, D)
-            vectors = self.vision.vectors(codes)
+            vectors = self.vectors(codes)
             uncond = None
             if sampling.guidance != 1:
                 uncond = self.depth(self.unconditional(codes), vectors)
@@ -459,7 +474,25 @@ class UnifiedModel(nn.Module):
             chosen = codes[..., None]
             chances = decision_logp(logits, sampling, IMAGE, chosen if rounded else None)  # (n, D, K)
             logp = logp.index_put((image,), chances.gather(-1, chosen)[..., 0])
-        return logp
+        return logp[:B, :T]
+
+    def with_every_part(self, tokens: Tensor, is_image: Tensor,
+                        mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Give a batch without text decisions or without pictures one more row that has both.
+
+        Choice: FSDP gathers weights and reduces gradients where a pass reaches them, on all processes
+        together. A process whose batch has no picture would leave the others waiting at the image head.
+        """
+        image = mask & is_image[..., None]
+        if image.any() and (mask & ~image).any():
+            return tokens, is_image, mask
+        N, D = self.vision_config.positions, self.vision_config.depth
+        picture = Sequence(torch.zeros(N, D, dtype=torch.long), torch.ones(N, dtype=torch.bool))
+        row = self.unconditional_prompt() + picture
+        decisions = row.is_image[:, None] | (torch.arange(D) == 0)
+        decisions[0] = False
+        extra = (column.to(tokens.device) for column in (row.tokens, row.is_image, decisions))
+        return tuple(pad([*rows, last]) for rows, last in zip((tokens, is_image, mask), extra))
 
     def unconditional(self, codes: Tensor) -> Tensor:
         """VILA-U's unconditional branch: the prompt is the empty one, and every image starts afresh.
@@ -647,7 +680,7 @@ class UnifiedModel(nn.Module):
             code, logp = sample_index(decision_logp(logits, sampling, IMAGE), uniform[:, d])
             codes.append(code)
             logps.append(logp)
-            total = total + self.vision.quantizer.codebook(d)[code]    # running sum (n, code_dim)
+            total = total + self.vision.quantizer.codebook(d)[code].to(x.dtype)    # running sum (n, code_dim)
             x = total if blank is None else torch.cat((total, total))
         return torch.stack(codes, 1), torch.stack(logps, 1)
 
@@ -697,7 +730,7 @@ class UnifiedModel(nn.Module):
     @torch.no_grad()
     def encode_pictures(self, pictures: list[np.ndarray | Image.Image], crop: bool = False) -> Tensor:
         """Pictures of any size -> codes [n, N, D]; resized to a square, or cropped to one first."""
-        dtype, codes = self.projector[0].weight.dtype, []
+        dtype, codes = self.vision.tower.position.dtype, []
         for i in range(0, len(pictures), 64):
             pixels = [preprocess(p, self.vision_config.image_size, crop) for p in pictures[i:i + 64]]
             codes.append(self.vision.encode(torch.stack(pixels).to(self.device, dtype)).cpu())
@@ -1014,11 +1047,12 @@ class AddedRows(nn.Module):
         return y
 
 
-def prepare_training(model: UnifiedModel, rank: int, alpha: float, seed: int = 0) -> None:
+def prepare_training(model: UnifiedModel, rank: int, alpha: float, seed: int = 0,
+                     precision: str = "auto") -> None:
     """Prepare a model for training: all of it (rank 0), or adapters.
 
-    Rank 0 casts the whole policy to float32, because Adam's steps vanish in bfloat16. Another rank freezes it
-    and adds adapters to every linear layer of the decoder; a model that was loaded with adapters keeps them.
+    Rank 0 trains the whole policy, see `prepare_whole`. Another rank freezes it and adds adapters to every
+    linear layer of the decoder; a model that was loaded with adapters keeps them.
     Raises UserError where the model has other adapters than asked for, or 4-bit weights are to be trained.
     """
     if model.adapter and rank and model.adapter != {"rank": rank, "alpha": alpha}:
@@ -1029,7 +1063,7 @@ def prepare_training(model: UnifiedModel, rank: int, alpha: float, seed: int = 0
     if not rank:
         if any(isinstance(m, NF4Linear) for m in model.modules()):
             raise UserError("--quantize nf4: 4-bit weights cannot be trained themselves: add --lora-rank")
-        model.float()
+        prepare_whole(model, precision)
         return
     model.requires_grad_(False)
     generator, decoder = torch.Generator().manual_seed(seed), model.decoder
@@ -1061,20 +1095,71 @@ def trainable_state(model: nn.Module) -> dict[str, Tensor]:
 
 @contextmanager
 def with_trainable(model: nn.Module, values: dict[str, Tensor]):
-    """Swap the trainable parameters for `values` inside a with-block.
+    """Swap the trainable parameters with `values` inside a with-block.
 
     Choice: the KL reference is this same model with the parameters it started from. So nothing frozen is in
-    memory twice.
+    memory twice, and of a sharded model each process swaps its own shards.
     """
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    now = {name: p.data for name, p in trainable.items()}
-    for name, p in trainable.items():
-        p.data = values[name]
+    def swap() -> None:
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                now = p.detach().clone()
+                p.copy_(values[name])
+                values[name].copy_(now)
+    with torch.no_grad():
+        swap()
     try:
         yield model
     finally:
-        for name, p in trainable.items():
-            p.data = now[name]
+        with torch.no_grad():
+            swap()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A full fine-tune: float32 weights, passes in bf16, and with several processes torch's FSDP2
+
+def prepare_whole(model: UnifiedModel, precision: str) -> None:
+    """Prepare the policy for training as a whole, its passes in `precision`.
+
+    auto: float32 on a CPU, bf16 on a GPU. Trained weights are float32, because Adam's steps vanish in bf16.
+    The image tokenizer, which is frozen, keeps the type it is stored in.
+    One process runs bf16 passes under torch's autocast. Of several each keeps its share of every weight,
+    gradient and optimizer state (FSDP2), and the whole weights of a layer, in bf16, while it runs.
+    """
+    # Nothing here writes into a pass's output, which is what FSDP warns of.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
+    bf16 = precision == "bf16" or (precision == "auto" and model.device.type == "cuda")
+    K = process_count()
+    for unit in (*model.decoder.layers, model.depth, model):
+        for p in unit.parameters():
+            if p.requires_grad and p.dtype != torch.float32:
+                p.data = p.data.float()
+        if K > 1:
+            policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
+            fully_shard(unit, mesh=init_device_mesh(model.device.type, (K,)), mp_policy=policy,
+                        reshard_after_forward=True, ignored_params=set(model.vision.parameters()))
+    for verb in ("log_probs", "generate"):
+        register_fsdp_forward_method(model, verb)                      # nothing where nothing is sharded
+        if bf16 and K == 1:
+            setattr(model, verb, torch.autocast(model.device.type, torch.bfloat16)(getattr(model, verb)))
+
+
+@contextmanager
+def gathered(model: nn.Module):
+    """Whole weights on every process inside a with-block that all enter: what `generate` needs.
+
+    Choice: one gather a rollout. Answers differ in length, so processes must not meet inside `generate`.
+    """
+    units = [unit for unit in model.modules() if isinstance(unit, FSDPModule)]
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.set_reshard_after_forward(True, recurse=False)
+            unit.reshard()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1166,6 +1251,9 @@ def assign(model: nn.Module, name: str, value: Tensor, what: str, quantize: str 
             raise UserError(f"--quantize nf4: {what} has {value.numel()} values, no multiple of {NF4_BLOCK}")
         layer, _, leaf = path.rpartition(".")
         setattr(model.get_submodule(layer), leaf, NF4Linear(value, owner.bias))
+    elif isinstance(getattr(owner, leaf), DTensor):
+        with torch.no_grad():
+            getattr(owner, leaf).copy_(sharded_like(value, getattr(owner, leaf)))
     elif leaf in owner._parameters:
         setattr(owner, leaf, nn.Parameter(value, requires_grad=value.is_floating_point()))
     else:
@@ -1417,8 +1505,11 @@ def save(model: UnifiedModel, folder: Path, state: dict | None = None,
     state (JSON) and tensors are what training needs to go on (where it was, the optimizer). They become
     training.json and training.safetensors.
     """
-    with write_whole(folder) as new:
-        new.mkdir()
+    # All processes gather shards together. Only rank 0 writes; the others' small files are discarded.
+    place = write_whole(folder) if process_rank() == 0 else TemporaryDirectory()
+    with place as new:
+        new = Path(new)
+        new.mkdir(exist_ok=True)
         if model.adapter:
             write_text(new / "adapter_config.json", json.dumps(peft_config(model), indent=1))
             write_text(new / "base.json", json.dumps({"quantize": model.quantize}))
@@ -1437,7 +1528,7 @@ def write_published(model: UnifiedModel, folder: Path) -> None:
     weights = model.state_dict()
     for part, table in NAMES.items():
         back = {ours: theirs for theirs, ours in table.items()}
-        tensors = {rename(ours, back): w.contiguous() for ours, w in weights.items() if rename(ours, back)}
+        tensors = {rename(ours, back): w for ours, w in weights.items() if rename(ours, back)}
         write_tensors(tensors, folder / part / "model.safetensors")
     model.text.save(folder / "llm")
 

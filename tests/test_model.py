@@ -311,13 +311,12 @@ def test_save_and_load_are_exact(tiny, tmp_path):
 
 
 def test_a_kill_during_a_save_leaves_the_old_checkpoint_usable(tiny, tmp_path, monkeypatch):
-    import common
     import model
     save(tiny, tmp_path / "policy", {"step": 1})
 
     def dies(*_, **__):
         raise KeyboardInterrupt
-    monkeypatch.setattr(common, "save_file", dies)
+    monkeypatch.setattr(model, "write_tensors", dies)
     with pytest.raises(KeyboardInterrupt):
         save(tiny, tmp_path / "policy", {"step": 2})
     assert model.load_training(tmp_path / "policy")[0] == {"step": 1}
