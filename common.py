@@ -577,7 +577,8 @@ def draw_sheet(groups: list[dict], path: Path, earlier: list[dict] = ()) -> None
     lengths = [len(pairs(a["steps"])) for side in sides for group in side for a in group["answers"]]
     half, rows = max([3, *lengths]), []              # columns of one side; rows of cells
     for of in zip(*sides):
-        rows.append([(0, half, of[0]["prompt"], None)])             # column, columns of room, text, picture
+        # column, columns of room, text, picture
+        rows.append([(0, half * len(sides), of[0]["prompt"], None)])
         rows.append([(i, 1, "", p) for i, p in enumerate(of[0]["pictures"])])
         for answers in itertools.zip_longest(*(group["answers"] for group in of)):
             places = [(n * half, answer) for n, answer in enumerate(answers) if answer]
@@ -720,8 +721,8 @@ def group_html(sides: dict[str, dict], most: int = 1) -> str:
         body += f'<div>The true answer:{steps_html(group["truth"])}</div>'
     body += '</div><div class="sides">'
     for name, of in sides.items():
-        answers = [f'<div class="answer"><div class="note soft">{html.escape(parts_of(answer))}</div>'
-                   f'{steps_html(answer["steps"])}</div>' for answer in of["answers"]]
+        answers = [f'<div class="answer"><div class="note soft">answer {n}: {html.escape(parts_of(answer))}'
+                   f'</div>{steps_html(answer["steps"])}</div>' for n, answer in enumerate(of["answers"], 1)]
         rest = fold(f"{len(answers) - most} more answers to this prompt", *answers[most:])
         body += f'<div><h3>{name}</h3><div class="sides">{"".join(answers[:most])}</div>{rest}</div>'
     return f'<div class="group">{body}</div></div>'
@@ -828,7 +829,7 @@ def rates_html(results: dict[str, dict]) -> str:
                          f'<path d="M{left:.1f} {y + 10}H{right:.1f}" stroke-width="3"/>'
                          f'<circle cx="{x:.1f}" cy="{y + 10}" r="4"/></g>'
                          f'<text x="290" y="{y + 14}">{mean:.3f}</text>')
-                rows.append([rate, name, f"{mean:.3f}", f"{low:.3f} to {high:.3f}"])
+                rows.append([rate, name, f"{mean:.3f}", f"{low:.3f}–{high:.3f}"])
             y += 28
         words = f"{title}: rates with their intervals, the numbers of the table below"
         cards += (f'<figure><b>{title}</b><svg width="336" height="{y}" role="img" aria-label="{words}">'
