@@ -87,8 +87,8 @@ def check(page: Path, width: int, name: str, mode: int, out: Path) -> list[str]:
             frame.write_text(FRAME.format(page=copy.name, width=width, height=1000))
             options = "--dump-dom", "--virtual-time-budget=9000"
             printed = chromium(frame, max(500, width), 1000, mode, *options)
-            found = re.search('<pre id="problems" hidden="">(.+?)</pre>', printed, re.DOTALL)[1]
-            measured.append(json.loads(html.unescape(found)))
+            found = re.search('<pre id="problems" hidden="">(.+?)</pre>', printed, re.DOTALL)
+            measured.append(json.loads(html.unescape(found[1])))
         copy.write_text(text, encoding="utf-8")
         height = min(16000, measured[0]["height"])
         frame.write_text(FRAME.format(page=copy.name, width=width, height=height))
@@ -102,7 +102,8 @@ def check(page: Path, width: int, name: str, mode: int, out: Path) -> list[str]:
 
 def main() -> None:
     """Check all pages and say what was found."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
     parser.add_argument("pages", nargs="+", type=Path, metavar="PAGE", help="HTML files")
     parser.add_argument("--out", type=Path, default=Path("out/pages"), help="screenshots [out/pages]")
     args = parser.parse_args()
