@@ -17,7 +17,6 @@ and `decision_logp`, which both call. Behind them come QLoRA, then loading and s
     python model.py --model mit-han-lab/vila-u-7b-256 --quantize nf4 --draw --guidance 3 --prompt "a fox"
                                 # one picture from the published model
 """
-import html
 import json
 import re
 import warnings
@@ -44,7 +43,7 @@ from tqdm import tqdm
 from common import (Count, Naturals, NonNegative, NonNegatives, TopPs, UserError, free_bytes, open_tensors,
                     parse_config, pick_device, picture_html, process_count, process_rank, read_json,
                     read_picture, read_tensor, reading, run_main, seeded, settle_folder, sharded_like,
-                    snapshot, total_bytes, write_page, write_text, write_tensors, write_whole)
+                    snapshot, steps_html, total_bytes, write_page, write_text, write_tensors, write_whole)
 from tokenizer import (IMAGE_END, IMAGE_PLACEHOLDER, IMAGE_START, THINK_END, THINK_START, VISION_NAMES,
                        Answer, Attention, Block, ImageTokenizer, Sequence, TextTokenizer, VisionConfig, pack,
                        pad, parse_answer, preprocess, to_pictures)
@@ -1607,17 +1606,15 @@ class Config:
 def write_answer_page(prompt: str, pictures: list[np.ndarray], answer: Answer, folder: Path) -> Path:
     """Write the answer as answer.html, texts and pictures in turn, with the pictures beside it as PNGs."""
     folder.mkdir(parents=True, exist_ok=True)
-    body = []
-    for i, picture in enumerate(pictures):
-        Image.fromarray(picture).save(folder / f"prompt_{i}.png")
-        body.append(picture_html(f"prompt_{i}.png", "picture of the prompt"))
-    body.append("<hr>")
-    for i, segment in enumerate(answer.segments):
-        if segment.picture is None:
-            body.append(f"<p>{html.escape(segment.text)}</p>")
-        else:
-            Image.fromarray(segment.picture).save(folder / f"step_{i}.png")
-            body.append(picture_html(f"step_{i}.png", "picture of the answer"))
+    files = {f"prompt_{i}.png": picture for i, picture in enumerate(pictures)}
+    files |= {f"step_{i}.png": s.picture for i, s in enumerate(answer.segments) if s.picture is not None}
+    for name, picture in files.items():
+        Image.fromarray(picture).save(folder / name)
+    start = [picture_html(folder / name, "picture of the prompt", folder)
+             for name in files if name.startswith("prompt")]
+    steps = [{"text": s.text, "picture": None if s.picture is None else folder / f"step_{i}.png"}
+             for i, s in enumerate(answer.segments)]
+    body = [f'<div class="row">{"".join(start)}</div><h2>The answer</h2>', steps_html(steps, folder)]
     return write_page(folder / "answer.html", prompt, body)
 
 
