@@ -920,24 +920,21 @@ class LlavaCritic:
             replies += [self.text.decode(ids, skip_special=True) for ids in batch]
         return replies
 
-    def __call__(self, prompts: list[str], texts: list[list[str]]) -> list[list[float | None]]:
-        """r_t of each text: the published pointwise question about the answer's texts up to and with it.
+    def __call__(self, prompts: list[str], pictures: list[list[Picture]],
+                 texts: list[list[str]]) -> list[float | None]:
+        """r_t of n texts so far: the prompts, the pictures of each prompt, the texts of each answer so far.
 
-        Choice: the score / 100, at most 1, so that it lies in 0..1 like the other parts. Replies follow the
-        published generation settings, with their repetition penalty.
-        Choice: the critic reads texts alone. Pictures are the visual judge's part.
+        Choice: the score / 100, so that it lies in 0..1 like the other parts. Replies follow the published
+        generation settings, with their repetition penalty.
         """
-        questions = []
-        for prompt, texts_of in zip(prompts, texts, strict=True):
-            for k in range(len(texts_of)):
-                response = "\n".join(map(strip_marks, texts_of[:k + 1]))
-                questions.append(POINTWISE.format(question=strip_marks(prompt), response=response))
+        questions = [POINTWISE.format(question=strip_marks(prompt),
+                                      response="\n".join(map(strip_marks, texts_of)))
+                     for prompt, texts_of in zip(prompts, texts, strict=True)]
         replies = self.replies(questions, [()] * len(questions), repetition_penalty=self.repetition_penalty)
         points = [parse_score(reply) for reply in replies]
         scores = [None if p is None else min(p / 100, 1.0) for p in points]
         self.record.extend(zip(questions, replies, scores, strict=True))
-        rest = iter(scores)
-        return [[next(rest) for _ in texts_of] for texts_of in texts]
+        return scores
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -972,7 +969,7 @@ def main() -> None:
         if files or not config.question:
             raise UserError(f"--judge {name} scores a text: expected --question, and no --images")
         judge = JUDGES["text"][name](folder or JUDGES["text"][name].HUB, device, config.quantize)
-        judge([config.question], [[config.text]])
+        judge([config.question], [[]], [[config.text]])
         for _, reply, score in judge.record:
             print(f"{reply}\nr_t {'none' if score is None else round(score, 4)}")
     elif name in JUDGES["visual"]:

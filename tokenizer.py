@@ -780,6 +780,11 @@ class Answer:
     step_of: Tensor                       # [T] index of a position's segment; len(segments): in none
     is_image: Tensor                      # [T] bool
 
+    @property
+    def texts(self) -> list[str]:
+        """The texts alone, in order."""
+        return [segment.text for segment in self.segments if segment.text is not None]
+
 
 def parse_answer(tokens: Tensor, is_image: Tensor, text: TextTokenizer) -> Answer:
     """tokens [T, D], is_image [T] of an answer -> its segments, pictures as codes.

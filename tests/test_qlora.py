@@ -12,7 +12,7 @@ import grpo
 import warmup
 from common import UserError, parse_config
 from model import (LINEAR, LoRALinear, NF4Linear, Sampling, from_nf4, load, load_training, merge,
-                   prepare_training, save, to_nf4, trainable_state, with_trainable)
+                   prepare_training, save, to_nf4, trainable_state, unpacked, with_trainable)
 from tokenizer import THINK_END, THINK_START
 
 FOLDER = ROOT / "tests" / "fixtures" / "vila_u_tiny"
@@ -40,14 +40,34 @@ def test_nf4_by_hand():
     assert values == pytest.approx([2, -2, 2 * 0.2461123, 2 * 0.0795803])
 
 
-def test_a_4_bit_layer_computes_and_differentiates_like_its_dense_twin():
-    layer = NF4Linear(torch.randn(32, 64), torch.randn(32))
+def test_4_bit_layers_compute_and_differentiate_like_their_dense_twins():
+    """Two of one size: they are unpacked into the same memory."""
+    layers = [NF4Linear(torch.randn(64, 64), torch.randn(64)) for _ in range(2)]
     x, twin_x = (torch.ones(5, 64).requires_grad_() for _ in range(2))
-    y, twin = layer(x), F.linear(twin_x, layer.weight, layer.bias)
+    y, twin = x, twin_x
+    for layer in layers:
+        y, twin = layer(y), F.linear(twin, layer.weight, layer.bias)
     assert torch.equal(y, twin)
     y.square().sum().backward()
     twin.square().sum().backward()
     assert torch.equal(x.grad, twin_x.grad) and x.grad.abs().sum() > 0
+
+
+def test_an_unpacked_base_gives_the_same_answers_and_is_packed_again_afterwards():
+    model = load(FOLDER, quantize="nf4")
+    prepare_training(model, 2, 4.0)
+    prompts, budget = [model.prompt("a"), model.prompt("b", draw=True)], model.vision_config.positions + 2
+    packed = model.generate(prompts, 2, budget)
+    layers = [m for m in model.modules() if isinstance(m, NF4Linear)]
+    with pytest.raises(KeyError), unpacked(model):
+        assert layers and all(torch.equal(layer.full, layer.weight) for layer in layers)
+        for layer in layers:
+            layer.packed = None                                # not read while its copy is there
+        full = model.generate(prompts, 2, budget)
+        raise KeyError
+    assert all(layer.full is None for layer in layers), "the copies are freed, after an error too"
+    for a, b in zip(packed, full):
+        assert torch.equal(a.tokens, b.tokens) and torch.equal(a.logp, b.logp)
 
 
 def some_batch(model):
@@ -193,13 +213,15 @@ def test_the_papers_preset_fills_in_and_flags_beside_it_win():
         expected = {name: value for name, value in script.PAPER.items() if name != "lora_rank"}
         assert {name: getattr(config, name) for name in expected} == expected
         script.check(config)
-    assert (grpo.PAPER["group_size"], grpo.PAPER["updates"], grpo.PAPER["eval_guidance"]) == (4, 3000, 3.0)
+    assert (grpo.PAPER["group_size"], grpo.PAPER["updates"]) == (4, 3000)
+    assert grpo.PAPER["eval_sampling"] == "published"
     with pytest.raises(UserError, match="paper"):
         parse_config(grpo.Config, ["--preset", "article"], {"paper": grpo.PAPER})
 
 
 @pytest.mark.parametrize("arguments, said", [
     (["grpo.py", "--quantize", "nf4", "--model", FOLDER, "--budget", "40"], "--lora-rank"),
+    (["grpo.py", "--unpack", "--model", FOLDER, "--budget", "40"], "--unpack"),
     (["grpo.py", "--quantize", "int8"], "--quantize int8"),
     (["grpo.py", "--lora-rank", "-1"], "--lora-rank -1"),
     (["warmup.py", "--lora-rank", "4"], "--model"),
