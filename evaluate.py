@@ -35,7 +35,6 @@ criteria in our words (llava-critic). The same command resumes a run that was in
 import hashlib
 import html
 import json
-import os
 import random
 import re
 import subprocess
@@ -45,7 +44,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Literal, NamedTuple
-from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -54,9 +52,10 @@ from tqdm import tqdm
 
 import data
 import shapes
-from common import (Count, Natural, NonNegative, TopP, UserError, Weights, add_line, check_config,
-                    check_settings, flag_of, parse_config, pick_device, picture_html, read_json, read_lines,
-                    read_picture, require, run_main, write_page, write_report, write_text, write_whole)
+from common import (COLUMNS, Count, Names, Natural, Naturals, NonNegative, NonNegatives, TopPs, UserError,
+                    Weights, add_line, check_config, check_settings, flag_of, fold, parse_config, pick_device,
+                    picture_html, read_json, read_lines, read_picture, require, run_main, shown, steps_html,
+                    write_comparison, write_page, write_report, write_text, write_whole)
 from data import (I2T_QUESTION, Broken, CodeCache, LeftOut, Question, Sample, fingerprint, keep_usable,
                   toy_prompt)
 from judges import LlavaCritic, strip_marks
@@ -77,10 +76,11 @@ class Config:
     ladder: bool = False             # train from --model with more and more rewards, and rate each rung
     updates: Count = 40              # --ladder: GRPO updates of each run
     seeds: str = "0,1"               # --ladder: seeds of each rung's GRPO runs
+    compare: Names = ()              # run directories: their rates and curves on one page, and stop
     # -- sampling
-    temperature: NonNegative = 1.0   # of the sampled arm, the training temperature; and of benchmarks
-    top_k: Natural = 0               # 0: off
-    top_p: TopP = 1.0                # 1: off
+    temperature: NonNegatives = 1.0  # of the sampled arm and of benchmarks; two: of text, of image codes
+    top_k: Naturals = 0              # 0: off; two: of text tokens, of image codes
+    top_p: TopPs = 1.0               # 1: off; two: of text tokens, of image codes
     guidance: NonNegative = 1.0      # for image codes; 1: the model itself
     budget: Count = 160              # positions that an answer may have
     batch: Count = 192               # prompts at a time; changes memory, never an answer's random numbers
@@ -104,15 +104,16 @@ class Config:
     preset: str = ""                 # paper: the paper's settings, see PAPER; flags beside it win
 
 
+# The published settings for answers to look at: VILA-U's own, of text tokens and of image codes
+PUBLISHED = dict(temperature=(0.9, 1.0), top_k=(0, 900), top_p=(0.6, 0.96),
+                 guidance=3.0)       # paper
 # --preset paper: how answers to the benchmarks are sampled
 PAPER = dict(
     model="out/grpo",                # what grpo.py --preset paper wrote
-    guidance=3.0,                    # paper
-    top_k=900, top_p=0.96,           # VILA-U's own code sampler
+    **PUBLISHED,
     budget=1300, batch=8,            # ours: four pictures and their texts
 )
-RATES = ("format", "text", "visual", "visual_true", "story")
-COLUMNS = (*RATES, "reward")
+RATES = tuple(name for name in COLUMNS if name != "reward")
 LOW = 0.4                            # ours: temperature of the low arm
 
 
@@ -222,21 +223,22 @@ def before_and_after(run, prompts: list[str]) -> None:
     run: the `grpo.Config` of a finished run. prompts: its prompts if they came from files. If these are not
     the toy world's, only the report is written: see --benchmark.
     """
-    folder, results, table = Path(run.out), {}, ""
+    folder, results = Path(run.out), {}
+    sampling = {name: getattr(run, name) for name in PUBLISHED}
+    if run.eval_sampling == "published":
+        sampling = PUBLISHED
     if run.eval_prompts and all(shapes.wanted_steps(prompt) for prompt in prompts):
         for name, model in (("before", run.model), ("after", run.out)):
             config = Config(
-                model=str(model), prompts=run.eval_prompts, edits=run.edits, temperature=run.temperature,
-                guidance=run.eval_guidance or run.guidance, budget=run.budget,
+                model=str(model), prompts=run.eval_prompts, edits=run.edits, budget=run.budget, **sampling,
                 batch=min(Config.batch, 4 * run.micro_batch), text_reward=run.text_reward,
                 visual_reward=run.visual_reward, reward_weights=run.reward_weights,
                 reward_device=run.reward_device, critic_quantize=run.critic_quantize,
                 critic_tiles=run.critic_tiles, device=run.device, rows=run.rows)
             results[name] = evaluate(open_model(model, config, run.quantize), config)
-        table = rates_table(results)
-        print(table)
+        print(rates_table(results))
         write_text(folder / "evaluation.json", json.dumps(results, indent=1))
-    print(f"answers, curves and rates: {write_report(folder, table)}")
+    print(f"answers, curves and rates: {write_report(folder)}")
 
 
 LADDER = {                           # rung -> its GRPO settings: the rows of the paper's ablation
@@ -276,7 +278,7 @@ def ladder(config: Config) -> None:
             rung_config = replace(config, model=str(out))
             results[rung].append(evaluate(open_model(str(out), rung_config), rung_config))
     print(f"mean (range) over GRPO seeds {config.seeds}; {config.prompts} {config.split} prompts, seed "
-          f"{config.seed}; sampled at temperature {config.temperature}")
+          f"{config.seed}; sampled at temperature {shown(config.temperature)}")
     print(ladder_table(results))
     write_text(folder / "evaluation.json", json.dumps(results, indent=1))
     print(f"rates: {folder / 'evaluation.json'}")
@@ -833,23 +835,20 @@ PAGE = 200                           # answers that a page shows
 
 def question_html(question: Question, of: AnswerSet) -> str:
     """One question, its answer and the judge's replies as HTML. Pictures stay files beside the page."""
-    def picture(path: Path) -> str:
-        return picture_html(quote(os.path.relpath(path, of.folder)), path.name)
-    steps = ""
-    for segment in of.segments(question):
-        image = picture(of.folder / segment["image"]) if segment["image"] else ""
-        steps += f'<div class="step">{html.escape(segment["text"] or "")}<br>{image}</div>'
-    replies = [f"{aspect}: {reply}" for (id, aspect), reply in of.replies.items() if id == question.id]
-    details = f"<details><summary>judge</summary><pre>{html.escape(chr(10).join(replies))}</pre></details>"
-    title = "<br>".join(map(html.escape, (f"{question.id} · {question.group}", question.prompt)))
-    return (f'<div class="group"><div class="prompt">{title}<br>'
-            f'{"".join(map(picture, question.prompt_pictures))}</div>'
-            f'<div class="answer">{steps}</div>{details if replies else ""}</div>')
+    start = "".join(picture_html(path, "picture of the question", of.folder)
+                    for path in question.prompt_pictures)
+    steps = [{"text": segment["text"], "picture": segment["image"] and of.folder / segment["image"]}
+             for segment in of.segments(question)]
+    replies = [f"<pre>{html.escape(f'{aspect}: {reply}')}</pre>"
+               for (id, aspect), reply in of.replies.items() if id == question.id]
+    return (f'<div class="group"><h3>{html.escape(f"{question.id} · {question.group}")}</h3>'
+            f'<p>{html.escape(question.prompt)}</p><div class="row">{start}</div>'
+            f'<div class="answer">{steps_html(steps, of.folder)}</div>{fold("judge", *replies)}</div>')
 
 
 def write_answers_page(of: AnswerSet, title: str, table: str) -> Path:
     """Write answers.html: the table, then the first answers with what the judge replied."""
-    body = [f"<pre>{html.escape(table)}</pre>",
+    body = [f'<pre class="wide">{html.escape(table)}</pre>',
             f"<p>The first {min(PAGE, len(of.questions))} of {len(of.questions)} answers.</p>"]
     body += [question_html(question, of) for question in of.questions[:PAGE]]
     return write_page(of.folder / "answers.html", title, body)
@@ -900,6 +899,9 @@ def check(config: Config) -> None:
     check_config(config)
     check_judges(config)
     require(config, "seeds", re.fullmatch(r"\d+(,\d+)*", config.seeds), "whole numbers separated by commas")
+    for run in config.compare:
+        if not Path(run).is_dir():
+            raise UserError(f"--compare {run}: expected a run directory")
     require(config, "benchmark", config.benchmark in ("", *BENCHMARKS), " or ".join(BENCHMARKS))
     if not config.benchmark:
         for name in ("data", "judge", "before"):
@@ -928,7 +930,10 @@ def main() -> None:
     config = parse_config(Config, presets={"paper": PAPER}, names={
         "benchmark": BENCHMARKS, "text_reward": judge_names("text"), "visual_reward": judge_names("visual")})
     check(config)
-    if config.benchmark:
+    if config.compare:
+        runs = {str(Path(run)).removeprefix("out/"): Path(run) for run in config.compare}
+        print(f"side by side: {write_comparison(runs, Path(config.out or 'out/compare'))}")
+    elif config.benchmark:
         run_benchmark(config)
     elif config.ladder:
         ladder(config)

@@ -593,8 +593,8 @@ def checkpoint(model: UnifiedModel, run: Run, config: Config, stage: str, step: 
     return stage, step, tensors
 
 
-def warm_up(config: Config) -> None:
-    """Run the stages that are still to be done, from the last checkpoint of the same settings.
+def warm_up(config: Config) -> Path:
+    """Run the stages that are still to be done, from the last checkpoint of the same settings -> the report.
 
     Raises UserError where the run directory belongs to other settings, or --data cannot be used.
     """
@@ -625,6 +625,7 @@ def warm_up(config: Config) -> None:
     if stage == "warmup":
         interleave(model, run, config, samples, left_out, step, tensors)
         checkpoint(model, run, config, "done", 0, {})
+    return write_report(folder)
 
 
 def interleave(model: UnifiedModel, run: Run, config: Config, samples: dict[str, list[Sample]],
@@ -699,11 +700,10 @@ def check(config: Config) -> None:
 
 
 def main() -> None:
-    """Run the three stages and write the report."""
+    """Run the three stages."""
     config = parse_config(Config, presets={"paper": PAPER}, names={"data": READERS})
     check(config)
-    warm_up(config)
-    print(f"warm-up done: {write_report(Path(config.out))}")
+    print(f"warm-up done: {warm_up(config)}")
 
 
 if __name__ == "__main__":
