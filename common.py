@@ -981,14 +981,16 @@ def rates_html(results: dict[str, dict]) -> str:
 
 
 def read_run(folder: Path) -> list[dict]:
-    """The metrics of a run's folder, the reward divided by the sum of its weights to lie in 0..1."""
+    """The metrics of a run's folder, the reward as the mean of its parts by weight, in 0..1."""
     lines, _, _ = read_text(folder / "metrics.jsonl").rpartition("\n")          # half a line may follow
     lines, settings = list(map(json.loads, lines.splitlines())), read_json(folder / "config.json")["settings"]
     if not lines:
         raise UserError(f"{folder / 'metrics.jsonl'}: no line of metrics")
     total = sum(settings.get("reward_weights", [1]))
-    return [{name if name != "reward" else f"reward / {total:g}": value if name != "reward" else value / total
-             for name, value in line.items()} for line in lines]
+    for line in lines:
+        if "reward" in line:
+            line["reward, mean of its parts"] = line.pop("reward") / total
+    return lines
 
 
 def headline(folder: Path) -> str:
@@ -1084,6 +1086,7 @@ def write_comparison(runs: dict[str, Path], folder: Path) -> Path:
             rates[name] = read_json(run / "evaluation.json")["after"]
             return headline(run)
         body.append(section(name, run, read))
+    runs = {name: run for name, run in runs.items() if (run / "config.json").exists()}
     body += [section("Settings that differ", folder, lambda: settings_html(runs)),
              section("Rates after training", folder, lambda: rates_html(rates)),
              section("Curves", folder, lambda: curves_html(lines))]
