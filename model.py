@@ -393,7 +393,7 @@ class UnifiedModel(nn.Module):
         self.configs: dict[str, dict] = {}               # the published config.json files, by folder
         self.source, self.quantize = "", "none"          # what the weights were loaded from, and how
         self.adapter: dict | None = None                 # rank and alpha, if there are adapters
-        self.bf16 = False                                # passes in bf16 over float32 weights
+        self.bf16_passes = False                         # of float32 weights, see `prepare_whole`
         self.rows = 0                                    # what `rows_that_fit` printed last
 
     @property
@@ -402,8 +402,8 @@ class UnifiedModel(nn.Module):
 
     @property
     def pass_dtype(self) -> torch.dtype:
-        """The type that passes compute in: that of the weights, if `prepare_whole` has not set bf16."""
-        return torch.bfloat16 if self.bf16 else self.projector[0].weight.dtype
+        """The type that passes compute in: that of the weights, or bf16 (see `prepare_whole`)."""
+        return torch.bfloat16 if self.bf16_passes else self.projector[0].weight.dtype
 
     def policy_parameters(self) -> list[nn.Parameter]:
         """What warm-up and GRPO train: decoder, both heads and projector, or adapters.
@@ -1129,7 +1129,8 @@ def prepare_whole(model: UnifiedModel, precision: str) -> None:
     # Nothing here writes into a pass's output, which is what FSDP warns of.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     bf16 = precision == "bf16" or (precision == "auto" and model.device.type == "cuda")
-    K, model.bf16 = process_count(), bf16
+    model.bf16_passes = bf16
+    K = process_count()
     for unit in (*model.decoder.layers, model.depth, model):
         for p in unit.parameters():
             if p.requires_grad and p.dtype != torch.float32:
