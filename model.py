@@ -388,6 +388,11 @@ class UnifiedModel(nn.Module):
     def device(self) -> torch.device:
         return self.projector[0].weight.device
 
+    @property
+    def sharded(self) -> bool:
+        """Does each process hold a share of the weights? See `prepare_whole`."""
+        return isinstance(self, FSDPModule)
+
     def policy_parameters(self) -> list[nn.Parameter]:
         """What warm-up and GRPO train: decoder, both heads and projector, or adapters.
 
@@ -433,7 +438,7 @@ class UnifiedModel(nn.Module):
         has -inf.
         """
         B, T = is_image.shape
-        if isinstance(self, FSDPModule):
+        if self.sharded:
             tokens, is_image, mask = self.with_every_part(tokens, is_image, mask)
         before = self.forward(tokens, is_image)[:, :-1]      # alignment: the state one place before predicts
         logp = torch.zeros(tokens.shape, device=tokens.device)
