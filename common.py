@@ -26,7 +26,7 @@ import shutil
 import sys
 import textwrap
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import Field, asdict, fields
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
@@ -49,10 +49,14 @@ class UserError(ValueError):
 # Flags: one dataclass of settings per script, its fields are the command line
 
 class Range(NamedTuple):
-    """The numbers that a flag takes: low..high, or more than `low` where it is `open`."""
+    """The numbers that a flag takes: low..high, or more than `low` where it is `open`.
+
+    pair: two numbers as well as one, as a tuple: the first for text tokens, the second for image codes.
+    """
     low: float
     high: float = math.inf
     open: bool = False
+    pair: bool = False
 
     def holds(self, value: float) -> bool:
         above = value > self.low if self.open else value >= self.low
@@ -60,7 +64,8 @@ class Range(NamedTuple):
 
     def __str__(self) -> str:
         low = f"more than {self.low:g}" if self.open else f"at least {self.low:g}"
-        return low if self.high == math.inf else f"{low} and at most {self.high:g}"
+        limits = low if self.high == math.inf else f"{low} and at most {self.high:g}"
+        return limits + ", or two of them as TEXT,IMAGE" * self.pair
 
 
 Count = Annotated[int, Range(1)]
@@ -68,15 +73,35 @@ Natural = Annotated[int, Range(0)]
 Positive = Annotated[float, Range(0, open=True)]
 NonNegative = Annotated[float, Range(0)]
 Share = Annotated[float, Range(0, 1)]
-TopP = Annotated[float, Range(0, 1, open=True)]
 LearningRate = Annotated[float, Range(0, 1, open=True)]
 Weights = tuple[float, float, float]
+Naturals = Annotated[int, Range(0, pair=True)]
+Positives = Annotated[float, Range(0, open=True, pair=True)]
+NonNegatives = Annotated[float, Range(0, pair=True)]
+TopPs = Annotated[float, Range(0, 1, open=True, pair=True)]
 
 
 def parse_weights(text: str) -> Weights:
     """'1,1,0.5' -> (1.0, 1.0, 0.5). Raises ValueError for anything but three numbers."""
     first, second, third = map(float, text.split(","))
     return first, second, third
+
+
+def parse_numbers(number: type, text: str) -> float | tuple[float, float]:
+    """'0.9' -> 0.9 and '0.9,1' -> (0.9, 1.0). Raises ArgumentTypeError for anything else."""
+    try:
+        first, *more = map(number, text.split(","))
+    except ValueError:
+        first, more = None, [None, None]
+    if len(more) > 1:
+        words = "whole numbers" if number is int else "numbers"
+        raise argparse.ArgumentTypeError(f"{text!r}: expected one or two {words}, X or TEXT,IMAGE")
+    return (first, *more) if more else first
+
+
+def plain_type(f: Field):
+    """The annotation of a setting; of one that may be None, `X | None`, it is X."""
+    return get_args(f.type)[0] if f.default is None else f.type
 
 
 def flag_of(name: str) -> str:
@@ -102,10 +127,12 @@ def check_config(config) -> None:
     """
     for f in fields(config):
         value = getattr(config, f.name)
-        if get_origin(f.type) is Annotated:
-            kind, limits = get_args(f.type)
+        if get_origin(plain_type(f)) is Annotated:
+            kind, limits = get_args(plain_type(f))
             words = f"a {'whole ' * (kind is int)}number, {limits}"
-            require(config, f.name, isinstance(value, (int, kind)) and limits.holds(value), words)
+            values = value if limits.pair and isinstance(value, tuple) and len(value) == 2 else (value,)
+            fits = all(isinstance(v, (int, kind)) and limits.holds(v) for v in values)
+            require(config, f.name, fits or value is f.default is None, words)
         elif get_origin(f.type) is Literal:
             require(config, f.name, value in get_args(f.type), " or ".join(get_args(f.type)))
         elif f.type == Weights:
@@ -146,15 +173,19 @@ def make_parser(Config, names: dict[str, Iterable[str]]) -> argparse.ArgumentPar
             options = {"action": argparse.BooleanOptionalAction}
         elif get_origin(f.type) is Literal:
             options = {"type": str, "metavar": "|".join(c or "''" for c in get_args(f.type))}
-        elif get_origin(f.type) is Annotated:
-            options = {"type": get_args(f.type)[0], "metavar": "N" if get_args(f.type)[0] is int else "X"}
+        elif get_origin(plain_type(f)) is Annotated:
+            kind, limits = get_args(plain_type(f))
+            letter = "N" if kind is int else "X"
+            options = {"type": kind, "metavar": letter}
+            if limits.pair:
+                options = {"type": partial(parse_numbers, kind), "metavar": f"{letter}[,{letter}]"}
         elif f.type == Weights:
             options = {"type": parse_weights, "metavar": "X,X,X"}
         elif f.type in (int, float):
             options["metavar"] = "N" if f.type is int else "X"
         if f.name in names:
             text += f"; {', '.join(names[f.name])}"
-        if f.default != "":
+        if f.default not in ("", None):
             text += f" [{shown(f.default)}]"
         section.add_argument(flag_of(f.name), default=f.default, help=text.replace("%", "%%"), **options)
     return parser

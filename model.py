@@ -41,10 +41,10 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from common import (Count, Natural, NonNegative, TopP, UserError, free_bytes, open_tensors, parse_config,
-                    pick_device, picture_html, process_count, process_rank, read_json, read_picture,
-                    read_tensor, reading, run_main, seeded, settle_folder, sharded_like, snapshot,
-                    total_bytes, write_page, write_text, write_tensors, write_whole)
+from common import (Count, Naturals, NonNegative, NonNegatives, TopPs, UserError, free_bytes, open_tensors,
+                    parse_config, pick_device, picture_html, process_count, process_rank, read_json,
+                    read_picture, read_tensor, reading, run_main, seeded, settle_folder, sharded_like,
+                    snapshot, total_bytes, write_page, write_text, write_tensors, write_whole)
 from tokenizer import (IMAGE_END, IMAGE_PLACEHOLDER, IMAGE_START, THINK_END, THINK_START, VISION_NAMES,
                        Answer, Attention, Block, ImageTokenizer, Sequence, TextTokenizer, VisionConfig, pack,
                        pad, parse_answer, preprocess, to_pictures)
@@ -268,13 +268,24 @@ class DepthTransformer(nn.Module):
 # ------------------------------------------------------------------------------------------------------------
 # The distribution that is sampled and scored
 
+TEXT, IMAGE, ENDED = 0, 1, 2      # what a row of `generate` does at a position
+
+
 @dataclass(frozen=True)
 class Sampling:
-    """How a decision is sampled. The defaults are RL's: the model itself."""
-    temperature: float = 1.0     # 0: greedy
-    top_k: int = 0               # 0: off
-    top_p: float = 1.0           # 1: off
+    """How decisions are sampled. The defaults are RL's: the model itself.
+
+    Of text tokens and image codes alike, or a pair of numbers: of text tokens, of image codes.
+    """
+    temperature: float | tuple[float, float] = 1.0     # 0: greedy
+    top_k: int | tuple[int, int] = 0                   # 0: off
+    top_p: float | tuple[float, float] = 1.0           # 1: off
     guidance: float = 1.0        # classifier-free guidance for image codes; 1: off
+
+    def of(self, mode: int) -> tuple[float, int, float]:
+        """temperature, top_k and top_p of TEXT or of IMAGE."""
+        both = (self.temperature, self.top_k, self.top_p)
+        return tuple(value[mode] if isinstance(value, tuple) else value for value in both)
 
 
 def guide(cond: Tensor, uncond: Tensor | None, scale: float) -> Tensor:
@@ -288,23 +299,27 @@ def guide(cond: Tensor, uncond: Tensor | None, scale: float) -> Tensor:
     return cond if uncond is None else uncond.float() + scale * (cond - uncond.float())
 
 
-def decision_logp(logits: Tensor, sampling: Sampling) -> Tensor:
+def decision_logp(logits: Tensor, sampling: Sampling, mode: int, keep: Tensor | None = None) -> Tensor:
     """logits [..., V] -> log-probabilities [..., V] of the distribution that decisions come from, float32.
 
-    Temperature, then top-k, then top-p with the crossing token kept: the order of VILA-U's code sampler.
+    mode: TEXT or IMAGE, whose settings count. Temperature, then top-k, then top-p with the crossing token
+    kept: the order of VILA-U's code sampler.
     Choice: sampler and scorer call this one function. What is cut has -inf in both.
+    keep [..., 1]: indices that are not cut, whatever their logits.
     """
-    logits = logits.float()
-    if sampling.temperature == 0:
+    logits, (temperature, top_k, top_p) = logits.float(), sampling.of(mode)
+    if temperature == 0:
         best = torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
         return best.log()
-    logits = logits / sampling.temperature
-    if 0 < sampling.top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[..., -1:], -torch.inf)
-    if sampling.top_p < 1:
+    uncut = logits = logits / temperature
+    if 0 < top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -torch.inf)
+    if top_p < 1:
         ordered, index = logits.softmax(-1).sort(descending=True)
-        beyond = ordered.cumsum(-1) - ordered > sampling.top_p              # mass before it already crosses
+        beyond = ordered.cumsum(-1) - ordered > top_p                       # mass before it already crosses
         logits = logits.masked_fill(torch.zeros_like(beyond).scatter(-1, index, beyond), -torch.inf)
+    if keep is not None:
+        logits = logits.scatter(-1, keep, uncut.gather(-1, keep))
     return logits.log_softmax(-1)
 
 
@@ -361,9 +376,6 @@ def by_modality(mask: Tensor, is_image: Tensor) -> tuple[Tensor, Tensor]:
     return mask & ~image, image
 
 
-TEXT, IMAGE, ENDED = 0, 1, 2      # what a row of `generate` does at a position
-
-
 class UnifiedModel(nn.Module):
     """Text head, image head and image tokenizer around one decoder (VILA-U's architecture)."""
 
@@ -382,6 +394,7 @@ class UnifiedModel(nn.Module):
         self.configs: dict[str, dict] = {}               # the published config.json files, by folder
         self.source, self.quantize = "", "none"          # what the weights were loaded from, and how
         self.adapter: dict | None = None                 # rank and alpha, if there are adapters
+        self.precision: torch.dtype | None = None        # of passes, if it is not that of the weights
         self.rows = 0                                    # what `rows_that_fit` printed last
 
     @property
@@ -392,6 +405,11 @@ class UnifiedModel(nn.Module):
     def sharded(self) -> bool:
         """Does each process hold a share of the weights? See `prepare_whole`."""
         return isinstance(self, FSDPModule)
+
+    @property
+    def pass_dtype(self) -> torch.dtype:
+        """The type that passes compute in."""
+        return self.precision or self.projector[0].weight.dtype
 
     def policy_parameters(self) -> list[nn.Parameter]:
         """What warm-up and GRPO train: decoder, both heads and projector, or adapters.
@@ -436,18 +454,21 @@ class UnifiedModel(nn.Module):
         tokens [B, T, D] int64, is_image [B, T], mask [B, T, D] bool (True: score it; images whole or not at
         all) -> [B, T, D] float32, 0 where mask is False. A code that truncation has cut since it was sampled
         has -inf.
+        Choice: not so with passes in bf16. Their rounding would cut some decisions before the policy has
+        moved at all, so the decision that was sampled always stays.
         """
-        B, T = is_image.shape
+        rounded, (B, T) = self.pass_dtype != torch.float32, is_image.shape
         if self.sharded:
             tokens, is_image, mask = self.with_every_part(tokens, is_image, mask)
         before = self.forward(tokens, is_image)[:, :-1]      # alignment: the state one place before predicts
         logp = torch.zeros(tokens.shape, device=tokens.device)
         text = mask[:, :, 0] & ~is_image                                                   # (B, T)
         if text.any():
-            chances = decision_logp(self.decoder.lm_head(before[text[:, 1:]]), sampling)   # (n, V)
+            logits, chosen = self.decoder.lm_head(before[text[:, 1:]]), tokens[text][:, :1]
+            chances = decision_logp(logits, sampling, TEXT, chosen if rounded else None)   # (n, V)
             column = torch.zeros_like(mask)
             column[..., 0] = text
-            logp = logp.masked_scatter(column, chances.gather(-1, tokens[text][:, :1]))
+            logp = logp.masked_scatter(column, chances.gather(-1, chosen))
         image = mask[:, :, 0] & is_image                                                   # (B, T)
         if image.any():
             codes = tokens[image]                                                          # (n, D)
@@ -456,8 +477,9 @@ class UnifiedModel(nn.Module):
             if sampling.guidance != 1:
                 uncond = self.depth(self.unconditional(codes), vectors)
             logits = guide(self.depth(before[image[:, 1:]], vectors), uncond, sampling.guidance)
-            chances = decision_logp(logits, sampling)                                      # (n, D, K)
-            logp = logp.index_put((image,), chances.gather(-1, codes[..., None])[..., 0])
+            chosen = codes[..., None]
+            chances = decision_logp(logits, sampling, IMAGE, chosen if rounded else None)  # (n, D, K)
+            logp = logp.index_put((image,), chances.gather(-1, chosen)[..., 0])
         return logp[:B, :T]
 
     def with_every_part(self, tokens: Tensor, is_image: Tensor,
@@ -626,7 +648,7 @@ class UnifiedModel(nn.Module):
         tokens = torch.zeros(uniform.shape, dtype=torch.long, device=state.device)
         logp = torch.zeros(uniform.shape, device=state.device)
         if len(text):
-            chances = decision_logp(self.decoder.lm_head(state[text]), sampling)     # (n_text, V)
+            chances = decision_logp(self.decoder.lm_head(state[text]), sampling, TEXT)     # (n_text, V)
             tokens[text, 0], logp[text, 0] = sample_index(chances, uniform[text, 0])
         if len(image):
             tokens[image], logp[image] = self.sample_codes(state[image], blank, uniform[image], sampling)
@@ -661,7 +683,7 @@ class UnifiedModel(nn.Module):
         for d in range(self.vision_config.depth):
             logits = self.depth.next_logits(d, x, cache)
             logits = guide(logits[:n], None if blank is None else logits[n:], sampling.guidance)
-            code, logp = sample_index(decision_logp(logits, sampling), uniform[:, d])
+            code, logp = sample_index(decision_logp(logits, sampling, IMAGE), uniform[:, d])
             codes.append(code)
             logps.append(logp)
             total = total + self.vision.quantizer.codebook(d)[code].to(x.dtype)    # running sum (n, code_dim)
@@ -1113,6 +1135,7 @@ def prepare_whole(model: UnifiedModel, precision: str) -> None:
     # Nothing here writes into a pass's output, which is what FSDP warns of.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     bf16 = precision == "bf16" or (precision == "auto" and model.device.type == "cuda")
+    model.precision = torch.bfloat16 if bf16 else None
     K = process_count()
     for unit in (*model.decoder.layers, model.depth, model):
         for p in unit.parameters():
@@ -1577,9 +1600,9 @@ class Config:
     draw: bool = False           # text-to-image: the answer is one picture of the prompt
     # -- sampling
     budget: Count = 512          # positions an answer may have
-    temperature: NonNegative = 1.0    # 0: greedy
-    top_k: Natural = 0           # 0: off
-    top_p: TopP = 1.0            # 1: off
+    temperature: NonNegatives = 1.0    # 0: greedy; two numbers: of text tokens, of image codes
+    top_k: Naturals = 0          # 0: off; VILA-U: 0,900
+    top_p: TopPs = 1.0           # 1: off; VILA-U: 0.6,0.96, at --temperature 0.9,1
     guidance: NonNegative = 1.0  # for image codes; VILA-U and the paper draw with 3
     # -- run
     out: str = "out/answer"      # where answer.html and the PNGs go
