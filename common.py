@@ -317,6 +317,13 @@ def wait_for_all() -> None:
         dist.barrier()
 
 
+def summed(value: Tensor) -> Tensor:
+    """The sum of a tensor over all processes, in its place."""
+    if dist.is_initialized():
+        dist.all_reduce(value)
+    return value
+
+
 def end_processes() -> None:
     """Leave torch's process group; rank 0 goes on alone."""
     wait_for_all()
@@ -359,17 +366,14 @@ def averaged(metrics: dict, device: torch.device) -> dict:
 def average_gradients(optimizer: torch.optim.Optimizer) -> None:
     """Replace the gradients of an optimizer's parameters by their means over all processes.
 
-    A parameter without a gradient here may have one elsewhere: perhaps no picture was sampled here.
-    Its gradient here counts as 0. Gradients of sharded parameters are averaged already.
+    A parameter without a gradient gets 0: no picture was sampled, perhaps in this process alone. Gradients of
+    sharded parameters are averaged already.
     """
-    if not dist.is_initialized():
-        return
     for group in optimizer.param_groups:
         for p in group["params"]:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             if not isinstance(p, DTensor):
-                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-                dist.all_reduce(p.grad)
-                p.grad /= dist.get_world_size()
+                p.grad = summed(p.grad) / process_count()
 
 
 def whole(value: Tensor) -> Tensor:
