@@ -109,18 +109,21 @@ def memory_bandwidth(rounds: int) -> float:
     return block.numel() * block.element_size() / seconds(rounds, block.sum)
 
 
-def quantize(model: UnifiedModel, rounds: int) -> dict:
-    """Replace the decoder's linear layers by 4-bit ones -> what unpacking them costs."""
+def to_4_bits(model: UnifiedModel) -> None:
+    """Replace the decoder's linear layers by 4-bit ones."""
     for layer in model.decoder.layers:
         for owner in (layer.attn, layer.mlp):
             for name, child in list(owner.named_children()):
                 setattr(owner, name, NF4Linear(child.weight))
-    x = torch.zeros(1, model.decoder.config.hidden_size, dtype=torch.bfloat16)
-    layer = model.decoder.layers[0].mlp.up_proj
+
+
+def unpacking(layer: NF4Linear, rounds: int) -> dict:
+    """What one row pays for a layer that is packed, in weights a second."""
+    x = torch.zeros(1, layer.in_features, dtype=torch.bfloat16)
     packed = seconds(rounds, layer, x)
     with unpacked(layer):
-        unpacking = packed - seconds(rounds, layer, x)
-    return {"what": "unpacking NF4", "G weights/s": layer.in_features * layer.out_features / unpacking / 1e9}
+        extra = packed - seconds(rounds, layer, x)
+    return {"what": "unpacking NF4", "G weights/s": layer.in_features * layer.out_features / extra / 1e9}
 
 
 class Position:
@@ -166,7 +169,8 @@ def decode_all(name: str, config: DecoderConfig, depth: DepthConfig, args: argpa
     results = [show({"what": "reading memory", "GB/s": bandwidth / 1e9})]
     model = random_model(config, depth, WIDE, torch.bfloat16)
     results += decode(f"{name} bf16", model, bandwidth, args)
-    results.append(show(quantize(model, args.rounds)))
+    to_4_bits(model)
+    results.append(show(unpacking(model.decoder.layers[0].mlp.up_proj, args.rounds)))
     return results + decode(f"{name} nf4", model, bandwidth, args)
 
 
