@@ -782,7 +782,7 @@ ARMS = {"sampled": "Sampled as in training", "greedy": "Greedy", "low": "Sampled
 CHARTS = (           # title with the unit, metrics, top of the scale (None: their largest value)
     ("Reward and its parts, 0..1", "reward.*", 1.0),
     ("KL to the reference, Eq. (7), nats a decision", "kl/.*", None),
-    ("Ratio, Eq. (3), and share outside the clip", "ratio_.*|clip_frac/.*", 2.0),
+    ("Ratio, Eq. (3), and share outside the clip", "ratio_.*|clip_frac/.*|logp_gap", 2.0),
     ("Length of an answer, texts and pictures", "steps_per_answer", None),
     ("Standard deviation of a group's rewards", "spread/.*", None),
     ("Shares, 0..1", "truncated|no_score|cut_texts|zero_spread|text_share|padding", 1.0),

@@ -179,7 +179,13 @@ def advantages(answers: list, scores: list[Scores], config: Config) -> list[Tens
     credit "process": Eq. (6) of the step rewards.
     Choice: the format reward is given with the last token and belongs to text decisions alone, because no
     code can mend a tag.
+    Choice: exact zeros where all answers are the same, because there is nothing to compare. Eq. (6) alone
+    would train them on the fixed differences between their steps.
     """
+    contents = [(answer.layout, [(s.text, None if s.picture is None else s.picture.tobytes())
+                                 for s in answer.segments]) for answer in answers]
+    if all(content == contents[0] for content in contents):
+        return [torch.zeros(len(answer.step_of), 1) for answer in answers]
     r_t, r_v, r_f = config.reward_weights
     if config.credit == "outcome":
         values = outcome_advantages(torch.tensor(hybrid_rewards(scores, config.reward_weights)))
@@ -320,7 +326,7 @@ def rollout(policy: UnifiedModel, samples: list[Sample], config: Config, judges:
     scores = judge([s for s in samples for _ in range(G)], answers, *judges, config.credit)
     judged = time.perf_counter()
     groups = [slice(b, b + G) for b in range(0, len(answers), G)]
-    values = [compared(advantages(answers[g], scores[g], config), trajectories[g]) for g in groups]
+    values = [advantages(answers[g], scores[g], config) for g in groups]
     rewards = [r for g in groups for r in hybrid_rewards(scores[g], config.reward_weights)]
     tokens, is_image, mask, logp = as_batch(trajectories, policy.device)
     padded = torch.zeros(*tokens.shape[:2], 1)                                             # [B, T, 1]
@@ -340,16 +346,6 @@ def rollout(policy: UnifiedModel, samples: list[Sample], config: Config, judges:
         "cut_texts": mean(float(cut) for s in scores for cut in s.cut),
         "seconds/rollout": sampled - began, "seconds/reward": judged - sampled}
     return Rollout(samples, answers, scores, tokens, is_image, mask, logp, padded.to(policy.device), metrics)
-
-
-def compared(advantages: list[Tensor], trajectories: list) -> list[Tensor]:
-    """The advantages of a group, 0 where all its answers are the same, token for token.
-
-    Choice: there is nothing to compare then. Eq. (6) as printed would train such a group: it normalises the
-    fixed difference between texts and pictures.
-    """
-    same = all(torch.equal(t.tokens, trajectories[0].tokens) for t in trajectories)
-    return [torch.zeros_like(values) for values in advantages] if same else advantages
 
 
 def spread(values: list[float | None]) -> float | None:
