@@ -265,9 +265,9 @@ def pick_device(name: str, flag: str = "--device") -> torch.device:
         raise UserError(f"{flag} {name}: not usable here ({str(error).splitlines()[0]})") from None
 
 
-# The longest that a process waits for another, which may still be asking a judge or sampling an evaluation.
-# torchrun ends all processes as soon as one of them fails, whatever this is.
-PATIENCE = timedelta(hours=6)
+# How long a process waits for the others: at the start, and later, when one may still be asking a judge.
+# torchrun ends all processes as soon as one of them fails, whatever these are.
+MEETING, PATIENCE = timedelta(minutes=2), timedelta(hours=6)
 
 
 def start_processes(name: str) -> tuple[int, int, torch.device]:
@@ -284,7 +284,9 @@ def start_processes(name: str) -> tuple[int, int, torch.device]:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         try:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+            store, rank, _ = next(dist.rendezvous("env://", timeout=MEETING))
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
+                                    world_size=world, timeout=PATIENCE)
         except (RuntimeError, ValueError) as error:
             where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise UserError(f"the {world} processes cannot meet at {where}: is the port in use? "
