@@ -611,8 +611,9 @@ def checkpoint(model: UnifiedModel, run: Run, config: Config, stage: str, step: 
     return stage, step, tensors
 
 
-def warm_up(config: Config) -> None:
-    """Run the stages that are still to be done, from the last checkpoint of the same settings.
+def warm_up(config: Config) -> Path:
+    """Run the stages that are still to be done, from the last checkpoint of the same settings -> the report
+    (of several processes rank 0 writes it).
 
     Raises UserError where the run directory belongs to other settings, or --data cannot be used.
     """
@@ -644,6 +645,7 @@ def warm_up(config: Config) -> None:
     if stage == "warmup":
         interleave(model, run, config, samples, left_out, step, tensors)
         checkpoint(model, run, config, "done", 0, {})
+    return write_report(folder) if process_rank() == 0 else folder
 
 
 def first_stage(config: Config, samples: dict[str, list[Sample]], state: dict, tensors: dict[str, Tensor],
@@ -732,13 +734,11 @@ def check(config: Config) -> None:
 
 
 def main() -> None:
-    """Run the three stages and write the report."""
+    """Run the three stages."""
     config = parse_config(Config, presets={"paper": PAPER}, names={"data": READERS})
     check(config)
-    warm_up(config)
+    print(f"warm-up done: {warm_up(config)}")
     end_processes()
-    if process_rank() == 0:
-        print(f"warm-up done: {write_report(Path(config.out))}")
 
 
 if __name__ == "__main__":
