@@ -341,7 +341,6 @@ def rollout(policy: UnifiedModel, samples: list[Sample], config: Config, judges:
            for part in ("text", "visual", "format")},
         "steps_per_answer": mean(len(a.segments) for a in answers),
         "truncated": mean(t.truncated for t in trajectories),
-        "text_share": (text.sum() / mask.sum()).item(),
         "no_score": mean(float(missing) for s in scores for missing in s.unscored),
         "cut_texts": mean(float(cut) for s in scores for cut in s.cut),
         "seconds/rollout": sampled - began, "seconds/reward": judged - sampled}
@@ -355,9 +354,10 @@ def spread(values: list[float | None]) -> float | None:
 
 
 def mean(values) -> float:
-    """The mean of the values that are not None, 0 where there is none."""
+    """The mean of all processes' values that are not None, 0 where there is none."""
     values = [v for v in values if v is not None]
-    return sum(values) / max(1, len(values))
+    over_all = averaged({"sum": sum(values), "count": len(values)})
+    return over_all["sum"] / (over_all["count"] or 1)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -422,10 +422,13 @@ def update(policy: UnifiedModel, optimizer: torch.optim.Optimizer, batch: Rollou
     average_gradients(optimizer)
     norm = whole(torch.nn.utils.clip_grad_norm_(policy.policy_parameters(), 1.0))
     optimizer.step()
-    means = {f"{key}/{name}": sums[f"{key}/{name}"] / max(1, sums[f"count/{name}"])
+    sums = averaged(sums)
+    means = {f"{key}/{name}": sums[f"{key}/{name}"] / (sums[f"count/{name}"] or 1)
              for key in ("kl", "clip_frac") for name in ("text", "image")}
+    decisions = sums["count/text"] + sums["count/image"]
+    means["text_share"] = sums["count/text"] / decisions
     if epoch == 0:
-        means["logp_gap"] = sums["logp_gap"] / batch.mask.sum().item()
+        means["logp_gap"] = sums["logp_gap"] / decisions
     return {"loss": total, "grad_norm": norm.item(), "ratio_max": sums["ratio_max"], **means}
 
 
@@ -503,7 +506,7 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> list[S
         now, before, done = time.perf_counter(), done, done + config.epochs_per_rollout
         metrics = averaged({**batch.metrics, **metrics, "seconds": now - began,
                             "seconds/reference": scored - sampled, "seconds/update": now - scored,
-                            "peak_gib": peak_gib(device)}, device)
+                            "peak_gib": peak_gib(device)})
         silent = silent + 1 if metrics["zero_spread"] == 1 else 0
         log(run, bar, done, metrics, silent)                                               # step 7
         if done // config.save_every > before // config.save_every or done == config.updates:

@@ -549,7 +549,7 @@ def add_gradients(model: UnifiedModel, samples: list[Sample], codes: CodeCache,
     decisions = [by_modality(mask, is_image) for _, is_image, mask in batches]
     total = averaged({"text": sum(text.sum().item() for text, _ in decisions),
                       "image": sum(image.sum().item() for _, image in decisions),
-                      "passes_max": len(batches)}, model.device)
+                      "passes_max": len(batches)})
     counts = torch.tensor(total["text"]), torch.tensor(total["image"])
     if model.sharded:                                  # all make as many passes, see `with_every_part`
         tokens, is_image, mask = batches[-1]
@@ -580,7 +580,7 @@ def train_decoder(model: UnifiedModel, run: Run, config: Config, stage: str, bat
         began = time.perf_counter()
         samples = batch(step)
         model.zero_grad()
-        metrics = averaged(add_gradients(model, samples[share], codes, config), model.device)
+        metrics = averaged(add_gradients(model, samples[share], codes, config))
         if not math.isfinite(metrics["loss"]):
             raise UserError(f"{stage}: the loss became {metrics['loss']} at step {step}: lower {flag}; "
                             f"the last good checkpoint is intact")

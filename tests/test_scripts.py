@@ -194,13 +194,6 @@ def photographs(folder: Path) -> None:
         {"prompt": "First <image>, then <image>. What is next?", "images": ["tall.jpg", "small.jpg"]}])
 
 
-def test_two_processes_train_and_leave_one_checkpoint(warm, tmp_path):
-    run("-m", "torch.distributed.run", "--nproc_per_node=2",
-        "grpo.py", "--model", warm, "--out", tmp_path / "ddp", *flags(RUN))
-    assert load_training(tmp_path / "ddp" / "policy")[0]["update"] == RUN["updates"]
-    assert len(metrics(tmp_path / "ddp")) == RUN["updates"]
-
-
 def test_one_answer_from_the_command_line(warm, tmp_path):
     from PIL import Image
     Image.fromarray(shapes.render(shapes.SCENES[0])).save(tmp_path / "start.png")
