@@ -37,7 +37,6 @@ criteria in our words (llava-critic). The same command resumes a run that was in
 import hashlib
 import html
 import json
-import os
 import random
 import re
 import subprocess
@@ -47,7 +46,6 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Callable, Hashable, Iterable, Iterator, Literal, NamedTuple
-from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -57,11 +55,11 @@ from tqdm import tqdm
 
 import data
 import shapes
-from common import (Count, Natural, Naturals, NonNegative, NonNegatives, TopPs, UserError, Weights,
-                    add_line, check_config, check_settings, end_processes, flag_of, parse_config, pick_device,
-                    picture_html, process_count, process_rank, read_json, read_lines, read_picture, remove,
-                    require, run_main, shown, start_processes, wait_for_all, write_page, write_report,
-                    write_text, write_whole)
+from common import (COLUMNS, Count, Names, Natural, Naturals, NonNegative, NonNegatives, TopPs, UserError,
+                    Weights, add_line, check_config, check_settings, end_processes, flag_of, fold,
+                    parse_config, pick_device, picture_html, process_count, process_rank, read_json,
+                    read_lines, read_picture, remove, require, run_main, shown, start_processes, steps_html,
+                    wait_for_all, write_comparison, write_page, write_report, write_text, write_whole)
 from data import (I2T_QUESTION, Broken, CodeCache, LeftOut, Question, Sample, fingerprint, keep_usable,
                   toy_prompt)
 from judges import LlavaCritic, strip_marks
@@ -82,6 +80,7 @@ class Config:
     ladder: bool = False             # train from --model with more and more rewards, and rate each rung
     updates: Count = 40              # --ladder: GRPO updates of each run
     seeds: str = "0,1"               # --ladder: seeds of each rung's GRPO runs
+    compare: Names = ()              # run directories: their rates and curves on one page, and stop
     # -- sampling
     temperature: NonNegatives = 1.0  # of the sampled arm and of benchmarks; two: of text, of image codes
     top_k: Naturals = 0              # 0: off; two: of text tokens, of image codes
@@ -117,8 +116,7 @@ PAPER = dict(
     **PUBLISHED,
     budget=1300, batch=8,            # ours: four pictures and their texts
 )
-RATES = ("format", "text", "visual", "visual_true", "story")
-COLUMNS = (*RATES, "reward")
+RATES = tuple(name for name in COLUMNS if name != "reward")
 LOW = 0.4                            # ours: temperature of the low arm
 
 
@@ -304,7 +302,7 @@ def before_and_after(run, prompts: list[str]) -> None:
     run: the `grpo.Config` of a finished run. prompts: its prompts if they came from files. If these are not
     the toy world's, only the report is written: see --benchmark.
     """
-    folder, results, table = Path(run.out), {}, ""
+    folder, results = Path(run.out), {}
     sampling = {name: getattr(run, name) for name in PUBLISHED}
     if run.eval_sampling == "published":
         sampling = PUBLISHED
@@ -317,10 +315,9 @@ def before_and_after(run, prompts: list[str]) -> None:
                 reward_device=run.reward_device, critic_quantize=run.critic_quantize, device=run.device,
                 rows=run.rows, out=str(folder))
             results[name] = evaluate(open_model(model, config, run.quantize), config)
-        table = rates_table(results)
-        print(table)
+        print(rates_table(results))
         write_text(folder / "evaluation.json", json.dumps(results, indent=1))
-    print(f"answers, curves and rates: {write_report(folder, table)}")
+    print(f"answers, curves and rates: {write_report(folder)}")
 
 
 LADDER = {                           # rung -> its GRPO settings: the rows of the paper's ablation
@@ -917,23 +914,20 @@ PAGE = 200                           # answers that a page shows
 
 def question_html(question: Question, of: AnswerSet) -> str:
     """One question, its answer and the judge's replies as HTML. Pictures stay files beside the page."""
-    def picture(path: Path) -> str:
-        return picture_html(quote(os.path.relpath(path, of.folder)), path.name)
-    steps = ""
-    for segment in of.segments(question):
-        image = picture(of.folder / segment["image"]) if segment["image"] else ""
-        steps += f'<div class="step">{html.escape(segment["text"] or "")}<br>{image}</div>'
-    replies = [f"{aspect}: {reply}" for (id, aspect), reply in of.replies.items() if id == question.id]
-    details = f"<details><summary>judge</summary><pre>{html.escape(chr(10).join(replies))}</pre></details>"
-    title = "<br>".join(map(html.escape, (f"{question.id} · {question.group}", question.prompt)))
-    return (f'<div class="group"><div class="prompt">{title}<br>'
-            f'{"".join(map(picture, question.prompt_pictures))}</div>'
-            f'<div class="answer">{steps}</div>{details if replies else ""}</div>')
+    start = "".join(picture_html(path, "picture of the question", of.folder)
+                    for path in question.prompt_pictures)
+    steps = [{"text": segment["text"], "picture": segment["image"] and of.folder / segment["image"]}
+             for segment in of.segments(question)]
+    replies = [f"<pre>{html.escape(f'{aspect}: {reply}')}</pre>"
+               for (id, aspect), reply in of.replies.items() if id == question.id]
+    return (f'<div class="group"><h3>{html.escape(f"{question.id} · {question.group}")}</h3>'
+            f'<p>{html.escape(question.prompt)}</p><div class="row">{start}</div>'
+            f'<div class="answer">{steps_html(steps, of.folder)}</div>{fold("judge", *replies)}</div>')
 
 
 def write_answers_page(of: AnswerSet, title: str, table: str) -> Path:
     """Write answers.html: the table, then the first answers with what the judge replied."""
-    body = [f"<pre>{html.escape(table)}</pre>",
+    body = [f'<pre class="wide">{html.escape(table)}</pre>',
             f"<p>The first {min(PAGE, len(of.questions))} of {len(of.questions)} answers.</p>"]
     body += [question_html(question, of) for question in of.questions[:PAGE]]
     return write_page(of.folder / "answers.html", title, body)
@@ -989,6 +983,9 @@ def check(config: Config, world: int = 1) -> None:
     require(config, "reward_device", world == 1 or ":" not in config.reward_device,
             "no number: under torchrun each process has its judges on its own device")
     require(config, "seeds", re.fullmatch(r"\d+(,\d+)*", config.seeds), "whole numbers separated by commas")
+    for run in config.compare:
+        if not Path(run).is_dir():
+            raise UserError(f"--compare {run}: expected a run directory")
     require(config, "benchmark", config.benchmark in ("", *BENCHMARKS), " or ".join(BENCHMARKS))
     if not config.benchmark:
         for name in ("data", "judge", "before"):
@@ -1016,7 +1013,10 @@ def main() -> None:
         "benchmark": BENCHMARKS, "text_reward": judge_names("text"), "visual_reward": judge_names("visual")})
     _, world, _ = start_processes(config.device)
     check(config, world)
-    if config.benchmark:
+    if config.compare:
+        runs = {str(Path(run)).removeprefix("out/"): Path(run) for run in config.compare}
+        print(f"side by side: {write_comparison(runs, Path(config.out or 'out/compare'))}")
+    elif config.benchmark:
         run_benchmark(config)
     elif config.ladder:
         ladder(config)

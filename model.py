@@ -17,7 +17,6 @@ and `decision_logp`, which both call. Behind them come QLoRA, then loading and s
     python model.py --model mit-han-lab/vila-u-7b-256 --quantize nf4 --draw --guidance 3 --prompt "a fox"
                                 # one picture from the published model
 """
-import html
 import json
 import re
 import warnings
@@ -44,7 +43,7 @@ from tqdm import tqdm
 from common import (Count, Naturals, NonNegative, NonNegatives, TopPs, UserError, free_bytes, open_tensors,
                     parse_config, pick_device, picture_html, process_count, process_rank, read_json,
                     read_picture, read_tensor, reading, run_main, seeded, settle_folder, sharded_like,
-                    snapshot, total_bytes, write_page, write_text, write_tensors, write_whole)
+                    snapshot, steps_html, total_bytes, write_page, write_text, write_tensors, write_whole)
 from tokenizer import (IMAGE_END, IMAGE_PLACEHOLDER, IMAGE_START, THINK_END, THINK_START, VISION_NAMES,
                        Answer, Attention, Block, ImageTokenizer, Sequence, TextTokenizer, VisionConfig, pack,
                        pad, parse_answer, preprocess, to_pictures)
@@ -394,6 +393,7 @@ class UnifiedModel(nn.Module):
         self.configs: dict[str, dict] = {}               # the published config.json files, by folder
         self.source, self.quantize = "", "none"          # what the weights were loaded from, and how
         self.adapter: dict | None = None                 # rank and alpha, if there are adapters
+        self.bf16 = False                                # passes in bf16 over float32 weights
         self.rows = 0                                    # what `rows_that_fit` printed last
 
     @property
@@ -402,8 +402,8 @@ class UnifiedModel(nn.Module):
 
     @property
     def pass_dtype(self) -> torch.dtype:
-        """The type that passes compute in."""
-        return self.projector[0].weight.dtype
+        """The type that passes compute in: that of the weights, if `prepare_whole` has not set bf16."""
+        return torch.bfloat16 if self.bf16 else self.projector[0].weight.dtype
 
     def policy_parameters(self) -> list[nn.Parameter]:
         """What warm-up and GRPO train: decoder, both heads and projector, or adapters.
@@ -1129,7 +1129,7 @@ def prepare_whole(model: UnifiedModel, precision: str) -> None:
     # Nothing here writes into a pass's output, which is what FSDP warns of.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     bf16 = precision == "bf16" or (precision == "auto" and model.device.type == "cuda")
-    K = process_count()
+    K, model.bf16 = process_count(), bf16
     for unit in (*model.decoder.layers, model.depth, model):
         for p in unit.parameters():
             if p.requires_grad and p.dtype != torch.float32:
@@ -1636,17 +1636,15 @@ class Config:
 def write_answer_page(prompt: str, pictures: list[np.ndarray], answer: Answer, folder: Path) -> Path:
     """Write the answer as answer.html, texts and pictures in turn, with the pictures beside it as PNGs."""
     folder.mkdir(parents=True, exist_ok=True)
-    body = []
-    for i, picture in enumerate(pictures):
-        Image.fromarray(picture).save(folder / f"prompt_{i}.png")
-        body.append(picture_html(f"prompt_{i}.png", "picture of the prompt"))
-    body.append("<hr>")
-    for i, segment in enumerate(answer.segments):
-        if segment.picture is None:
-            body.append(f"<p>{html.escape(segment.text)}</p>")
-        else:
-            Image.fromarray(segment.picture).save(folder / f"step_{i}.png")
-            body.append(picture_html(f"step_{i}.png", "picture of the answer"))
+    files = {f"prompt_{i}.png": picture for i, picture in enumerate(pictures)}
+    files |= {f"step_{i}.png": s.picture for i, s in enumerate(answer.segments) if s.picture is not None}
+    for name, picture in files.items():
+        Image.fromarray(picture).save(folder / name)
+    start = [picture_html(folder / name, "picture of the prompt", folder)
+             for name in files if name.startswith("prompt")]
+    steps = [{"text": s.text, "picture": None if s.picture is None else folder / f"step_{i}.png"}
+             for i, s in enumerate(answer.segments)]
+    body = [f'<div class="row">{"".join(start)}</div><h2>The answer</h2>', steps_html(steps, folder)]
     return write_page(folder / "answer.html", prompt, body)
 
 

@@ -318,20 +318,48 @@ def check_judge(flag: str, part: str, spec: str) -> None:
 # ------------------------------------------------------------------------------------------------------------
 # Answers and their rewards as plain data, for sheets and reports
 
+def true_steps(prompt: str) -> list[dict]:
+    """The right answer to a toy prompt as the steps of a record, [] for other prompts."""
+    states = shapes.states_of_prompt(prompt)[1:] if shapes.wanted_steps(prompt) else []
+    return [step for state in states for step in ({"text": shapes.caption(state), "picture": None},
+                                                  {"text": None, "picture": png(shapes.render(state))})]
+
+
+def right_steps(prompt: str, answer: Answer) -> list[bool | None]:
+    """Whether each step is the true one: the k-th text names, the k-th picture shows the k-th true state.
+
+    None for each where the prompt is not the toy world's. A step beyond the last true state is wrong.
+    """
+    if not shapes.wanted_steps(prompt):
+        return [None] * len(answer.segments)
+    states = {kind: iter(shapes.states_of_prompt(prompt)[1:]) for kind in ("text", "picture")}
+    right = []
+    for s in answer.segments:
+        if s.picture is None:
+            named, true = shapes.parse_caption(s.text), next(states["text"], None)
+        else:
+            named, true = shapes.recognise(s.picture[None])[0], next(states["picture"], None)
+        right.append(named is not None and named == true)
+    return right
+
+
 def group_record(sample, answers: list[Answer], scores: list[Scores],
                  advantages: list[Tensor] | None = None) -> dict:
-    """One prompt (a `data.Sample`) and its answers as JSON.
+    """One prompt (a `data.Sample`), its true answer if that is known, and its answers, as JSON.
 
-    Each step has its text or picture, its reward and its mean advantage.
+    Each step has its text or picture, whether it is right, its reward and its mean advantage.
     """
     records = []
     for n, (answer, score) in enumerate(zip(answers, scores)):
-        steps = [{"text": s.text, "picture": None if s.picture is None else png(s.picture), "reward": reward,
+        right = right_steps(sample.prompt, answer)
+        steps = [{"text": s.text, "picture": None if s.picture is None else png(s.picture), "right": right[i],
+                  "reward": score.steps[i],
                   "advantage": None if advantages is None else advantages[n][s.start:s.stop].mean().item()}
-                 for s, reward in zip(answer.segments, score.steps)]
+                 for i, s in enumerate(answer.segments)]
         records.append({"steps": steps, "layout": answer.layout, "text": score.text, "visual": score.visual,
                         "format": score.format})
-    return {"prompt": sample.prompt, "pictures": [png(p) for p in read_pictures(sample)], "answers": records}
+    return {"prompt": sample.prompt, "pictures": [png(p) for p in read_pictures(sample)],
+            "truth": true_steps(sample.prompt), "answers": records}
 
 
 def main() -> None:
