@@ -10,7 +10,8 @@
 
     python grpo.py                          # two CPU cores: train a warm-up model if there is none, then GRPO
     torchrun --nproc_per_node=2 grpo.py     # two processes share the prompts of each update
-    python grpo.py --preset paper           # the paper's settings, QLoRA on VILA-U 7B (a GPU)
+    python grpo.py --preset paper --prompts FILE        # the paper's settings, QLoRA on VILA-U 7B (a GPU)
+    torchrun --nproc_per_node=8 --nnodes=4 grpo.py --preset paper-full --prompts FILE   # all of it (32 GPUs)
 """
 import itertools
 import math
@@ -98,7 +99,7 @@ class Config:
     eval_prompts: Natural = 96               # held-out prompts of the evaluation before and after; 0: none
     eval_sampling: Literal["rollouts", "published"] = "rollouts"    # published: as VILA-U and the paper do
     explain: bool = False                    # print one prompt's way through one update, and stop
-    preset: str = ""                         # paper: the paper's settings (PAPER); flags beside it win
+    preset: str = ""                         # paper: QLoRA on VILA-U 7B; paper-full: all of it, on 32 GPUs
 
 
 RAMP = 5                                     # updates until the learning rate is reached
@@ -117,6 +118,13 @@ PAPER = dict(
     prompts_per_update=8, micro_batch=2, lr=2e-5, kl=0.04, budget=1024,            # ours
     save_every=50, eval_prompts=32,                                                # ours
 )
+# --preset paper-full: the paper's own full fine-tune, without adapters and 4-bit weights.
+PAPER_FULL = PAPER | dict(
+    model="out/warmup-7b-full",                                   # of warmup.py --preset paper-full
+    lora_rank=0, quantize="none",                                 # paper
+    prompts_per_update=32, micro_batch=2, lr=1e-6,                # ours; the paper has 32 GPUs
+)
+PRESETS = {"paper": PAPER, "paper-full": PAPER_FULL}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -453,6 +461,9 @@ def check(config: Config, world: int = 1) -> None:
             "auto: with adapters the passes have the type of the frozen base")
     require(config, "explain", world == 1 or not config.explain, "one process, no torchrun")
     check_judges(config)
+    if config.preset and not config.prompts:
+        raise UserError(f"--preset {config.preset}: expected --prompts as well, a JSONL file or NAME=DIR,.. "
+                        f"of published data; without it the prompts would be the toy world's")
 
 
 def start_policy(config: Config, state: dict, device: torch.device) -> tuple[UnifiedModel, dict[str, Tensor]]:
@@ -696,7 +707,7 @@ def judge_records(judges: tuple, most: int = 24) -> list[dict]:
 
 def main() -> None:
     """Warm-up model if there is none, training, evaluation before and after."""
-    config = parse_config(Config, presets={"paper": PAPER}, names={
+    config = parse_config(Config, presets=PRESETS, names={
         "prompts": PROMPT_READERS, "text_reward": judge_names("text"),
         "visual_reward": judge_names("visual")})
     rank, world, device = start_processes(config.device)
