@@ -74,6 +74,7 @@ class Config:
     top_k: Natural = 0                       # 0: off
     top_p: TopP = 1.0                        # 1: off
     guidance: NonNegative = 1.0              # 1: off; else rollouts and scoring both are guided
+    score_guided: bool = True                # --no-score-guided: rollouts alone, as public codes do (biased)
     budget: Count = 160                      # positions that an answer may have
     rows: Natural = 0                        # answers in the KV cache at a time; 0: as many as fit the device
     # -- adapters
@@ -344,7 +345,7 @@ def reference_logp(policy: UnifiedModel, reference: dict[str, Tensor], batch: Ro
     """Log-probs [B, T, D] of the rollout under the KL's reference: the policy with its first parameters."""
     columns = (batch.tokens, batch.is_image, batch.mask)
     with torch.no_grad(), with_trainable(policy, reference):
-        return torch.cat([policy.log_probs(*part, sampling_of(config))
+        return torch.cat([policy.log_probs(*part, scoring_of(config))
                           for part in zip(*(column.split(config.micro_batch) for column in columns))])
 
 
@@ -356,7 +357,7 @@ def update(policy: UnifiedModel, optimizer: torch.optim.Optimizer, batch: Rollou
     their size cannot change the gradient.
     Raises UserError on a loss that is not finite, before any weight moves.
     """
-    B, sampling = len(batch.tokens), sampling_of(config)
+    B, sampling = len(batch.tokens), scoring_of(config)
     weights = decision_weights(batch.mask, batch.is_image, config.per_modality)
     total, sums = 0.0, Counter()
     optimizer.zero_grad()
@@ -394,6 +395,15 @@ def update(policy: UnifiedModel, optimizer: torch.optim.Optimizer, batch: Rollou
 def sampling_of(config: Config) -> Sampling:
     """The distribution that rollouts sample from and every log-probability is taken under."""
     return Sampling(config.temperature, config.top_k, config.top_p, config.guidance)
+
+
+def scoring_of(config: Config) -> Sampling:
+    """The same distribution, but with --no-score-guided that without guidance.
+
+    Two public codes for image GRPO (T2I-R1, ULM-R1) sample guided codes and score them unguided. Their update
+    is about another distribution than the one that was sampled. The flag measures what that costs.
+    """
+    return sampling_of(config) if config.score_guided else replace(sampling_of(config), guidance=1.0)
 
 
 def check(config: Config, world: int = 1) -> None:
@@ -448,6 +458,8 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> list[S
                         [(config.seed, done, number) for number, _ in numbered])           # steps 1 to 4
         sampled = time.perf_counter()
         ref_logp = reference_logp(policy, reference, batch, config)
+        if not config.score_guided:                  # the log-probs kept while sampling are guided ones
+            batch.old_logp = reference_logp(policy, trainable_state(policy), batch, config)
         compared = time.perf_counter()
         for epoch in range(config.epochs_per_rollout):
             for group in optimizer.param_groups:

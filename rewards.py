@@ -6,6 +6,7 @@
     r_v    every picture, given its own text    RulesVisual     share of attributes that are right (toy world)
                                                 ImageReward     normal CDF of its reward (the paper's judge)
                                                 ClipScore       2.5 max(0, cosine) (the paper's ablation)
+                                                RulesWeak       shape and colour alone (toy world)
     r_f    the form of the answer               format_reward   0 or 1
 
 A judge is a callable, and any callable of the same signature can take its place. The published judges are in
@@ -63,9 +64,9 @@ def format_reward(layout: str, texts: list[str], steps: int | None = None) -> fl
     return float(well_formed and steps in (None, layout.count("TwtVpv")))
 
 
-def agreement(named: shapes.Scene | None, true: shapes.Scene | None) -> float:
-    """Share of the attributes (shape, colour, cell) that two scenes have in common; 0 where one is None."""
-    return sum(a == b for a, b in zip(named, true)) / len(named) if named and true else 0.0
+def agreement(named: shapes.Scene | None, true: shapes.Scene | None, first: int = 3) -> float:
+    """Share of the first attributes (shape, colour, cell) that two scenes share; 0 where one is None."""
+    return sum(a == b for a, b in zip(named[:first], true[:first])) / first if named and true else 0.0
 
 
 class RulesText:
@@ -90,11 +91,22 @@ class RulesText:
 
 class RulesVisual:
     """r_v in the toy world: the scene in a picture against the scene that its text names, right or wrong."""
+    attributes = 3               # of shape, colour, cell: how many are compared
 
     def __call__(self, texts: list[str], pictures: list[np.ndarray]) -> list[float]:
         """texts [n], pictures uint8 [H, W, 3] -> n scores 0..1."""
         scenes = shapes.recognise(np.stack(pictures)) if pictures else []
-        return [agreement(shapes.parse_caption(text), scene) for text, scene in zip(texts, scenes)]
+        return [agreement(shapes.parse_caption(text), scene, self.attributes)
+                for text, scene in zip(texts, scenes)]
+
+
+class RulesWeak(RulesVisual):
+    """r_v that does not look where the object is. It stands for CLIP-score in the paper's ablation.
+
+    CLIP matches texts and pictures much like bags of words (arXiv 2210.01936): it sees what there is and
+    hardly how it is arranged. So a policy can put the object anywhere without losing reward.
+    """
+    attributes = 2
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -243,19 +255,19 @@ def mean_reward(rewards: list[float | None], wanted: int | None) -> float | None
 # ------------------------------------------------------------------------------------------------------------
 # Judges by name: --text-reward and --visual-reward, NAME or NAME=FOLDER
 
-RULES = {"text": RulesText, "visual": RulesVisual}
+RULES = {"text": {"rules": RulesText}, "visual": {"rules": RulesVisual, "rules-weak": RulesWeak}}
 
 
 def judge_names(part: str) -> list[str]:
     """The names that --text-reward (part "text") or --visual-reward ("visual") takes."""
-    return ["rules", *judges.JUDGES[part]]
+    return [*RULES[part], *judges.JUDGES[part]]
 
 
 def make_judge(part: str, spec: str, device: torch.device, quantize: str = "none"):
     """NAME or NAME=FOLDER -> a judge. Raises UserError where its weights are missing or damaged."""
     name, _, folder = spec.partition("=")
-    if name == "rules":
-        return RULES[part]()
+    if name in RULES[part]:
+        return RULES[part][name]()
     judge_class = judges.JUDGES[part][name]
     options = {"quantize": quantize} if part == "text" else {}
     return judge_class(folder or judge_class.HUB, device, **options)
@@ -278,7 +290,8 @@ def check_judges(config) -> None:
 def check_rules(config, prompts: list[str]) -> None:
     """Refuse prompts (of --prompts) that the rule judges cannot judge. Raises UserError."""
     r_t, r_v, _ = config.reward_weights
-    if not ((r_t and config.text_reward == "rules") or (r_v and config.visual_reward == "rules")):
+    if not ((r_t and config.text_reward in RULES["text"])
+            or (r_v and config.visual_reward in RULES["visual"])):
         return
     for prompt in prompts:
         if shapes.wanted_steps(prompt) is None:
