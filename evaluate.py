@@ -330,7 +330,7 @@ CLAIMS = [                           # the first row is better than the second i
     ("process-as-printed", "r_f+r_t+r_v", "story", "paper"),
     ("process", "r_f+r_t+r_v", "story", "paper"),
     ("G2", "G2-no-kl", "story", "paper"),
-    ("G2", "G2-no-kl", "kept", "paper"),
+    ("G2", "G2-no-kl", "kept", "ours"),
     ("process", "G2", "story", "paper"),
     ("process", "weak-judge", "story", "paper"),
     ("process", "qlora", "story", "paper"),
@@ -418,15 +418,14 @@ def weights_hash(base: Path) -> str:
 def check_cached(folder: Path, settings: dict) -> None:
     """Refuse a folder whose run had other settings or another base model; note those of a new one.
 
-    Choice: refuse rather than train anew. A changed flag would delete hours of work. Raises UserError.
+    Choice: refuse rather than train anew, which would delete hours of work for a flag. Raises UserError.
     """
-    before = {}
-    if (folder / "config.json").exists():
-        before = read_json(folder / "config.json")["settings"]
-    if (folder / "job.json").exists():
-        before |= read_json(folder / "job.json")
-    check_settings(folder, {name: value for name, value in before.items() if name in settings}, settings)
-    write_text(folder / "job.json", json.dumps(settings, indent=1))
+    run, job, rates = folder / "config.json", folder / "job.json", folder / "rates" / "values.json"
+    if run.exists():
+        check_settings(folder, read_json(run)["settings"], settings)
+    if job.exists() and (run.exists() or rates.exists()):
+        check_settings(folder, read_json(job), settings)
+    write_text(job, json.dumps(settings, indent=1))
 
 
 def base_job(kind: str, number: int, folder: Path, config: Config) -> Job:
@@ -488,7 +487,7 @@ def run_jobs(jobs: list[Job], at_once: int, bar: tqdm) -> None:
                     last = [line.split("\r")[-1].strip() for line in lines if line.strip()][-1:]
                     job.reason = "".join(last).removeprefix("error: ") or f"exit code {process.returncode}"
                 bar.update()
-            bar.refresh()
+            bar.set_postfix_str(" ".join(str(job.folder) for job in running.values()), refresh=False)
             time.sleep(0.2)
     finally:
         for process in running:
@@ -529,7 +528,7 @@ def reproduce(config: Config) -> None:
         "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, torch {torch.__version__}",
         "rows": {row: row_result(row, measured[row], config) for row in rows},
         "claims": claim_results(measured, seeds, config), "judges": judge_agreement(measured),
-        "failed": {str(job.folder): job.reason for job in jobs.values() if job.reason}}
+        "failed": {f"{row}/{number}": job.reason for (row, number), job in jobs.items() if job.reason}}
     write_text(out / "reproduction.json", json.dumps(result, indent=1))
     write_text(out / "reproduction.md", reproduction_table(result))
     print(reproduction_table(result))
@@ -574,8 +573,8 @@ def claim_results(measured: dict[str, dict], seeds: list[int], config: Config) -
             *interval, p = bootstrap(differences, [seed % config.bases for *_, seed in pairs])
             result |= {"runs": len(pairs), "difference": interval, "p": p}
             tested.append(result)
-        paper = [(a, b) for a, b in zip(PAPER_ROWS.get(better, ()), PAPER_ROWS.get(worse, ()))]
-        result["paper"] = [None if None in pair else round(pair[0] - pair[1], 2) for pair in paper]
+        paper = zip(PAPER_ROWS.get(better, (None, None)), PAPER_ROWS.get(worse, (None, None)))
+        result["paper"] = [round(a - b, 2) if source == "paper" and a and b else None for a, b in paper]
         results.append(result)
     for result, adjusted in zip(tested, holm([result["p"] for result in tested])):
         result |= {"adjusted_p": adjusted, "verdict": verdict(result["difference"][0], adjusted)}
@@ -609,7 +608,7 @@ def reproduction_table(result: dict) -> str:
     for row, of in result["rows"].items():
         different = ", ".join(f"{name} {shown(value)}" for name, value in of["settings"].items())
         cells = [number(*of["rates"][name]) for name in MEASURES if of["rates"]]
-        cells = cells or ["failed, see below", *[""] * (len(MEASURES) - 1)]
+        cells = cells or ["failed", *[""] * (len(MEASURES) - 1)]
         cells = [row, different, str(len(of["runs"])), *cells, *map(paper_cell, of["paper"])]
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "| Claim | in | runs | difference | p, Holm | verdict | whose | paper: MMIE | paper: "
@@ -618,14 +617,14 @@ def reproduction_table(result: dict) -> str:
         cells = [str(of["runs"]), "", "", "not measured"]
         if of["runs"]:
             cells[1:] = [number(*of["difference"]), f"{of['adjusted_p']:.4f}", of["verdict"]]
-        paper = [paper_cell(value) for value in of["paper"] or (None, None)]
-        lines.append(f"| {' | '.join([of['claim'], of['measure'], *cells, of['source'], *paper])} |")
+        cells += [of["source"], *map(paper_cell, of["paper"])]
+        lines.append(f"| {' | '.join([of['claim'], of['measure'], *cells])} |")
     if judges := result["judges"]:
         words = "none" if judges["correlation"] is None else f"{judges['correlation']:.2f}"
         lines += ["", f"rules-weak against rules, r_v of {judges['answers']} answers of the warm-up models: "
                       f"correlation {words}, {judges['equal']:.0%} equal, mean {judges['mean_weak']:.2f} "
                       f"against {judges['mean_true']:.2f}."]
-    lines += [f"\nfailed: {folder}: {reason}" for folder, reason in result["failed"].items()]
+    lines += ["", *(f"- {run} failed: {reason}" for run, reason in result["failed"].items())]
     return "\n".join(lines) + "\n"
 
 
