@@ -26,7 +26,8 @@ import shutil
 import sys
 import textwrap
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import Field, asdict, fields
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Iterable, Literal, NamedTuple, get_args, get_origin
@@ -36,8 +37,8 @@ import torch
 import torch.distributed as dist
 from PIL import Image, ImageDraw
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 class UserError(ValueError):
@@ -48,10 +49,14 @@ class UserError(ValueError):
 # Flags: one dataclass of settings per script, its fields are the command line
 
 class Range(NamedTuple):
-    """The numbers that a flag takes: low..high, or more than `low` where it is `open`."""
+    """The numbers that a flag takes: low..high, or more than `low` where it is `open`.
+
+    pair: two numbers as well as one, as a tuple: the first for text tokens, the second for image codes.
+    """
     low: float
     high: float = math.inf
     open: bool = False
+    pair: bool = False
 
     def holds(self, value: float) -> bool:
         above = value > self.low if self.open else value >= self.low
@@ -59,7 +64,8 @@ class Range(NamedTuple):
 
     def __str__(self) -> str:
         low = f"more than {self.low:g}" if self.open else f"at least {self.low:g}"
-        return low if self.high == math.inf else f"{low} and at most {self.high:g}"
+        limits = low if self.high == math.inf else f"{low} and at most {self.high:g}"
+        return limits + ", or two of them as TEXT,IMAGE" * self.pair
 
 
 Count = Annotated[int, Range(1)]
@@ -67,15 +73,35 @@ Natural = Annotated[int, Range(0)]
 Positive = Annotated[float, Range(0, open=True)]
 NonNegative = Annotated[float, Range(0)]
 Share = Annotated[float, Range(0, 1)]
-TopP = Annotated[float, Range(0, 1, open=True)]
 LearningRate = Annotated[float, Range(0, 1, open=True)]
 Weights = tuple[float, float, float]
+Naturals = Annotated[int, Range(0, pair=True)]
+Positives = Annotated[float, Range(0, open=True, pair=True)]
+NonNegatives = Annotated[float, Range(0, pair=True)]
+TopPs = Annotated[float, Range(0, 1, open=True, pair=True)]
 
 
 def parse_weights(text: str) -> Weights:
     """'1,1,0.5' -> (1.0, 1.0, 0.5). Raises ValueError for anything but three numbers."""
     first, second, third = map(float, text.split(","))
     return first, second, third
+
+
+def parse_numbers(number: type, text: str) -> float | tuple[float, float]:
+    """'0.9' -> 0.9 and '0.9,1' -> (0.9, 1.0). Raises ArgumentTypeError for anything else."""
+    try:
+        first, *more = map(number, text.split(","))
+    except ValueError:
+        first, more = None, [None, None]
+    if len(more) > 1:
+        words = "whole numbers" if number is int else "numbers"
+        raise argparse.ArgumentTypeError(f"{text!r}: expected one or two {words}, X or TEXT,IMAGE")
+    return (first, *more) if more else first
+
+
+def plain_type(f: Field):
+    """The annotation of a setting; of one that may be None, `X | None`, it is X."""
+    return get_args(f.type)[0] if f.default is None else f.type
 
 
 def flag_of(name: str) -> str:
@@ -101,10 +127,12 @@ def check_config(config) -> None:
     """
     for f in fields(config):
         value = getattr(config, f.name)
-        if get_origin(f.type) is Annotated:
-            kind, limits = get_args(f.type)
+        if get_origin(plain_type(f)) is Annotated:
+            kind, limits = get_args(plain_type(f))
             words = f"a {'whole ' * (kind is int)}number, {limits}"
-            require(config, f.name, isinstance(value, (int, kind)) and limits.holds(value), words)
+            values = value if limits.pair and isinstance(value, tuple) and len(value) == 2 else (value,)
+            fits = all(isinstance(v, (int, kind)) and limits.holds(v) for v in values)
+            require(config, f.name, fits or value is f.default is None, words)
         elif get_origin(f.type) is Literal:
             require(config, f.name, value in get_args(f.type), " or ".join(get_args(f.type)))
         elif f.type == Weights:
@@ -145,15 +173,19 @@ def make_parser(Config, names: dict[str, Iterable[str]]) -> argparse.ArgumentPar
             options = {"action": argparse.BooleanOptionalAction}
         elif get_origin(f.type) is Literal:
             options = {"type": str, "metavar": "|".join(c or "''" for c in get_args(f.type))}
-        elif get_origin(f.type) is Annotated:
-            options = {"type": get_args(f.type)[0], "metavar": "N" if get_args(f.type)[0] is int else "X"}
+        elif get_origin(plain_type(f)) is Annotated:
+            kind, limits = get_args(plain_type(f))
+            letter = "N" if kind is int else "X"
+            options = {"type": kind, "metavar": letter}
+            if limits.pair:
+                options = {"type": partial(parse_numbers, kind), "metavar": f"{letter}[,{letter}]"}
         elif f.type == Weights:
             options = {"type": parse_weights, "metavar": "X,X,X"}
         elif f.type in (int, float):
             options["metavar"] = "N" if f.type is int else "X"
         if f.name in names:
             text += f"; {', '.join(names[f.name])}"
-        if f.default != "":
+        if f.default not in ("", None):
             text += f" [{shown(f.default)}]"
         section.add_argument(flag_of(f.name), default=f.default, help=text.replace("%", "%%"), **options)
     return parser
@@ -188,24 +220,32 @@ def run_main(main) -> None:
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        leave(f"error: {error}", 2)
     except torch.OutOfMemoryError as error:
-        print(f"error: out of memory ({str(error).split('. ')[0]}): lower --rows, --micro-batch, --batch or "
-              f"--budget; what was saved before is intact", file=sys.stderr)
-        sys.exit(2)
+        leave(f"error: out of memory ({str(error).split('. ')[0]}): lower --rows, --micro-batch, --batch or "
+              f"--budget; what was saved before is intact", 2)
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR,
                                errno.EEXIST):
             raise
         file = error.filename or "a file"
-        reason = f"cannot write {file}: {error.strerror}"
-        print(f"error: {reason}; what was saved before is intact", file=sys.stderr)
-        sys.exit(2)
+        leave(f"error: cannot write {file}: {error.strerror}; what was saved before is intact", 2)
     except KeyboardInterrupt:
-        advice = "the same command goes on from the last checkpoint, if there is one"
-        print(f"interrupted: {advice}", file=sys.stderr)
-        sys.exit(130)
+        leave("interrupted: the same command goes on from the last checkpoint, if there is one", 130)
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        leave(f"error: another process has ended or cannot be reached ({str(error).splitlines()[0][:120]}); "
+              f"the same command goes on from the last checkpoint, if there is one", 1)
+
+
+def leave(sentence: str, code: int) -> None:
+    """End the script with one sentence; of several processes the first that fails prints its own."""
+    if first_to_fail():
+        print(sentence, file=sys.stderr, flush=True)
+    if dist.is_initialized():
+        os._exit(code)                   # without torch's clean-up, which may wait for the other processes
+    sys.exit(code)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -225,30 +265,87 @@ def pick_device(name: str, flag: str = "--device") -> torch.device:
         raise UserError(f"{flag} {name}: not usable here ({str(error).splitlines()[0]})") from None
 
 
+# The longest that a process waits for another, which may still be asking a judge or sampling an evaluation.
+# torchrun ends all processes as soon as one of them fails, whatever this is.
+PATIENCE = timedelta(hours=6)
+
+
 def start_processes(name: str) -> tuple[int, int, torch.device]:
     """--device -> rank, world size, device.
 
-    Under torchrun this joins torch's process group: nccl on GPUs, gloo elsewhere.
+    Under torchrun this joins torch's process group: nccl on GPUs, gloo elsewhere. Only rank 0 prints from
+    then on. Raises UserError where the processes cannot meet.
     """
-    device = pick_device(name)
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    device, world = pick_device(name), int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1:
         return 0, 1, device
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}", "a process of torchrun has --device")
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return dist.get_rank(), dist.get_world_size(), device
+    if not dist.is_initialized():
+        try:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+        except (RuntimeError, ValueError) as error:
+            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise UserError(f"the {world} processes cannot meet at {where}: is the port in use? "
+                            f"({str(error).splitlines()[0]})") from None
+        if dist.get_rank() > 0:
+            sys.stdout = open(os.devnull, "w")
+    return dist.get_rank(), world, device
 
 
-def averaged(metrics: dict, world: int, device: torch.device) -> dict:
-    """Metrics of one process -> those over all processes: means, but the maximum of what ends in _max."""
-    if world == 1:
+def process_rank() -> int:
+    """This process's number, 0 without torchrun."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def process_count() -> int:
+    """How many processes train together, 1 without torchrun."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def wait_for_all() -> None:
+    """Go on when all processes have come here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def end_processes() -> None:
+    """Leave torch's process group; rank 0 goes on alone."""
+    wait_for_all()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def note_processes(state: dict) -> None:
+    """Print that a run goes on with another number of processes than its checkpoint was written by."""
+    before, now = state.get("processes", process_count()), process_count()
+    if before != now:
+        print(f"the checkpoint was written by {before} processes, {now} go on: same prompts and answers, "
+              f"sums in another order")
+
+
+def first_to_fail() -> bool:
+    """Is this the first process of the run that fails? The others need no sentence of their own."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return True
+    try:                                             # torchrun's own table of keys
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(address, port, timeout=timedelta(seconds=10))
+        return store.add("failed/" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), 1) == 1
+    except (KeyError, ValueError, RuntimeError):
+        return True
+
+
+def averaged(metrics: dict, device: torch.device) -> dict:
+    """Metrics of one process -> those over all processes: means, but the maxima of *_max and peak_gib."""
+    if not dist.is_initialized():
         return metrics
-    values = torch.tensor(list(metrics.values()), device=device)
-    everyone = [torch.zeros_like(values) for _ in range(world)]
+    values = torch.tensor(list(metrics.values()), dtype=torch.float32, device=device)
+    everyone = [torch.zeros_like(values) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, values)
     merged = torch.stack(everyone)                                                         # (world, metrics)
-    return {name: (merged[:, i].max() if name.endswith("_max") else merged[:, i].mean()).item()
+    return {name: (merged[:, i].max() if name.endswith(("_max", "peak_gib")) else merged[:, i].mean()).item()
             for i, name in enumerate(metrics)}
 
 
@@ -256,15 +353,28 @@ def average_gradients(optimizer: torch.optim.Optimizer) -> None:
     """Replace the gradients of an optimizer's parameters by their means over all processes.
 
     A parameter without a gradient here may have one elsewhere: perhaps no picture was sampled here.
-    Its gradient here counts as 0.
+    Its gradient here counts as 0. Gradients of sharded parameters are averaged already.
     """
     if not dist.is_initialized():
         return
     for group in optimizer.param_groups:
         for p in group["params"]:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            dist.all_reduce(p.grad)
-            p.grad /= dist.get_world_size()
+            if not isinstance(p, DTensor):
+                p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+                dist.all_reduce(p.grad)
+                p.grad /= dist.get_world_size()
+
+
+def whole(value: Tensor) -> Tensor:
+    """Gather a sharded tensor; all processes call this together. Any other tensor is returned as it is."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def sharded_like(value: Tensor, p: Tensor) -> Tensor:
+    """A whole tensor -> this process's shard of it where `p`, of the same shape, is sharded."""
+    if not isinstance(p, DTensor) or value.shape != p.shape:
+        return value
+    return distribute_tensor(value.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
 
 
 def peak_gib(device: torch.device) -> float:
@@ -421,12 +531,36 @@ def read_tensor(path: Path, name: str, device: str | torch.device) -> Tensor:
         return file.get_tensor(name).to(device, copy=True)
 
 
+# safetensors' names of the types
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
+          torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}
+
+
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file. Raises UserError where the disk does not take it."""
+    """Write a safetensors file, one tensor after the other.
+
+    The format is a length of 8 bytes, a JSON header with every tensor's place, then the tensors' bytes.
+    Sharded tensors are gathered one at a time, by all processes together; rank 0 writes.
+    Raises UserError where the disk does not take it.
+    """
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))     # so all are aligned
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name in names:
+        start, end = end, end + tensors[name].numel() * tensors[name].element_size()
+        header[name] = {"dtype": DTYPES[tensors[name].dtype], "shape": list(tensors[name].shape),
+                        "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
     try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:                # a full disk, say: the caller's folder is not replaced
-        raise UserError(f"{path}: cannot be written ({error}); what was saved before is intact") from None
+        with open(path if process_rank() == 0 else os.devnull, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name in names:
+                value = whole(tensors[name].detach())
+                if process_rank() == 0:
+                    file.write(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    except OSError as error:             # a full disk, say: the caller's folder is not replaced
+        reason = error.strerror
+        raise UserError(f"{path}: cannot be written ({reason}); what was saved before is intact") from None
 
 
 def snapshot(source: str, where: str) -> Path:
@@ -468,16 +602,19 @@ class Run:
     """A run directory: config.json (settings, versions), metrics.jsonl, policy/, samples/."""
 
     def __init__(self, config, lines: int = 0):
-        """Make the folder, write config.json and open metrics.jsonl.
+        """Make the folder, write config.json and open metrics.jsonl. Of several processes only rank 0 writes.
 
         config: a settings dataclass with a field `out`.
         lines: how many lines of an earlier metrics.jsonl the checkpoint had seen; the rest is dropped.
         """
-        self.folder = Path(config.out)
+        self.folder, self.lines, self.writes = Path(config.out), lines, process_rank() == 0
+        if not self.writes:
+            return
         (self.folder / "samples").mkdir(parents=True, exist_ok=True)
         write_text(self.folder / "config.json", json.dumps(
             {"settings": asdict(config), "command": " ".join(sys.argv), "python": platform.python_version(),
-             "torch": torch.__version__, "threads": torch.get_num_threads()}, indent=1))
+             "torch": torch.__version__, "threads": torch.get_num_threads(), "processes": process_count()},
+            indent=1))
         self.metrics = self.folder / "metrics.jsonl"
         earlier = read_metrics(self.metrics)[:lines]
         write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in earlier))
@@ -485,9 +622,11 @@ class Run:
 
     def log(self, **metrics) -> None:
         """Append one flat object, floats rounded to six places."""
+        self.lines += self.writes
+        if not self.writes:
+            return
         line = {k: round(v, 6) if isinstance(v, float) else v for k, v in metrics.items()}
         add_line(self.metrics, line)
-        self.lines += 1
 
     def sample(self, name: str, title: str, groups: list[dict], judged: list[dict] = ()) -> None:
         """Keep answers for people: samples/NAME.json for the report, samples/NAME.png as a sheet.
@@ -495,6 +634,8 @@ class Run:
         groups: `rewards.group_record` of each prompt.
         judged: questions to a learned judge and its replies.
         """
+        if not self.writes:
+            return
         file = self.folder / "samples" / f"{name}.json"
         write_text(file, json.dumps({"title": title, "groups": groups, "judged": list(judged)}))
         draw_sheet(groups, file.with_suffix(".png"))
@@ -513,11 +654,11 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """Put the tensors of `optimizer_tensors` back; others are passed over."""
-    state = optimizer.state_dict()
+    state, trained = optimizer.state_dict(), [p for group in optimizer.param_groups for p in group["params"]]
     for name, value in tensors.items():
         if name.startswith("optimizer."):
             _, i, key = name.split(".")
-            state["state"].setdefault(int(i), {})[key] = value
+            state["state"].setdefault(int(i), {})[key] = sharded_like(value, trained[int(i)])
     optimizer.load_state_dict(state)
 
 

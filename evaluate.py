@@ -57,10 +57,10 @@ from tqdm import tqdm
 
 import data
 import shapes
-from common import (Count, Natural, NonNegative, TopP, UserError, Weights, add_line, check_config,
-                    check_settings, flag_of, parse_config, pick_device, picture_html, read_json, read_lines,
-                    read_metrics, read_picture, require, run_main, shown, write_page, write_report,
-                    write_text, write_whole)
+from common import (Count, Natural, Naturals, NonNegative, NonNegatives, TopPs, UserError, Weights,
+                    add_line, check_config, check_settings, flag_of, parse_config, pick_device, picture_html,
+                    read_json, read_lines, read_metrics, read_picture, require, run_main, shown, write_page,
+                    write_report, write_text, write_whole)
 from data import (I2T_QUESTION, Broken, CodeCache, LeftOut, Question, Sample, fingerprint, keep_usable,
                   toy_prompt)
 from judges import LlavaCritic, strip_marks
@@ -86,9 +86,9 @@ class Config:
     updates: Count = 40              # GRPO updates of each run
     jobs: Count = 2                  # runs side by side, one thread each
     # -- sampling
-    temperature: NonNegative = 1.0   # of the sampled arm, the training temperature; and of benchmarks
-    top_k: Natural = 0               # 0: off
-    top_p: TopP = 1.0                # 1: off
+    temperature: NonNegatives = 1.0  # of the sampled arm and of benchmarks; two: of text, of image codes
+    top_k: Naturals = 0              # 0: off; two: of text tokens, of image codes
+    top_p: TopPs = 1.0               # 1: off; two: of text tokens, of image codes
     guidance: NonNegative = 1.0      # for image codes; 1: the model itself
     budget: Count = 160              # positions that an answer may have
     batch: Count = 192               # prompts at a time; changes memory, never an answer's random numbers
@@ -111,11 +111,13 @@ class Config:
     preset: str = ""                 # paper: the paper's settings, see PAPER; flags beside it win
 
 
+# The published settings for answers to look at: VILA-U's own, of text tokens and of image codes
+PUBLISHED = dict(temperature=(0.9, 1.0), top_k=(0, 900), top_p=(0.6, 0.96),
+                 guidance=3.0)       # paper
 # --preset paper: how answers to the benchmarks are sampled
 PAPER = dict(
     model="out/grpo",                # what grpo.py --preset paper wrote
-    guidance=3.0,                    # paper
-    top_k=900, top_p=0.96,           # VILA-U's own code sampler
+    **PUBLISHED,
     budget=1300, batch=8,            # ours: four pictures and their texts
 )
 RATES = ("format", "text", "visual", "visual_true", "story")
@@ -246,11 +248,13 @@ def before_and_after(run, prompts: list[str]) -> None:
     the toy world's, only the report is written: see --benchmark.
     """
     folder, results, table = Path(run.out), {}, ""
+    sampling = {name: getattr(run, name) for name in PUBLISHED}
+    if run.eval_sampling == "published":
+        sampling = PUBLISHED
     if run.eval_prompts and all(shapes.wanted_steps(prompt) for prompt in prompts):
         for name, model in (("before", run.model), ("after", run.out)):
             config = Config(
-                model=str(model), prompts=run.eval_prompts, edits=run.edits, temperature=run.temperature,
-                guidance=run.eval_guidance or run.guidance, budget=run.budget,
+                model=str(model), prompts=run.eval_prompts, edits=run.edits, budget=run.budget, **sampling,
                 batch=min(Config.batch, 4 * run.micro_batch), text_reward=run.text_reward,
                 visual_reward=run.visual_reward, reward_weights=run.reward_weights,
                 reward_device=run.reward_device, critic_quantize=run.critic_quantize, device=run.device,
@@ -608,7 +612,8 @@ def reproduction_table(result: dict) -> str:
     for row, of in result["rows"].items():
         different = ", ".join(f"{name} {shown(value)}" for name, value in of["settings"].items())
         cells = [number(*of["rates"][name]) for name in MEASURES if of["rates"]]
-        cells = cells or ["failed", *[""] * (len(MEASURES) - 1)]
+        reasons = [reason for run, reason in result["failed"].items() if run.startswith(f"{row}/")]
+        cells = cells or [f"failed: {reasons[0]}", *[""] * (len(MEASURES) - 1)]
         cells = [row, different, str(len(of["runs"])), *cells, *map(paper_cell, of["paper"])]
         lines.append(f"| {' | '.join(cells)} |")
     lines += ["", "| Claim | in | runs | difference | p, Holm | verdict | whose | paper: MMIE | paper: "

@@ -15,6 +15,7 @@
 import itertools
 import math
 import random
+import statistics
 import time
 from collections import Counter
 from contextlib import nullcontext
@@ -23,20 +24,21 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 import warmup
-from common import (Count, LearningRate, Natural, NonNegative, Positive, Range, Run, Share, TopP, UserError,
-                    Weights, average_gradients, averaged, check_config, check_settings, optimizer_tensors,
-                    parse_config, peak_gib, require, restore_optimizer, run_main, start_processes)
+from common import (Count, LearningRate, Natural, Naturals, NonNegative, Positive, Positives, Range, Run,
+                    Share, TopPs, UserError, Weights, average_gradients, averaged, check_config,
+                    check_settings, end_processes, note_processes, optimizer_tensors, parse_config, peak_gib,
+                    require, restore_optimizer, run_main, start_processes, whole)
 from data import (PROMPT_READERS, CodeCache, LeftOut, Sample, keep_usable, read_prompts, read_sources,
                   toy_prompt)
 from evaluate import before_and_after
-from model import (Sampling, UnifiedModel, as_batch, by_modality, check_budget, check_memory, load,
-                   load_training, prepare_training, restore, save, trainable_state, unpacked, with_trainable)
+from model import (Sampling, UnifiedModel, as_batch, by_modality, check_budget, check_memory, gathered,
+                   load, load_training, prepare_training, restore, save, trainable_state, unpacked,
+                   with_trainable)
 from rewards import (Scores, check_judges, check_rules, group_record, hybrid_rewards, judge, judge_names,
                      make_judges)
 
@@ -59,6 +61,8 @@ class Config:
     lr: LearningRate = 2e-4                  # of Adam; reached after RAMP updates
     clip: Share = 0.2                        # eps in Eq. (2)
     kl: NonNegative = 0.2                    # beta in Eq. (2)
+    kl_text: NonNegative | None = None       # beta of text tokens; by default that of --kl
+    kl_image: NonNegative | None = None      # beta of image codes; by default that of --kl
     credit: Literal["process", "outcome"] = "process"    # process: Eq. (6); outcome: Eq. (4)
     step_discount: Share = 0.5               # gamma of Eq. (6): 1 is the sum as printed, 0 the step alone
     normalise: Literal["kind", "all"] = "kind"    # pools of Eq. (6): text and image apart, or all as one
@@ -70,9 +74,9 @@ class Config:
     reward_device: str = ""                  # where learned judges run; empty: with the policy
     critic_quantize: Literal["none", "nf4"] = "none"    # nf4: the critic's decoder in 4 bits
     # -- sampling
-    temperature: Positive = 1.0              # of the rollouts, text and codes alike
-    top_k: Natural = 0                       # 0: off
-    top_p: TopP = 1.0                        # 1: off
+    temperature: Positives = 1.0             # of the rollouts; two numbers: of text tokens, of image codes
+    top_k: Naturals = 0                      # 0: off; two: of text tokens, of image codes
+    top_p: TopPs = 1.0                       # 1: off; two: of text tokens, of image codes
     guidance: NonNegative = 1.0              # 1: off; else rollouts and scoring both are guided
     score_guided: bool = True                # --no-score-guided: rollouts alone, as public codes do (biased)
     budget: Count = 160                      # positions that an answer may have
@@ -86,22 +90,23 @@ class Config:
     # -- run
     out: str = "out/grpo"                    # run directory
     seed: int = 0                            # of prompts and sampling
+    precision: Literal["auto", "float32", "bf16"] = "auto"    # of the passes; auto: bf16 on a GPU
     device: str = "auto"                     # cpu, cuda, mps; auto takes the best there is
     save_every: Count = 10                   # updates between checkpoints
     resume: bool = True                      # go on from the last checkpoint; --no-resume starts over
     eval_prompts: Natural = 96               # held-out prompts of the evaluation before and after; 0: none
-    eval_guidance: NonNegative = 0.0         # guidance of that evaluation; 0: that of the rollouts
+    eval_sampling: Literal["rollouts", "published"] = "rollouts"    # published: as VILA-U and the paper do
     preset: str = ""                         # paper: the paper's settings (PAPER); flags beside it win
 
 
 RAMP = 5                                     # updates until the learning rate is reached
-FREE = ("device", "reward_device", "save_every", "updates", "resume", "eval_prompts", "eval_guidance", "out",
-        "rows", "micro_batch", "unpack", "checkpointing", "preset")    # may change when a run goes on
+FREE = ("device", "reward_device", "save_every", "updates", "resume", "eval_prompts", "eval_sampling", "out",
+        "rows", "micro_batch", "unpack", "checkpointing", "precision", "preset")    # may change on resuming
 
 # --preset paper: what the paper states is marked so. The rest is ours and fits one GPU (the QLoRA variant).
 PAPER = dict(
     model="out/warmup-7b",                                        # what warmup.py --preset paper --out wrote
-    group_size=4, updates=3000, eval_guidance=3.0,                # paper; the model brings 256 x 256 pictures
+    group_size=4, updates=3000, eval_sampling="published",        # paper; the model brings 256 x 256 pictures
     step_discount=1.0, normalise="all", credit="process",         # paper, Eq. (6) as printed
     text_reward="llava-critic", visual_reward="image-reward",     # paper, Eq. (5)
     reward_weights=(1.0, 1.0, 1.0),                               # paper, Eq. (5)
@@ -214,8 +219,10 @@ def decision_weights(mask: Tensor, is_image: Tensor, per_modality: bool = False)
 
 
 def grpo_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor, advantages: Tensor, weights: Tensor,
-              eps: float, beta: float) -> tuple[Tensor, Tensor, Tensor]:
+              eps: float, beta: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Eq. (2), to be minimised: all arguments [B, T, D] -> loss of each answer [B], ratio and KL [B, T, D].
+
+    beta: one for all decisions, or [B, T, 1]: text tokens and image codes may have their own.
 
     With one update a rollout the ratio is 1 everywhere and the clip never acts; from the second on both do.
     A code that truncation has cut since has logp -inf, ratio 0 and no gradient; its KL term is dropped.
@@ -242,9 +249,8 @@ def read_pool(config: Config) -> tuple[list[Sample], LeftOut]:
         pool = read_prompts(Path(config.prompts))
     else:
         samples = read_sources(config.prompts, "--prompts", PROMPT_READERS, left_out)
-        pool = [Sample(s.prompt, s.prompt_pictures, origin=s.origin)
-                for of_kind in samples.values() for s in of_kind]
-    check_rules(config, [sample.prompt for sample in pool])
+        pool = [replace(s, answer="", answer_pictures=[]) for of_kind in samples.values() for s in of_kind]
+    check_rules(config, pool)
     return pool, left_out
 
 
@@ -283,7 +289,7 @@ class Rollout:
     tokens: Tensor                   # [B, T, D], prompts included
     is_image: Tensor                 # [B, T]
     mask: Tensor                     # [B, T, D], True on the policy's decisions
-    old_logp: Tensor                 # [B, T, D], kept while sampling
+    old_logp: Tensor                 # [B, T, D], kept while sampling; in bf16 or unguided see `update`
     advantages: Tensor               # [B, T, 1]
     metrics: dict[str, float]        # means over the rollout
 
@@ -303,15 +309,15 @@ def rollout(policy: UnifiedModel, samples: list[Sample], config: Config, judges:
             seeds: list[tuple]) -> Rollout:
     """Sample G answers to each prompt, judge them, and compare each with its group."""
     G, began = config.group_size, time.perf_counter()
-    prompts = [policy.prompt(s.prompt, codes(s.prompt_pictures)) for s in samples]
-    with unpacked(policy) if config.unpack else nullcontext():
+    prompts = [policy.prompt(s.prompt, codes(s.prompt_pictures), s.kind == "t2i") for s in samples]
+    with gathered(policy), unpacked(policy) if config.unpack else nullcontext():
         trajectories = policy.generate(prompts, G, config.budget, sampling_of(config), seeds, config.rows)
     answers = policy.read_answers(trajectories)
     sampled = time.perf_counter()
     scores = judge([s for s in samples for _ in range(G)], answers, *judges, config.credit)
     judged = time.perf_counter()
     groups = [slice(b, b + G) for b in range(0, len(answers), G)]
-    values = [advantages(answers[g], scores[g], config) for g in groups]
+    values = [compared(advantages(answers[g], scores[g], config), trajectories[g]) for g in groups]
     rewards = [r for g in groups for r in hybrid_rewards(scores[g], config.reward_weights)]
     tokens, is_image, mask, logp = as_batch(trajectories, policy.device)
     padded = torch.zeros(*tokens.shape[:2], 1)                                             # [B, T, 1]
@@ -322,6 +328,8 @@ def rollout(policy: UnifiedModel, samples: list[Sample], config: Config, judges:
         "reward": mean(rewards), "reward/text": mean(s.text for s in scores),
         "reward/visual": mean(s.visual for s in scores), "reward/format": mean(s.format for s in scores),
         "zero_spread": mean(float(not any(a.any() for a in group)) for group in values),
+        **{f"spread/{part}": mean(spread([getattr(s, part) for s in scores[g]]) for g in groups)
+           for part in ("text", "visual", "format")},
         "steps_per_answer": mean(len(a.segments) for a in answers),
         "truncated": mean(t.truncated for t in trajectories),
         "text_share": (text.sum() / mask.sum()).item(),
@@ -329,6 +337,22 @@ def rollout(policy: UnifiedModel, samples: list[Sample], config: Config, judges:
         "cut_texts": mean(float(cut) for s in scores for cut in s.cut),
         "seconds/rollout": sampled - began, "seconds/reward": judged - sampled}
     return Rollout(samples, answers, scores, tokens, is_image, mask, logp, padded.to(policy.device), metrics)
+
+
+def compared(advantages: list[Tensor], trajectories: list) -> list[Tensor]:
+    """The advantages of a group, 0 where all its answers are the same, token for token.
+
+    Choice: there is nothing to compare then. Eq. (6) as printed would train such a group: it normalises the
+    fixed difference between texts and pictures.
+    """
+    same = all(torch.equal(t.tokens, trajectories[0].tokens) for t in trajectories)
+    return [torch.zeros_like(values) for values in advantages] if same else advantages
+
+
+def spread(values: list[float | None]) -> float | None:
+    """The standard deviation of the values that are not None; None where there are less than two."""
+    values = [v for v in values if v is not None]
+    return statistics.stdev(values) if len(values) > 1 else None
 
 
 def mean(values) -> float:
@@ -350,24 +374,35 @@ def reference_logp(policy: UnifiedModel, reference: dict[str, Tensor], batch: Ro
 
 
 def update(policy: UnifiedModel, optimizer: torch.optim.Optimizer, batch: Rollout, ref_logp: Tensor,
-           config: Config) -> dict:
+           config: Config, epoch: int = 0) -> dict:
     """One optimizer update on all answers of a rollout -> metrics, each a mean over what it averages.
+
+    epoch: how many updates this rollout has had before.
 
     Choice: the loss is the mean over all answers of the update, counted before micro-batches are cut, so
     their size cannot change the gradient.
+    Choice: passes in bf16 give the sampler and the scorer different log-probs, and their ratio is not 1
+    before any weight has moved. There the first update's own pass gives the old ones, in batch.old_logp.
     Raises UserError on a loss that is not finite, before any weight moves.
     """
     B, sampling = len(batch.tokens), scoring_of(config)
     weights = decision_weights(batch.mask, batch.is_image, config.per_modality)
+    kl_text, kl_image = (config.kl if own is None else own for own in (config.kl_text, config.kl_image))
+    beta = torch.where(batch.is_image, kl_image, kl_text)[..., None]                       # [B, T, 1]
     total, sums = 0.0, Counter()
     optimizer.zero_grad()
     for start in range(0, B, config.micro_batch):
         part = slice(start, start + config.micro_batch)
         mask, is_image = batch.mask[part], batch.is_image[part]
         logp = policy.log_probs(batch.tokens[part], is_image, mask, sampling)
+        if epoch == 0:
+            gap = (logp.detach() - batch.old_logp[part])[mask].abs()
+            sums["logp_gap"] += gap[gap.isfinite()].sum().item()
+            if policy.pass_dtype != torch.float32 or not config.score_guided:
+                batch.old_logp[part] = logp.detach()
         values = batch.advantages[part].expand_as(logp)
         loss, ratio, kl = grpo_loss(logp, batch.old_logp[part], ref_logp[part], values, weights[part],
-                                    config.clip, config.kl)
+                                    config.clip, beta[part])
         loss = loss.sum() / B                               # 1/G of Eq. (2), over all groups of the update
         if not loss.isfinite():
             raise UserError(f"the loss became {loss.item()}: stopped before the update; the last good "
@@ -382,10 +417,12 @@ def update(policy: UnifiedModel, optimizer: torch.optim.Optimizer, batch: Rollou
                 sums[f"kl/{name}"] += kl[of_kind].sum().item()
                 sums[f"clip_frac/{name}"] += clipped[of_kind].sum().item()
     average_gradients(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(policy.policy_parameters(), 1.0)
+    norm = whole(torch.nn.utils.clip_grad_norm_(policy.policy_parameters(), 1.0))
     optimizer.step()
     means = {f"{key}/{name}": sums[f"{key}/{name}"] / max(1, sums[f"count/{name}"])
              for key in ("kl", "clip_frac") for name in ("text", "image")}
+    if epoch == 0:
+        means["logp_gap"] = sums["logp_gap"] / batch.mask.sum().item()
     return {"loss": total, "grad_norm": norm.item(), "ratio_max": sums["ratio_max"], **means}
 
 
@@ -400,8 +437,9 @@ def sampling_of(config: Config) -> Sampling:
 def scoring_of(config: Config) -> Sampling:
     """The same distribution, but with --no-score-guided that without guidance.
 
-    Two public codes for image GRPO (T2I-R1, ULM-R1) sample guided codes and score them unguided. Their update
-    is about another distribution than the one that was sampled. The flag measures what that costs.
+    Two public codes for image GRPO (T2I-R1, ULM-R1) sample guided codes and score them unguided, new and old
+    policy alike. Their update is about another distribution than the one that was sampled. The flag is there
+    to measure what that costs.
     """
     return sampling_of(config) if config.score_guided else replace(sampling_of(config), guidance=1.0)
 
@@ -413,6 +451,10 @@ def check(config: Config, world: int = 1) -> None:
             f"a multiple of --epochs-per-rollout {config.epochs_per_rollout}")
     require(config, "prompts_per_update", config.prompts_per_update % world == 0,
             f"a multiple of the {world} processes, which share them")
+    require(config, "reward_device", world == 1 or ":" not in config.reward_device,
+            "no number: under torchrun each process has its judges on its own device")
+    require(config, "precision", config.precision == "auto" or not config.lora_rank,
+            "auto: with adapters the passes have the type of the frozen base")
     check_judges(config)
 
 
@@ -421,7 +463,7 @@ def start_policy(config: Config, state: dict, device: torch.device) -> tuple[Uni
     policy = load(config.model, device, config.quantize)
     require(config, "unpack", policy.quantize == "nf4" or not config.unpack,
             f"a policy in 4 bits (--quantize nf4), but that of {config.model} is not")
-    prepare_training(policy, config.lora_rank, config.lora_alpha, config.seed)
+    prepare_training(policy, config.lora_rank, config.lora_alpha, config.seed, config.precision)
     reference = trainable_state(policy)
     if state:
         restore(policy, Path(config.out) / "policy")
@@ -442,12 +484,11 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> list[S
     restore_optimizer(optimizer, tensors)
     judges, codes = make_judges(config, device), CodeCache(policy)
     pool = ready_prompts(pool, left_out, policy, codes, config)
-    run = Run(config, state.get("lines", 0)) if rank == 0 else None
+    run = Run(config, state.get("lines", 0))                                               # rank 0 writes
     first, silent = state.get("update", 0), 0
-    if rank == 0:
-        announce(config, first, pool, left_out)
-        if first == 0 and config.eval_prompts:
-            show(policy, run, config, pool, judges, "000000_before", "Before GRPO: the warm-up model")
+    announce(config, state, pool, left_out)
+    if first == 0 and config.eval_prompts:
+        show(policy, run, config, pool, judges, "000000_before", "Before GRPO: the warm-up model")
     bar = tqdm(range(first, config.updates, config.epochs_per_rollout), desc="grpo", disable=rank > 0,
                initial=first // config.epochs_per_rollout, total=config.updates // config.epochs_per_rollout)
     for done in bar:
@@ -458,38 +499,54 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> list[S
                         [(config.seed, done, number) for number, _ in numbered])           # steps 1 to 4
         sampled = time.perf_counter()
         ref_logp = reference_logp(policy, reference, batch, config)
-        if not config.score_guided:                  # the log-probs kept while sampling are guided ones
-            batch.old_logp = reference_logp(policy, trainable_state(policy), batch, config)
-        compared = time.perf_counter()
+        scored = time.perf_counter()
+        metrics = {}
         for epoch in range(config.epochs_per_rollout):
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * min(1.0, (done + epoch + 1) / RAMP)
-            metrics = update(policy, optimizer, batch, ref_logp, config)                   # steps 5 and 6
+            metrics |= update(policy, optimizer, batch, ref_logp, config, epoch)           # steps 5 and 6
         now, before, done = time.perf_counter(), done, done + config.epochs_per_rollout
         metrics = averaged({**batch.metrics, **metrics, "seconds": now - began,
-                            "seconds/reference": compared - sampled, "seconds/update": now - compared,
-                            "peak_gib": peak_gib(device)}, world, device)
+                            "seconds/reference": scored - sampled, "seconds/update": now - scored,
+                            "peak_gib": peak_gib(device)}, device)
         silent = silent + 1 if metrics["zero_spread"] == 1 else 0
-        if rank == 0:
-            log(run, bar, done, metrics, silent)                                           # step 7
-            if done // config.save_every > before // config.save_every or done == config.updates:
-                title = f"Rollout of update {done}"
-                run.sample(f"{done:06d}", title, batch.records(3), judge_records(judges))
-                state = {"update": done, "lines": run.lines, "settings": asdict(config)}
-                save(policy, folder / "policy", state, optimizer_tensors(optimizer))
-    if rank == 0 and first < config.updates and config.eval_prompts:
+        log(run, bar, done, metrics, silent)                                               # step 7
+        if done // config.save_every > before // config.save_every or done == config.updates:
+            title = f"Rollout of update {done}"
+            run.sample(f"{done:06d}", title, batch.records(3), judge_records(judges))
+            state = {"update": done, "lines": run.lines, "processes": world, "settings": asdict(config)}
+            save(policy, folder / "policy", state, optimizer_tensors(optimizer))
+    if first < config.updates and config.eval_prompts:
         show(policy, run, config, pool, judges, "999999_after", "After GRPO: the same prompts")
     return pool
 
 
-def announce(config: Config, first: int, pool: list[Sample], left_out: LeftOut) -> None:
-    """Print how many prompts are ready, what was left out, and whether the run is finished already."""
+def announce(config: Config, state: dict, pool: list[Sample], left_out: LeftOut) -> None:
+    """Print how many prompts are ready, what was left out, and where a run that goes on stands."""
+    first = state.get("update", 0)
     if pool:
         print(f"{len(pool):,} prompts are ready")
         for reason, count in left_out.reasons().items():
             print(f"{reason}: {count:,}")
+    for line in caveats(config, pool):
+        print(line)
     if first >= config.updates:
         print(f"{config.out} is finished: {first} updates (more with --updates, afresh with --no-resume)")
+    note_processes(state)
+
+
+def caveats(config: Config, pool: list[Sample]) -> list[str]:
+    """What one has to know of this run's rewards, a line each."""
+    lines = []
+    unknown = sum(sample.kind == "interleaved" and sample.steps is None for sample in pool)
+    if unknown:
+        lines.append(f"{unknown:,} of them do not say how many \"steps\" they want: any number is "
+                     f"well-formed then, and r_t and r_v are means over the steps that are there")
+    if config.credit == "process" and config.normalise == "all":
+        lines.append("--normalise all, Eq. (6) as printed: texts and pictures share one pool. Four answers "
+                     "of three steps with text .75 and pictures .54 throughout give every code an advantage "
+                     "of -.98, although nothing differs. --normalise kind compares each kind with itself.")
+    return lines
 
 
 def log(run: Run, bar: tqdm, done: int, metrics: dict, silent: int) -> None:
@@ -527,14 +584,11 @@ def main() -> None:
         "visual_reward": judge_names("visual")})
     rank, world, device = start_processes(config.device)
     check(config, world)
-    if rank == 0 and config.model == Config.model and not warmup.is_done(Path(config.model)):
+    if config.model == Config.model and not warmup.is_done(Path(config.model)):
         print(f"no warm-up model in {config.model} yet: training it first, once (2 minutes on two CPU cores)")
         warmup.warm_up(warmup.Config(device=config.device))
-    if world > 1:
-        dist.barrier()
     pool = train(config, rank, world, device)
-    if world > 1:
-        dist.destroy_process_group()
+    end_processes()
     if rank == 0:
         before_and_after(config, [sample.prompt for sample in pool])
 

@@ -287,13 +287,13 @@ def sheet(rng: random.Random, rows: int) -> Image.Image:
 
 
 def dump(folder: Path, rng: random.Random, count: int, edits: int, split: str) -> None:
-    """Write prompts.jsonl, one {"prompt": text, "images": [path]} a line, and the start pictures it names."""
+    """Write prompts.jsonl, {"prompt": text, "images": [path], "steps": edits} a line, and the pictures."""
     (folder / "images").mkdir(parents=True, exist_ok=True)
     with open(folder / "prompts.jsonl", "w", encoding="utf-8") as lines:
         for i in range(count):
             prompt, name = sample_prompt(rng, edits, split), f"images/{i:06d}.png"
             Image.fromarray(prompt.picture).save(folder / name)
-            lines.write(json.dumps({"prompt": prompt.text, "images": [name]}) + "\n")
+            lines.write(json.dumps({"prompt": prompt.text, "images": [name], "steps": edits}) + "\n")
 
 
 def parse_arguments() -> argparse.Namespace:

@@ -1,4 +1,6 @@
 """Rewards: each part answers to its own kind of mistake and to no other. Learned judges: test_judges.py."""
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -9,7 +11,7 @@ from rewards import RulesText, RulesVisual, Scores, format_reward, hybrid_reward
 from tokenizer import Answer, Segment
 
 PROMPT = "paint it blue, move it to center. <BEGIN> a red circle at top left <image>"
-SAMPLE = Sample(PROMPT, [shapes.render(shapes.states_of_prompt(PROMPT)[0])])
+SAMPLE = Sample(PROMPT, [shapes.render(shapes.states_of_prompt(PROMPT)[0])], steps=2)
 NONE = torch.zeros(0, dtype=torch.long)
 STATES = shapes.states_of_prompt(PROMPT)[1:]
 
@@ -54,6 +56,44 @@ def test_breaking_a_tag_changes_only_the_format_reward():
     ("VpvTwtVpvTwtE", 0), ("wTwtVpvTwtVpvE", 0), ("TwtVpvTwtVpvwE", 0), ("TwtVpvTwtVpvTwtVpvE", 0), ("E", 0)])
 def test_format_reward_by_layout(layout, good):
     assert format_reward(layout, ["a text"] * layout.count("w"), 2) == good
+
+
+@pytest.mark.parametrize("kind, layout, good", [
+    ("understanding", "wE", 1), ("understanding", "w", 0), ("understanding", "E", 0),
+    ("understanding", "TwtE", 0), ("understanding", "TwtVpvE", 0), ("understanding", "wVpvE", 0),
+    ("t2i", "pvE", 1), ("t2i", "pE", 0), ("t2i", "pvwE", 0), ("t2i", "pvVpvE", 0), ("t2i", "pv", 0),
+    ("interleaved", "wE", 0), ("interleaved", "pvE", 0), ("interleaved", "TwtVpvTwtVpvTwtVpvE", 1)])
+def test_every_kind_of_prompt_has_its_own_form(kind, layout, good):
+    assert format_reward(layout, ["a text"] * layout.count("w"), kind=kind) == good
+
+
+def test_the_number_of_steps_is_the_samples_and_not_read_from_the_prompt():
+    """The same answer of one step to the same words, which ask for two."""
+    short = answer(texts=[shapes.caption(STATES[0])], scenes=STATES[:1])
+    for steps, r_t, r_f in [(1, 1, 1), (2, 0.5, 0), (4, 0.25, 0), (None, 1, 1)]:
+        s = judge([replace(SAMPLE, steps=steps)], [short], RulesText(), RulesVisual())[0]
+        assert (s.text, s.visual, s.format) == (r_t, r_t, r_f)
+    free = Sample("Tell it in three parts.", [], steps=3)
+    s = judge([free], [answer()], lambda *asked: [0.9, 0.9], lambda *asked: [0.6, 0.6], "process")[0]
+    assert s.visual == pytest.approx(0.4) and s.format == 0
+
+
+def test_words_and_pictures_that_a_kind_does_not_want_have_no_reward():
+    """The judge of the other part is asked as ever: about the words, or about the picture of the prompt."""
+    def told(*asked):
+        record.append(asked)
+        return [0.7] * len(asked[0])
+    picture, record = shapes.render(STATES[0]), []
+    segments = [Segment(0, 0, text="a red circle"), Segment(0, 0, picture=picture)]
+    question = judge([Sample("what is it?", [], kind="understanding")],
+                     [Answer("wVpvE", segments, NONE, NONE)], told, told)[0]
+    assert (question.text, question.visual, question.format) == (0.7, None, 0) and len(record) == 1
+    drawing = judge([Sample("a fox", [], kind="t2i")], [Answer("pvwE", segments[::-1], NONE, NONE)],
+                    told, told)[0]
+    assert (drawing.text, drawing.visual, drawing.steps) == (None, 0.7, [0.7, None])
+    assert record[1][0] == ["a fox"], "what a text-to-image picture shows is the prompt"
+    empty = judge([Sample("a fox", [], kind="t2i")], [Answer("E", [], NONE, NONE)], told, told)[0]
+    assert (empty.visual, empty.format) == (0, 0)
 
 
 def test_a_missing_step_scores_zero():
