@@ -17,8 +17,8 @@ import evaluate
 import shapes
 from common import UserError
 from data import LeftOut, Question, Sample
-from evaluate import (ASPECTS, BENCHMARKS, MMIE, PAPER_ROWS, AnswerSet, Config, InterleavedBench, JudgeRequest,
-                      TextToImage, find_score, rate_answer)
+from evaluate import (ASPECTS, BENCHMARKS, MMIE, PAPER_ROWS, AnswerSet, Config, InterleavedBench,
+                      JudgeRequest, TextToImage, find_score, rate_answer)
 from judges import LlavaCritic
 from model import save
 from tokenizer import Answer, Segment
