@@ -469,13 +469,20 @@ def start(job: Job) -> subprocess.Popen:
                                 env={**os.environ, "OMP_NUM_THREADS": "1"})
 
 
+def last_words(log: Path) -> str:
+    """The last line that a command wrote, without the bars before it: an error's one sentence."""
+    lines = [line.split("\r")[-1].strip() for line in log.read_text(errors="replace").splitlines(True)]
+    return next((line.removeprefix("error: ") for line in reversed(lines) if line), "")
+
+
 def run_jobs(jobs: list[Job], at_once: int, bar: tqdm) -> None:
     """Run the commands of all jobs, some side by side. A command that fails ends its job, with the reason.
 
     When this process is interrupted or terminated, the commands end with it.
     """
     waiting, running = [job for job in jobs if job.commands], {}
-    bar.update(len(jobs) - len(waiting))
+    for job in jobs:
+        bar.initial, bar.n = bar.initial + (not job.commands), bar.n + (not job.commands)    # takes no time
     try:
         while waiting or running:
             while waiting and len(running) < at_once:
@@ -487,9 +494,7 @@ def run_jobs(jobs: list[Job], at_once: int, bar: tqdm) -> None:
                     running[start(job)] = job
                     continue
                 if process.returncode:
-                    lines = (job.folder / "log.txt").read_text(errors="replace").split("\n")
-                    last = [line.split("\r")[-1].strip() for line in lines if line.strip()][-1:]
-                    job.reason = "".join(last).removeprefix("error: ") or f"exit code {process.returncode}"
+                    job.reason = last_words(job.folder / "log.txt") or f"exit code {process.returncode}"
                 bar.update()
             bar.set_postfix_str(" ".join(str(job.folder) for job in running.values()), refresh=False)
             time.sleep(0.2)
