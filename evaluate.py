@@ -31,6 +31,8 @@ temperature, at a low one, and greedy. A model that was only sharpened gains in 
 The folder --out holds results.json and a folder model/ (and before/) with the answers and answers.html. The
 first two need a judge: the official one's replies (file:REPLIES), or our local critic with the official
 criteria in our words (llava-critic). The same command resumes a run that was interrupted.
+
+    torchrun --nproc_per_node=8 evaluate.py ...           # the same tables, the work shared by 8 processes
 """
 import hashlib
 import html
@@ -47,26 +49,28 @@ from collections import Counter
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from statistics import fmean
-from typing import Literal, NamedTuple
-from urllib.parse import quote
+from typing import Callable, Hashable, Iterable, Iterator, Literal, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
 import data
 import shapes
-from common import (Count, Natural, Naturals, NonNegative, NonNegatives, TopPs, UserError, Weights,
-                    add_line, check_config, check_settings, flag_of, parse_config, pick_device, picture_html,
-                    read_json, read_lines, read_metrics, read_picture, require, run_main, shown, write_page,
-                    write_report, write_text, write_whole)
+from common import (COLUMNS, Count, Names, Natural, Naturals, NonNegative, NonNegatives, TopPs, UserError,
+                    Weights, add_line, chart, check_config, check_settings, end_processes, flag_of, fold,
+                    parse_config, pick_device, picture_html, process_count, process_rank, read_json,
+                    read_lines, read_metrics, read_picture, remove, require, run_main, shown,
+                    start_processes, steps_html, wait_for_all, write_comparison, write_page, write_report,
+                    write_text, write_whole)
 from data import (I2T_QUESTION, Broken, CodeCache, LeftOut, Question, Sample, fingerprint, keep_usable,
                   toy_prompt)
 from judges import LlavaCritic, strip_marks
 from model import Sampling, UnifiedModel, check_budget, check_memory, load
-from rewards import (check_judge, check_judges, format_reward, hybrid_rewards, judge, judge_names, make_judge,
-                     make_judges, own_text)
+from rewards import (Scores, check_judge, check_judges, format_reward, hybrid_rewards, judge, judge_names,
+                     make_judge, make_judges, own_text)
 
 
 @dataclass
@@ -78,9 +82,10 @@ class Config:
     prompts: Count = 192             # fresh prompts
     edits: Count = 3                 # edits that a prompt asks for
     split: Literal["heldout", "pairs", "train"] = "heldout"    # new: edit chains, colour-shape pairs, nothing
+    compare: Names = ()              # run directories: their rates and curves on one page, and stop
     # -- reproduction
     reproduce: bool = False          # train and rate all rows of ROWS, compare them, write one page
-    only: str = ""                   # rows, NAME,NAME; empty: all
+    only: Names = ()                 # rows; by default all
     seeds: str = "0,1,2,3,4,5"       # seeds of each row's GRPO runs
     bases: Count = 3                 # base models; seed s starts from number s modulo this
     updates: Count = 40              # GRPO updates of each run
@@ -99,6 +104,7 @@ class Config:
     reward_weights: Weights = (1.0, 1.0, 1.0)    # of r_t, r_v and r_f in the reward column
     reward_device: str = ""          # where learned judges run; empty: with the model
     critic_quantize: Literal["none", "nf4"] = "none"    # nf4: the critic's decoder in 4 bits
+    critic_tiles: Natural = 0        # the critic: tiles of a picture at most; 0: as published
     # -- benchmark
     benchmark: str = ""              # rate on published files instead of the toy world
     data: str = ""                   # the files: the published folder, or one file
@@ -120,9 +126,55 @@ PAPER = dict(
     **PUBLISHED,
     budget=1300, batch=8,            # ours: four pictures and their texts
 )
-RATES = ("format", "text", "visual", "visual_true", "story")
-COLUMNS = (*RATES, "reward")
+RATES = tuple(name for name in COLUMNS if name != "reward")
 LOW = 0.4                            # ours: temperature of the low arm
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Work shared by processes
+
+def share_out(file: Path, items: dict[Hashable, object], key: Callable[[dict], Hashable], batch: int,
+              work: Callable[[list], Iterable[dict]], title: str) -> dict[Hashable, dict]:
+    """Work on what `file` has no line for, each process on its share -> {key: line}, the same everywhere.
+
+    items: {key: item}. work(items): a line for each, `batch` of them at a time. key(line): the item's key.
+    Several processes append to files of their own, which rank 0 merges at the end, or at the next start after
+    a kill. So a run goes on with any number of processes. They all see the same disk.
+    """
+    done = merged_lines(file, key)
+    mine = list(items)[process_rank()::process_count()]
+    todo = [items[name] for name in mine if name not in done]
+    own = file if process_count() == 1 else file.with_name(f"{file.stem}-{process_rank()}.jsonl")
+    with tqdm(total=len(mine), initial=len(mine) - len(todo), desc=title, leave=False,
+              disable=process_rank() > 0) as bar:
+        for start in range(0, len(todo), batch):
+            for line in work(todo[start:start + batch]):
+                add_line(own, line)
+                bar.update()
+    return merged_lines(file, key)
+
+
+def merged_lines(file: Path, key: Callable[[dict], Hashable]) -> dict[Hashable, dict]:
+    """Put the lines of all processes into `file` -> its lines by key."""
+    wait_for_all()
+    if process_rank() == 0:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        parts = sorted(file.parent.glob(f"{file.stem}-*.jsonl"))
+        if parts:
+            lines = {key(line): line for part in (file, *parts) for line in read_lines(part)}
+            write_text(file, "".join(json.dumps(line) + "\n" for line in lines.values()))
+        for part in parts:
+            part.unlink()
+    wait_for_all()
+    return {key(line): line for line in read_lines(file)}
+
+
+def gather(own: object) -> list:
+    """What each process has, in the order of the processes."""
+    everyone = [own] * process_count()
+    if process_count() > 1:
+        dist.all_gather_object(everyone, own)
+    return everyone
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -156,19 +208,6 @@ def interval(values: np.ndarray, seed: int, resamples: int = 2000) -> list[float
     return [round(float(x), 4) for x in (values.mean(), low, high)]
 
 
-def answer_all(model: UnifiedModel, samples: list[Sample], config: Config, sampling: Sampling, title: str
-               ) -> list:
-    """Sample one answer to each prompt, in batches. Its random numbers follow from the seed and its place."""
-    codes, answers = CodeCache(model), []
-    for start in tqdm(range(0, len(samples), config.batch), desc=title, leave=False):
-        part = samples[start:start + config.batch]
-        prompts = [model.prompt(s.prompt, codes(s.prompt_pictures), s.kind == "t2i") for s in part]
-        seeds = [(config.seed, start + i) for i in range(len(part))]
-        answers += model.read_answers(model.generate(prompts, 1, config.budget, sampling, seeds,
-                                                   config.rows))
-    return answers
-
-
 def open_model(source: str, config: Config, quantize: str = "none") -> UnifiedModel:
     """Load a model to --device if its answers fit beside it. Raises UserError."""
     device = pick_device(config.device)
@@ -176,29 +215,40 @@ def open_model(source: str, config: Config, quantize: str = "none") -> UnifiedMo
     return load(source, device, quantize).eval()
 
 
-def rate(model: UnifiedModel, config: Config) -> dict[str, dict[str, list]]:
+def rate_prompts(model: UnifiedModel, config: Config) -> dict[str, dict[str, list]]:
     """Rate a model in all three arms and on the single tasks -> {arm: {rate: a value for each prompt}}.
 
     Beside COLUMNS there is r_v, the visual reward alone; None where its judge gave no score.
+    Until all is rated, --out/rates_WEIGHTS.jsonl keeps what is.
     """
+    file = Path(config.out or "out/evaluate") / f"rates_{fingerprint(model)[:16]}.jsonl"
     judges = make_judges(config, model.device)
     rng = random.Random(f"evaluate/{config.seed}")
     samples = [toy_prompt(rng, config.edits, config.split) for _ in range(config.prompts)]
+
+    def rate(part: list[Sample], answers: list) -> list[dict]:
+        scores = judge(part, answers, *judges, "outcome")
+        return [{"rates": rate_answer(sample, answer), "scores": [of.text, of.visual, of.format]}
+                for sample, answer, of in zip(part, answers, scores, strict=True)]
     result = {}
     for arm, temperature in {"sampled": config.temperature, "low": LOW, "greedy": 0.0}.items():
         sampling = Sampling(temperature, config.top_k, config.top_p, config.guidance)
-        answers = answer_all(model, samples, config, sampling, arm)
+        lines = rate_all(model, samples, config, sampling, arm, rate, file)
         # A part without a score takes the mean over all prompts, which leaves the column's mean as it is.
-        scores = judge(samples, answers, *judges, "outcome")
-        rates = [{**rate_answer(sample, answer), "reward": reward, "r_v": part.visual} for sample, answer,
-                 reward, part in zip(samples, answers, hybrid_rewards(scores, config.reward_weights), scores)]
+        rewards = hybrid_rewards([Scores(*line["scores"], []) for line in lines], config.reward_weights)
+        rates = [{**line["rates"], "reward": reward, "r_v": line["scores"][1]}
+                 for line, reward in zip(lines, rewards, strict=True)]
         result[arm] = {name: [values[name] for values in rates] for name in (*COLUMNS, "r_v")}
-    return {**result, "kept": rate_single_tasks(model, config)}
+    result["kept"] = rate_single_tasks(model, config, file)
+    wait_for_all()
+    if process_rank() == 0:
+        remove(file)
+    return result
 
 
 def evaluate(model: UnifiedModel, config: Config) -> dict:
     """Rate a model -> what evaluation.json holds."""
-    return summary(rate(model, config), config)
+    return summary(rate_prompts(model, config), config)
 
 
 def summary(values: dict[str, dict[str, list]], config: Config) -> dict:
@@ -210,21 +260,49 @@ def summary(values: dict[str, dict[str, list]], config: Config) -> dict:
             "edits": config.edits, "model": str(config.model)}
 
 
-def rate_single_tasks(model: UnifiedModel, config: Config) -> dict[str, list[bool]]:
+def rate_all(model: UnifiedModel, samples: list[Sample], config: Config, sampling: Sampling, title: str,
+             rate: Callable[[list[Sample], list], list[dict]], file: Path) -> list[dict]:
+    """Sample an answer to each prompt and rate it -> what `rate` says of each, in order, kept in `file`.
+
+    Random numbers follow from the seed and the prompt's place. Lines of other settings are passed over.
+    """
+    codes = CodeCache(model)
+    names = ("seed", "edits", "split", "budget", "text_reward", "visual_reward", "critic_quantize")
+    of = str((title, sampling, *(getattr(config, name) for name in names)))
+
+    def work(places: list[int]) -> list[dict]:
+        part = [samples[place] for place in places]
+        prompts = [model.prompt(s.prompt, codes(s.prompt_pictures), s.kind == "t2i") for s in part]
+        seeds = [(config.seed, place) for place in places]
+        rows = model.generate(prompts, 1, config.budget, sampling, seeds, config.rows)
+        lines = rate(part, model.read_answers(rows))
+        return [{"of": of, "place": place, **line} for place, line in zip(places, lines, strict=True)]
+    places = {(of, place): place for place in range(len(samples))}
+    done = share_out(file, places, lambda line: (line["of"], line["place"]), config.batch, work, title)
+    return [done[key] for key in places]
+
+
+def rate_single_tasks(model: UnifiedModel, config: Config, file: Path) -> dict[str, list[bool]]:
     """Rate what the model could do before, greedy and without guidance -> whether it can, for every scene.
 
     t2i: a caption, and the first picture of the answer shows it. i2t: a picture, and the answer names it.
     """
     captions = [Sample(shapes.caption(scene), [], kind="t2i") for scene in shapes.SCENES]
-    questions = [Sample(f"<image> {I2T_QUESTION}", [shapes.render(scene)]) for scene in shapes.SCENES]
-    drawings = answer_all(model, captions, config, Sampling(0.0), "t2i")
-    descriptions = answer_all(model, questions, config, Sampling(0.0), "i2t")
-    t2i, i2t = [], []
-    for scene, drawing, description in zip(shapes.SCENES, drawings, descriptions, strict=True):
-        picture = next((s.picture for s in drawing.segments if s.picture is not None), None)
-        t2i.append(picture is not None and shapes.matches(picture, scene))
-        i2t.append(shapes.parse_caption(" ".join(s.text or "" for s in description.segments)) == scene)
-    return {"t2i": t2i, "i2t": i2t}
+    questions = [Sample(f"<image> {I2T_QUESTION}", [shapes.render(scene)], shapes.caption(scene))
+                 for scene in shapes.SCENES]
+
+    def right(sample: Sample, answer) -> bool:
+        if sample.kind != "t2i":
+            text = " ".join(s.text or "" for s in answer.segments)
+            return shapes.parse_caption(text) == shapes.parse_caption(sample.answer)
+        picture = next((s.picture for s in answer.segments if s.picture is not None), None)
+        return picture is not None and bool(shapes.matches(picture, shapes.parse_caption(sample.prompt)))
+
+    def rate(part: list[Sample], answers: list) -> list[dict]:
+        return [{"right": right(sample, answer)} for sample, answer in zip(part, answers, strict=True)]
+    return {task: [line["right"] for line in
+                   rate_all(model, samples, config, Sampling(0.0), task, rate, file)]
+            for task, samples in {"t2i": captions, "i2t": questions}.items()}
 
 
 def rates_table(results: dict[str, dict]) -> str:
@@ -247,7 +325,7 @@ def before_and_after(run, prompts: list[str]) -> None:
     run: the `grpo.Config` of a finished run. prompts: its prompts if they came from files. If these are not
     the toy world's, only the report is written: see --benchmark.
     """
-    folder, results, table = Path(run.out), {}, ""
+    folder, results = Path(run.out), {}
     sampling = {name: getattr(run, name) for name in PUBLISHED}
     if run.eval_sampling == "published":
         sampling = PUBLISHED
@@ -257,13 +335,12 @@ def before_and_after(run, prompts: list[str]) -> None:
                 model=str(model), prompts=run.eval_prompts, edits=run.edits, budget=run.budget, **sampling,
                 batch=min(Config.batch, 4 * run.micro_batch), text_reward=run.text_reward,
                 visual_reward=run.visual_reward, reward_weights=run.reward_weights,
-                reward_device=run.reward_device, critic_quantize=run.critic_quantize, device=run.device,
-                rows=run.rows)
+                reward_device=run.reward_device, critic_quantize=run.critic_quantize,
+                critic_tiles=run.critic_tiles, device=run.device, rows=run.rows, out=str(folder))
             results[name] = evaluate(open_model(model, config, run.quantize), config)
-        table = rates_table(results)
-        print(table)
+        print(rates_table(results))
         write_text(folder / "evaluation.json", json.dumps(results, indent=1))
-    print(f"answers, curves and rates: {write_report(folder, table)}")
+    print(f"answers, curves and rates: {write_report(folder)}")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -516,7 +593,7 @@ def reproduce(config: Config) -> None:
     The same command goes on where it was interrupted: finished runs are not trained again.
     """
     out, seeds = Path(config.out or "out/reproduce"), [int(seed) for seed in config.seeds.split(",")]
-    rows = [row for row in ROWS if not config.only or row in config.only.split(",")]
+    rows = [row for row in ROWS if not config.only or row in config.only]
     runs = dict.fromkeys((row, run_of(row, seed, config.bases)) for row in rows for seed in seeds)
     base_of = {run: (ROWS[run[0]].get("base", "base"), run[1] % config.bases) for run in runs}
     bases = {base: base_job(*base, out / base[0] / str(base[1]), config)
@@ -541,7 +618,7 @@ def reproduce(config: Config) -> None:
     write_text(out / "reproduction.json", json.dumps(result, indent=1))
     write_text(out / "reproduction.md", reproduction_table(result))
     print(reproduction_table(result))
-    curves = {row: [read_metrics(jobs[row, number].folder / "metrics.jsonl") for number in measured[row]]
+    curves = {row: {seed: read_metrics(out / row / str(seed) / "metrics.jsonl") for seed in measured[row]}
               for row in rows if "updates" not in ROWS[row]}
     print(f"table, intervals and curves: {write_reproduction_page(out, result, curves)}")
 
@@ -642,17 +719,18 @@ def paper_cell(value: float | None) -> str:
     return "-" if value is None else f"{value:.2f}"
 
 
-def write_reproduction_page(out: Path, result: dict, curves: dict[str, list[list[dict]]]) -> Path:
+def write_reproduction_page(out: Path, result: dict, curves: dict[str, dict[int, list[dict]]]) -> Path:
     """Write reproduction.html: the intervals drawn, the reward of each row's runs overlaid, the table."""
     stories = {row: of["rates"]["story"] for row, of in result["rows"].items() if of["rates"]}
     body = ["<h2>story, sampled: mean and 95% interval</h2>", intervals_svg(stories, 0, 1),
             "<h2>Claims: difference and 95% interval (before Holm's correction)</h2>",
             intervals_svg({f"{of['claim']}, {of['measure']}: {of['verdict']}": of["difference"]
                            for of in result["claims"] if of["runs"]}, -1, 1),
-            "<h2>Reward, Eq. (5), over the updates: 0..3, a line for each run</h2>"]
-    body += [f"<figure>{curves_svg(runs)}<figcaption>{html.escape(row)}</figcaption></figure>"
-             for row, runs in curves.items() if any(runs)]
-    body.append(f"<pre>{html.escape(reproduction_table(result))}</pre>")
+            '<h2>Reward, Eq. (5), a line for each run</h2><div class="row">']
+    for row, runs in curves.items():
+        lines = {f"seed {seed}": [(of["update"], of["reward"]) for of in run] for seed, run in runs.items()}
+        body.append(chart(row, lines, 3.0, "update") if lines else "")
+    body.append(f"</div><pre>{html.escape(reproduction_table(result))}</pre>")
     return write_page(out / "reproduction.html", "The paper's ablation, reproduced", body)
 
 
@@ -660,26 +738,15 @@ def intervals_svg(rows: dict[str, list[float]], low: float, high: float) -> str:
     """[mean, low, high] by name -> a line for each interval with a dot at its mean, on a scale low..high."""
     def x(value: float) -> str:
         return f"{470 + 400 * (value - low) / (high - low):.1f}"
-    parts = [f'<path d="M{x(tick)} 0V{22 * len(rows)}" stroke="gray"/><text x="{x(tick)}" '
+    parts = [f'<path d="M{x(tick)} 0V{22 * len(rows)}" style="stroke:var(--line)"/><text x="{x(tick)}" '
              f'y="{22 * len(rows) + 14}" text-anchor="middle">{tick:g}</text>'
              for tick in (low, (low + high) / 2, high)]
     for i, (name, (mean, left, right)) in enumerate(rows.items()):
         y = 22 * i + 11
         parts.append(f'<text x="0" y="{y + 4}">{html.escape(name)}</text>'
-                     f'<path d="M{x(left)} {y}H{x(right)}" stroke="#2b6cb0" stroke-width="3"/>'
-                     f'<circle cx="{x(mean)}" cy="{y}" r="4" fill="#2b6cb0"/>')
-    return f'<svg width="890" height="{22 * len(rows) + 20}" fill="currentColor">{"".join(parts)}</svg>'
-
-
-def curves_svg(runs: list[list[dict]], width: int = 300, height: int = 90, top: float = 3.0) -> str:
-    """The metrics of a row's runs -> their rewards as lines on one scale 0..top."""
-    lines = ""
-    for metrics in runs:
-        last = max(1, len(metrics) - 1)
-        points = " ".join(f"{i * width / last:.1f},{height * (1 - of['reward'] / top):.1f}"
-                          for i, of in enumerate(metrics))
-        lines += f'<polyline points="{points}" fill="none" stroke="#2b6cb0" stroke-opacity=".6"/>'
-    return f'<svg width="{width}" height="{height}" style="border:1px solid gray">{lines}</svg>'
+                     f'<path d="M{x(left)} {y}H{x(right)}" style="stroke:var(--c0);stroke-width:3"/>'
+                     f'<circle cx="{x(mean)}" cy="{y}" r="4" style="fill:var(--c0)"/>')
+    return f'<div class="wide"><svg width="890" height="{22 * len(rows) + 20}">{"".join(parts)}</svg></div>'
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -962,9 +1029,9 @@ class TextToImage(Benchmark):
     read = staticmethod(data.captions)
 
     def check(self, questions: list[Question], config: Config) -> None:
-        for question in questions if config.visual_reward == "rules" else ():
+        for question in questions if config.visual_reward.startswith("rules") else ():
             if shapes.parse_caption(question.prompt) is None:
-                raise UserError(f"--visual-reward rules: knows only the toy world's captions, not "
+                raise UserError(f"--visual-reward {config.visual_reward}: knows only the toy world's captions, not "
                                 f"{question.prompt[:60]!r}; choose image-reward or clip-score")
 
     def rows(self, of: AnswerSet, config: Config) -> Rows:
@@ -1007,26 +1074,26 @@ def answer_questions(source: str, questions: list[Question], config: Config, fol
         check_budget(model, config.budget, source)
     start_folder(folder, f"{source} (weights {fingerprint(model)[:16]})", config)
     codes = CodeCache(model)
-    questions = list(keep_usable(questions, model, codes, left_out, config.budget))
+    own = questions[process_rank()::process_count()]
+    usable = {question.id for question in keep_usable(own, model, codes, left_out, config.budget)}
+    usable, counts = zip(*gather((usable, left_out.counts)))
+    left_out.counts = sum(counts, Counter())
+    questions = [question for question in questions if question.id in set().union(*usable)]
     if not questions:
         raise UserError(f"{source}: no question of {config.data} fits this model")
-    answers = {line["id"]: line for line in read_lines(folder / "answers.jsonl")}
     sampling = Sampling(config.temperature, config.top_k, config.top_p, config.guidance)
     if short:
         sampling = Sampling(0.0)                       # Choice: a short answer is right or wrong, so greedy
-    todo = [question for question in questions if question.id not in answers]
-    with tqdm(total=len(questions), initial=len(questions) - len(todo), desc=f"answers of {source}") as bar:
-        for start in range(0, len(todo), config.batch):
-            part = todo[start:start + config.batch]
-            prompts = [model.prompt(q.prompt, codes(q.prompt_pictures), q.kind == "t2i") for q in part]
-            seeds = [(config.seed, question.id) for question in part]
-            rows = model.generate(prompts, 1, config.budget, sampling, seeds, config.rows)
-            for question, row, answer in zip(part, rows, model.read_answers(rows), strict=True):
-                segments = write_segments(answer, question.id, folder)
-                answers[question.id] = {"id": question.id, "answer": segments, "layout": answer.layout,
-                                        "truncated": row.truncated}
-                add_line(folder / "answers.jsonl", answers[question.id])
-                bar.update()
+
+    def work(part: list[Question]) -> Iterator[dict]:
+        prompts = [model.prompt(q.prompt, codes(q.prompt_pictures), q.kind == "t2i") for q in part]
+        seeds = [(config.seed, question.id) for question in part]
+        rows = model.generate(prompts, 1, config.budget, sampling, seeds, config.rows)
+        for question, row, answer in zip(part, rows, model.read_answers(rows), strict=True):
+            yield {"id": question.id, "answer": write_segments(answer, question.id, folder),
+                   "layout": answer.layout, "truncated": row.truncated}
+    answers = share_out(folder / "answers.jsonl", {question.id: question for question in questions},
+                        lambda line: line["id"], config.batch, work, f"answers of {source}")
     return AnswerSet(source, folder, left_out, questions, answers)
 
 
@@ -1036,6 +1103,9 @@ def start_folder(folder: Path, model: str, config: Config) -> None:
     settings = {"model": model, **{name: getattr(config, name) for name in names}}
     file = folder / "config.json"
     check_settings(folder, read_json(file)["settings"] if file.exists() else {}, settings)
+    wait_for_all()
+    if process_rank() > 0:
+        return
     (folder / "answers").mkdir(parents=True, exist_ok=True)
     content = {"settings": settings, "command": " ".join(sys.argv), "torch": torch.__version__}
     write_text(file, json.dumps(content, indent=1))
@@ -1067,18 +1137,15 @@ def ask_critic(critic: LlavaCritic, name: str, requests: list[JudgeRequest], fol
 
     replies.jsonl keeps the replies of each judge by its `name`; what is there is not asked again.
     """
-    lines = read_lines(folder / "replies.jsonl")
-    replies = {(line["id"], line["aspect"]): line["reply"] for line in lines if line["judge"] == name}
-    todo = [request for request in requests if (request.id, request.aspect) not in replies]
-    with tqdm(total=len(requests), initial=len(requests) - len(todo), desc=f"judging {folder.name}") as bar:
-        for start in range(0, len(todo), critic.BATCH):
-            part = todo[start:start + critic.BATCH]
-            for request, reply in zip(part, critic_replies(critic, part), strict=True):
-                line = {"id": request.id, "aspect": request.aspect, "judge": name, "reply": reply}
-                add_line(folder / "replies.jsonl", line)
-                replies[request.id, request.aspect] = reply
-                bar.update()
-    return replies
+    def key(line: dict) -> tuple[str, str, str]:
+        return line["judge"], line["id"], line["aspect"]
+
+    def work(part: list[JudgeRequest]) -> list[dict]:
+        return [{"id": request.id, "aspect": request.aspect, "judge": name, "reply": reply}
+                for request, reply in zip(part, critic_replies(critic, part), strict=True)]
+    asked = {(name, request.id, request.aspect): request for request in requests}
+    lines = share_out(folder / "replies.jsonl", asked, key, critic.BATCH, work, f"judging {folder.name}")
+    return {(id, aspect): line["reply"] for (of, id, aspect), line in lines.items() if of == name}
 
 
 def critic_replies(critic: LlavaCritic, requests: list[JudgeRequest]) -> list[str]:
@@ -1147,7 +1214,8 @@ def judge_answers(benchmark: Benchmark, answer_sets: list[AnswerSet], config: Co
     """Fill in replies and scores by --judge: our critic's, or the `replies` of one that ran elsewhere."""
     critic = None
     if config.judge.startswith("llava-critic"):
-        critic = make_judge("text", config.judge, judge_device(config), config.critic_quantize)
+        critic = make_judge("text", config.judge, judge_device(config), config.critic_quantize,
+                            config.critic_tiles)
     for of in answer_sets:
         of.replies = replies
         if critic:
@@ -1216,23 +1284,20 @@ PAGE = 200                           # answers that a page shows
 
 def question_html(question: Question, of: AnswerSet) -> str:
     """One question, its answer and the judge's replies as HTML. Pictures stay files beside the page."""
-    def picture(path: Path) -> str:
-        return picture_html(quote(os.path.relpath(path, of.folder)), path.name)
-    steps = ""
-    for segment in of.segments(question):
-        image = picture(of.folder / segment["image"]) if segment["image"] else ""
-        steps += f'<div class="step">{html.escape(segment["text"] or "")}<br>{image}</div>'
-    replies = [f"{aspect}: {reply}" for (id, aspect), reply in of.replies.items() if id == question.id]
-    details = f"<details><summary>judge</summary><pre>{html.escape(chr(10).join(replies))}</pre></details>"
-    title = "<br>".join(map(html.escape, (f"{question.id} · {question.group}", question.prompt)))
-    return (f'<div class="group"><div class="prompt">{title}<br>'
-            f'{"".join(map(picture, question.prompt_pictures))}</div>'
-            f'<div class="answer">{steps}</div>{details if replies else ""}</div>')
+    start = "".join(picture_html(path, "picture of the question", of.folder)
+                    for path in question.prompt_pictures)
+    steps = [{"text": segment["text"], "picture": segment["image"] and of.folder / segment["image"]}
+             for segment in of.segments(question)]
+    replies = [f"<pre>{html.escape(f'{aspect}: {reply}')}</pre>"
+               for (id, aspect), reply in of.replies.items() if id == question.id]
+    return (f'<div class="group"><h3>{html.escape(f"{question.id} · {question.group}")}</h3>'
+            f'<p>{html.escape(question.prompt)}</p><div class="row">{start}</div>'
+            f'<div class="answer">{steps_html(steps, of.folder)}</div>{fold("judge", *replies)}</div>')
 
 
 def write_answers_page(of: AnswerSet, title: str, table: str) -> Path:
     """Write answers.html: the table, then the first answers with what the judge replied."""
-    body = [f"<pre>{html.escape(table)}</pre>",
+    body = [f'<pre class="wide">{html.escape(table)}</pre>',
             f"<p>The first {min(PAGE, len(of.questions))} of {len(of.questions)} answers.</p>"]
     body += [question_html(question, of) for question in of.questions[:PAGE]]
     return write_page(of.folder / "answers.html", title, body)
@@ -1252,12 +1317,14 @@ def run_benchmark(config: Config) -> None:
     models = {"before": config.before, "model": config.model}
     answer_sets = {name: answer_questions(model, questions, config, out / name)
                    for name, model in models.items() if model}
-    if benchmark.FILE:
+    if benchmark.FILE and process_rank() == 0:
         for of in answer_sets.values():
             records = [benchmark.record(question, of) for question in of.questions]
             write_text(of.folder / benchmark.FILE, json.dumps(records, indent=1, ensure_ascii=False))
     if config.judge:
         judge_answers(benchmark, list(answer_sets.values()), config, replies)
+    if process_rank() > 0:
+        return
     ours = {name: benchmark.rows(of, config) for name, of in answer_sets.items()}
     reasons = {name: dict(Counter(unread.reasons()) + Counter(of.left_out.reasons()))
                for name, of in answer_sets.items()}
@@ -1278,18 +1345,25 @@ def run_benchmark(config: Config) -> None:
 # ------------------------------------------------------------------------------------------------------------
 # The command line
 
-def check(config: Config) -> None:
+def check(config: Config, world: int = 1) -> None:
     """Refuse settings that cannot work before anything is loaded. Raises UserError."""
     check_config(config)
     check_judges(config)
+    require(config, "reproduce", world == 1 or not config.reproduce, "one process: it starts the others")
+    require(config, "reward_device", world == 1 or ":" not in config.reward_device,
+            "no number: under torchrun each process has its judges on its own device")
     require(config, "seeds", re.fullmatch(r"\d+(,\d+)*", config.seeds), "whole numbers separated by commas")
-    unknown = [name for name in config.only.split(",") if name and name not in ROWS]
-    require(config, "only", not unknown, f"names of {', '.join(ROWS)}")
+    for run in config.compare:
+        if not Path(run).is_dir():
+            raise UserError(f"--compare {run}: expected a run directory")
+    require(config, "only", set(config.only) <= set(ROWS), f"names of {', '.join(ROWS)}")
     require(config, "benchmark", config.benchmark in ("", *BENCHMARKS), " or ".join(BENCHMARKS))
     if not config.benchmark:
         for name in ("data", "judge", "before"):
             require(config, name, not getattr(config, name), "--benchmark beside it")
         return
+    if config.benchmark == "t2i":
+        check_judge("--visual-reward", "visual", config.visual_reward)
     if not config.data:
         raise UserError(f"--benchmark {config.benchmark}: expected its files at --data as well")
     require(config, "data", Path(config.data).exists(), "a path that exists")
@@ -1310,20 +1384,25 @@ def main() -> None:
     """Rate one model in the toy world, reproduce the paper's ablation, or run a benchmark."""
     config = parse_config(Config, presets={"paper": PAPER}, names={
         "benchmark": BENCHMARKS, "text_reward": judge_names("text"), "visual_reward": judge_names("visual")})
-    check(config)
-    if config.benchmark:
+    _, world, _ = start_processes(config.device)
+    check(config, world)
+    if config.compare:
+        runs = {str(Path(run)).removeprefix("out/"): Path(run) for run in config.compare}
+        print(f"side by side: {write_comparison(runs, Path(config.out or 'out/compare'))}")
+    elif config.benchmark:
         run_benchmark(config)
     elif config.reproduce:
         reproduce(config)
     else:
         folder = Path(config.out or "out/evaluate")
-        folder.mkdir(parents=True, exist_ok=True)
-        values = rate(open_model(config.model, config), config)
+        values = rate_prompts(open_model(config.model, config), config)
         result = summary(values, config)
         print(rates_table({Path(config.model).name: result}))
-        write_text(folder / "evaluation.json", json.dumps(result, indent=1))
-        write_text(folder / "values.json", json.dumps({"settings": asdict(config), "values": values}))
+        if process_rank() == 0:
+            write_text(folder / "evaluation.json", json.dumps(result, indent=1))
+            write_text(folder / "values.json", json.dumps({"settings": asdict(config), "values": values}))
         print(f"rates: {folder / 'evaluation.json'}, those of every prompt: {folder / 'values.json'}")
+    end_processes()
 
 
 if __name__ == "__main__":

@@ -29,18 +29,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 import warmup
-from common import (Count, LearningRate, Natural, Naturals, NonNegative, Positive, Positives, Range, Run,
-                    Share, TopPs, UserError, Weights, average_gradients, averaged, check_config,
-                    check_settings, end_processes, note_processes, optimizer_tensors, parse_config, peak_gib,
-                    require, restore_optimizer, run_main, start_processes, whole)
+from common import (LEGEND, Count, LearningRate, Natural, Naturals, NonNegative, Part, Positive, Positives,
+                    Range, Run, Share, TopPs, UserError, Weights, average_gradients, averaged, check_config,
+                    check_settings, end_processes, group_html, note_processes, optimizer_tensors,
+                    parse_config, part_html, part_text, parts_of, peak_gib, png, require, restore_optimizer,
+                    run_main, shown, start_processes, whole, write_page)
 from data import (PROMPT_READERS, CodeCache, LeftOut, Sample, keep_usable, read_prompts, read_sources,
                   toy_prompt)
 from evaluate import before_and_after
 from model import (Sampling, UnifiedModel, as_batch, by_modality, check_budget, check_memory, gathered,
                    load, load_training, prepare_training, restore, save, trainable_state, unpacked,
                    with_trainable)
-from rewards import (Scores, check_judges, check_rules, group_record, hybrid_rewards, judge, judge_names,
-                     make_judges)
+from rewards import (Scores, check_judges, check_prompts, check_rules, group_record, hybrid_rewards, judge,
+                     judge_names, make_judges)
 
 SPREAD = 1e-3         # a group whose rewards have a smaller standard deviation says nothing: exact zeros
 EPSILON = 1e-4        # added to the standard deviation in Eq. (4) and Eq. (6)
@@ -73,6 +74,7 @@ class Config:
     reward_weights: Weights = (1.0, 1.0, 1.0)    # of r_t, r_v and r_f in Eq. (5); 0 leaves one out
     reward_device: str = ""                  # where learned judges run; empty: with the policy
     critic_quantize: Literal["none", "nf4"] = "none"    # nf4: the critic's decoder in 4 bits
+    critic_tiles: Natural = 0                # the critic: tiles of a picture at most; 0: as published
     # -- sampling
     temperature: Positives = 1.0             # of the rollouts; two numbers: of text tokens, of image codes
     top_k: Naturals = 0                      # 0: off; two: of text tokens, of image codes
@@ -96,6 +98,7 @@ class Config:
     resume: bool = True                      # go on from the last checkpoint; --no-resume starts over
     eval_prompts: Natural = 96               # held-out prompts of the evaluation before and after; 0: none
     eval_sampling: Literal["rollouts", "published"] = "rollouts"    # published: as VILA-U and the paper do
+    explain: bool = False                    # print one prompt's way through one update, and stop
     preset: str = ""                         # paper: the paper's settings (PAPER); flags beside it win
 
 
@@ -293,7 +296,7 @@ class Rollout:
     advantages: Tensor               # [B, T, 1]
     metrics: dict[str, float]        # means over the rollout
 
-    def records(self, count: int) -> list[dict]:
+    def records(self, count: int, config: Config) -> list[dict]:
         """The first `count` prompts with their answers, rewards and advantages, for sheets and reports."""
         G, records = len(self.answers) // len(self.samples), []
         decided = self.mask.any(-1)                                                        # (B, T)
@@ -302,6 +305,7 @@ class Rollout:
             answers, scores = [self.answers[b] for b in rows], [self.scores[b] for b in rows]
             own = [self.advantages[b, decided[b]] for b in rows]
             records.append(group_record(sample, answers, scores, own))
+            records[-1]["worked"] = worked(answers, scores, config)
         return records
 
 
@@ -373,6 +377,12 @@ def reference_logp(policy: UnifiedModel, reference: dict[str, Tensor], batch: Ro
                           for part in zip(*(column.split(config.micro_batch) for column in columns))])
 
 
+def kl_weights(config: Config, is_image: Tensor) -> Tensor:
+    """beta of Eq. (2) for every position, [B, T, 1]: that of text tokens or that of image codes."""
+    text, image = (config.kl if own is None else own for own in (config.kl_text, config.kl_image))
+    return torch.where(is_image, image, text)[..., None]
+
+
 def update(policy: UnifiedModel, optimizer: torch.optim.Optimizer, batch: Rollout, ref_logp: Tensor,
            config: Config, epoch: int = 0) -> dict:
     """One optimizer update on all answers of a rollout -> metrics, each a mean over what it averages.
@@ -387,9 +397,7 @@ def update(policy: UnifiedModel, optimizer: torch.optim.Optimizer, batch: Rollou
     """
     B, sampling = len(batch.tokens), scoring_of(config)
     weights = decision_weights(batch.mask, batch.is_image, config.per_modality)
-    kl_text, kl_image = (config.kl if own is None else own for own in (config.kl_text, config.kl_image))
-    beta = torch.where(batch.is_image, kl_image, kl_text)[..., None]                       # [B, T, 1]
-    total, sums = 0.0, Counter()
+    beta, total, sums = kl_weights(config, batch.is_image), 0.0, Counter()
     optimizer.zero_grad()
     for start in range(0, B, config.micro_batch):
         part = slice(start, start + config.micro_batch)
@@ -455,6 +463,7 @@ def check(config: Config, world: int = 1) -> None:
             "no number: under torchrun each process has its judges on its own device")
     require(config, "precision", config.precision == "auto" or not config.lora_rank,
             "auto: with adapters the passes have the type of the frozen base")
+    require(config, "explain", world == 1 or not config.explain, "one process, no torchrun")
     check_judges(config)
 
 
@@ -484,6 +493,7 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> list[S
     restore_optimizer(optimizer, tensors)
     judges, codes = make_judges(config, device), CodeCache(policy)
     pool = ready_prompts(pool, left_out, policy, codes, config)
+    check_prompts(judges[0], pool, config.budget)
     run = Run(config, state.get("lines", 0))                                               # rank 0 writes
     first, silent = state.get("update", 0), 0
     announce(config, state, pool, left_out)
@@ -513,7 +523,7 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> list[S
         log(run, bar, done, metrics, silent)                                               # step 7
         if done // config.save_every > before // config.save_every or done == config.updates:
             title = f"Rollout of update {done}"
-            run.sample(f"{done:06d}", title, batch.records(3), judge_records(judges))
+            run.sample(f"{done:06d}", title, batch.records(3, config), judge_records(judges))
             state = {"update": done, "lines": run.lines, "processes": world, "settings": asdict(config)}
             save(policy, folder / "policy", state, optimizer_tensors(optimizer))
     if first < config.updates and config.eval_prompts:
@@ -560,21 +570,140 @@ def log(run: Run, bar: tqdm, done: int, metrics: dict, silent: int) -> None:
                    "nothing is learned (try other prompts, a higher --temperature or other --reward-weights)")
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Something to look at: sheets before and after, one group in numbers, one prompt through one update
+
 def show(policy: UnifiedModel, run: Run, config: Config, pool: list[Sample], judges: tuple, name: str,
          title: str) -> None:
-    """Write a sheet of three answers each to fixed prompts with fixed seeds, the same before and after:
+    """Write a sheet of G answers each to fixed prompts with fixed seeds, the same before and after:
     held-out prompts of the toy world, or the first of --prompts."""
     rng = random.Random("show")
     samples = pool[:4] or [toy_prompt(rng, config.edits, "heldout") for _ in range(4)]
     seeds = [("show", p) for p in range(len(samples))]
-    batch = rollout(policy, samples, replace(config, group_size=3), judges, CodeCache(policy), seeds)
-    run.sample(name, title, batch.records(len(samples)), judge_records(judges))
+    batch = rollout(policy, samples, config, judges, CodeCache(policy), seeds)
+    run.sample(name, title, batch.records(len(samples), config), judge_records(judges))
+
+
+def worked(answers: list, scores: list[Scores], config: Config) -> list[Part]:
+    """Eq. (4) to (6) on one group as tables, computed by the functions that train."""
+    G, gamma, weights = len(answers), config.step_discount, config.reward_weights
+
+    def credit(*reward_weights: float, discount: float) -> list[list[float]]:
+        """Eq. (6) with other weights and discount -> for each answer the mean advantage of each step."""
+        settings = replace(config, credit="process", reward_weights=reward_weights, step_discount=discount)
+        return [[values[s.start:s.stop].mean().item() for s in answer.segments]
+                for answer, values in zip(answers, advantages(answers, scores, settings))]
+
+    def table(columns: list[list], form: str, titles: list[str]) -> list[list[str]]:
+        """Columns of a value for each step -> rows; the longest answer names the steps."""
+        rows = [["step", *titles]]
+        for j, segment in enumerate(max((answer.segments for answer in answers), key=len)):
+            values = [column[j] if j < len(column) else None for column in columns]
+            rows.append([f"{j + 1} {'picture' if segment.text is None else 'text'}",
+                         *("-" if value is None else f"{value:{form}}" for value in values)])
+        return rows
+    names = [f"answer {n + 1}" for n in range(G)]
+    rewards = torch.tensor(hybrid_rewards(scores, weights))
+    whole = [["", "r_t", "r_v", "r_f", "r", "A"]]
+    for name, of, r, a in zip(names, scores, rewards, outcome_advantages(rewards)):
+        parts = ["-" if part is None else f"{part:.2f}" for part in (of.text, of.visual, of.format)]
+        whole.append([name, *parts, f"{r:.2f}", f"{a:+.2f}"])
+    own = credit(*weights[:2], 0.0, discount=0.0)                                         # r~ of each step
+    n = max(range(G), key=lambda n: max(own[n], default=0.0) - min(own[n], default=0.0))
+    reach = [credit(*weights[:2], 0.0, discount=g)[n] for g in (0.0, 0.5, 1.0)]
+    total = sum(gamma ** k * r for k, r in enumerate(own[n]))
+    terms = " + ".join(f"{gamma ** k:g} x ({r:+.2f})" for k, r in enumerate(own[n]))
+    form = weights[2] * outcome_advantages(torch.tensor([of.format for of in scores]))[n]
+    pools = "texts and pictures apart" if config.normalise == "kind" else "all steps together"
+    return [
+        Part("Eq. (5) and (4): whole answers",
+             f"r = r_t + r_v + r_f, weighted {shown(weights)}. A = (r - mean) / (std + {EPSILON:g}), here "
+             f"with mean {rewards.mean():.2f} and std {rewards.std():.2f}.", whole),
+        Part("The rewards r of the steps", "r_t of a text, r_v of a picture.",
+             table([of.steps for of in scores], ".2f", names)),
+        Part("Normalised over the group: r~", f"r~ = (r - mean) / (std + {EPSILON:g}), {pools}.",
+             table(own, "+.2f", names)),
+        Part("Eq. (6): the advantage of each step",
+             f"A of step j = sum of {gamma:g}^(k - j) r~ of step k over all k >= j. For {names[n]}, step 1: "
+             f"{terms} = {total:+.2f}. Words also get the normalised format reward of their answer, here "
+             f"{form:+.2f}.",
+             table(credit(*weights, discount=gamma), "+.2f", names)),
+        Part(f"How a step's reward reaches back: {names[n]}",
+             "The same r~, summed with three discounts: 0 is the step alone, 1 is Eq. (6) as printed.",
+             table(reach, "+.2f", ["discount 0", "0.5", "1"]))]
+
+
+def loss_table(policy: UnifiedModel, batch: Rollout, ref_logp: Tensor, config: Config) -> list[list[str]]:
+    """What `grpo_loss` makes of a rollout under the policy as it is now, text and image apart."""
+    with torch.no_grad():
+        logp = policy.log_probs(batch.tokens, batch.is_image, batch.mask, sampling_of(config))
+    weights = decision_weights(batch.mask, batch.is_image, config.per_modality)
+    beta = kl_weights(config, batch.is_image)
+    rows = [["", "decisions", "loss", "least ratio", "largest", "clipped", "KL"]]
+    for name, part in zip(("text", "image"), by_modality(batch.mask, batch.is_image)):
+        loss, ratio, kl = grpo_loss(logp, batch.old_logp, ref_logp, batch.advantages.expand_as(logp),
+                                    weights * part, config.clip, beta)
+        if part.any():
+            ratio, kl = ratio[part], kl[part]
+            clipped = ((ratio - 1).abs() > config.clip).float().mean()
+            rows.append([name, f"{len(ratio)}", f"{loss.mean():.4f}", f"{ratio.min():.4f}",
+                         f"{ratio.max():.4f}", f"{clipped:.1%}", f"{kl.mean():.5f}"])
+    return rows
+
+
+def explain(config: Config, device: torch.device) -> Path:
+    """--explain: take the first prompt of a run through one update, in the paper's order.
+
+    Prints it with its numbers and writes OUT/explain.html, the same with pictures. Nothing else in OUT is
+    touched. All numbers come from the functions that train.
+    Choice: the update has the full --lr, without the ramp of a run, so that its effect shows.
+    """
+    pool, left_out = read_pool(config)
+    policy, reference = start_policy(config, {}, device)
+    judges, codes, body = make_judges(config, device), CodeCache(policy), []
+    optimizer = torch.optim.Adam(policy.policy_parameters(), lr=config.lr, betas=(0.9, 0.95))
+    sample = next_prompts(config, 0, ready_prompts(pool, left_out, policy, codes, config))[0]
+
+    def tell(part: Part, pictures: str = "") -> None:
+        """Print a part, and put it on the page, its rows replaced by pictures if there are any."""
+        part = part._replace(title=f"{len(body) + 1}. {part.title}")
+        print(part_text(part))
+        body.append(part_html(part._replace(rows=()) if pictures else part) + pictures)
+
+    def answer() -> tuple[Rollout, dict, list[list[str]]]:
+        """The group's rollout, its record, and its answers as rows; the same random numbers every time."""
+        batch = rollout(policy, [sample], config, judges, codes, [(config.seed, 0, 0)])
+        record, = batch.records(1, config)
+        marks = {True: " (right)", False: " (wrong)", None: ""}
+        return batch, record, [
+            [f"answer {n + 1}:", *((s["text"] or "picture") + marks[s["right"]] for s in answer["steps"]),
+             parts_of(answer)] for n, answer in enumerate(record["answers"])]
+    batch, first, rows = answer()
+    tell(Part(f"The prompt, and G = {config.group_size} answers", f"{sample.prompt}\n{LEGEND}", rows),
+         group_html({"": first}, len(rows)))
+    for part in first["worked"]:
+        tell(part)
+    ref_logp = reference_logp(policy, reference, batch, config)
+    tell(Part("Eq. (2), (3), (7): the loss before the update",
+              f"ratio = pi / pi_old, 1 everywhere: the policy still is the one that sampled. The loss: "
+              f"-min(ratio A, clip(ratio, {1 - config.clip:g}, {1 + config.clip:g}) A) + beta KL.",
+              loss_table(policy, batch, ref_logp, config)))
+    metrics = update(policy, optimizer, batch, ref_logp, config)
+    tell(Part("The update",
+              f"One step of Adam at learning rate {config.lr:g}; loss {metrics['loss']:.4f}, norm of the "
+              f"gradient {metrics['grad_norm']:.3f}. On the same answers ratio and KL are now:",
+              loss_table(policy, batch, ref_logp, config)))
+    _, again, rows = answer()
+    tell(Part("The same prompt again, with the same random numbers", "", rows),
+         group_html({"before the update": first, "after it": again}, len(rows)))
+    return write_page(Path(config.out) / "explain.html", "One prompt through one update", body)
 
 
 def judge_records(judges: tuple, most: int = 24) -> list[dict]:
-    """The latest questions to a learned text judge, its replies and their scores, for the report."""
+    """The latest questions to a learned text judge with their pictures, its replies and their scores."""
     latest = list(getattr(judges[0], "record", ()))[-most:]
-    return [{"question": question, "reply": reply, "score": score} for question, reply, score in latest]
+    return [{"question": question, "pictures": [png(p) for p in pictures], "reply": reply, "score": score}
+            for question, pictures, reply, score in latest]
 
 
 def main() -> None:
@@ -587,6 +716,9 @@ def main() -> None:
     if config.model == Config.model and not warmup.is_done(Path(config.model)):
         print(f"no warm-up model in {config.model} yet: training it first, once (2 minutes on two CPU cores)")
         warmup.warm_up(warmup.Config(device=config.device))
+    if config.explain:
+        print(f"the same with pictures: {explain(config, device)}")
+        return
     pool = train(config, rank, world, device)
     end_processes()
     if rank == 0:

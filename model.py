@@ -17,7 +17,6 @@ and `decision_logp`, which both call. Behind them come QLoRA, then loading and s
     python model.py --model mit-han-lab/vila-u-7b-256 --quantize nf4 --draw --guidance 3 --prompt "a fox"
                                 # one picture from the published model
 """
-import html
 import json
 import re
 import warnings
@@ -44,7 +43,7 @@ from tqdm import tqdm
 from common import (Count, Naturals, NonNegative, NonNegatives, TopPs, UserError, free_bytes, open_tensors,
                     parse_config, pick_device, picture_html, process_count, process_rank, read_json,
                     read_picture, read_tensor, reading, run_main, seeded, settle_folder, sharded_like,
-                    snapshot, total_bytes, write_page, write_text, write_tensors, write_whole)
+                    snapshot, steps_html, total_bytes, write_page, write_text, write_tensors, write_whole)
 from tokenizer import (IMAGE_END, IMAGE_PLACEHOLDER, IMAGE_START, THINK_END, THINK_START, VISION_NAMES,
                        Answer, Attention, Block, ImageTokenizer, Sequence, TextTokenizer, VisionConfig, pack,
                        pad, parse_answer, preprocess, to_pictures)
@@ -394,7 +393,7 @@ class UnifiedModel(nn.Module):
         self.configs: dict[str, dict] = {}               # the published config.json files, by folder
         self.source, self.quantize = "", "none"          # what the weights were loaded from, and how
         self.adapter: dict | None = None                 # rank and alpha, if there are adapters
-        self.bf16 = False                                # passes in bf16 over float32 weights
+        self.precision: torch.dtype | None = None        # of passes, if it is not that of the weights
         self.rows = 0                                    # what `rows_that_fit` printed last
 
     @property
@@ -402,9 +401,14 @@ class UnifiedModel(nn.Module):
         return self.projector[0].weight.device
 
     @property
+    def sharded(self) -> bool:
+        """Does each process hold a share of the weights? See `prepare_whole`."""
+        return isinstance(self, FSDPModule)
+
+    @property
     def pass_dtype(self) -> torch.dtype:
-        """The type that passes compute in: that of the weights, if `prepare_whole` has not set bf16."""
-        return torch.bfloat16 if self.bf16 else self.projector[0].weight.dtype
+        """The type that passes compute in."""
+        return self.precision or self.projector[0].weight.dtype
 
     def policy_parameters(self) -> list[nn.Parameter]:
         """What warm-up and GRPO train: decoder, both heads and projector, or adapters.
@@ -453,7 +457,7 @@ class UnifiedModel(nn.Module):
         moved at all, so the decision that was sampled always stays.
         """
         rounded, (B, T) = self.pass_dtype != torch.float32, is_image.shape
-        if isinstance(self, FSDPModule):
+        if self.sharded:
             tokens, is_image, mask = self.with_every_part(tokens, is_image, mask)
         before = self.forward(tokens, is_image)[:, :-1]      # alignment: the state one place before predicts
         logp = torch.zeros(tokens.shape, device=tokens.device)
@@ -1130,7 +1134,8 @@ def prepare_whole(model: UnifiedModel, precision: str) -> None:
     # Nothing here writes into a pass's output, which is what FSDP warns of.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     bf16 = precision == "bf16" or (precision == "auto" and model.device.type == "cuda")
-    K, model.bf16 = process_count(), bf16
+    model.precision = torch.bfloat16 if bf16 else None
+    K = process_count()
     for unit in (*model.decoder.layers, model.depth, model):
         for p in unit.parameters():
             if p.requires_grad and p.dtype != torch.float32:
@@ -1331,12 +1336,13 @@ def load(source: str | Path, device: str | torch.device = "cpu", quantize: str =
     folder = checkpoint_folder(str(source))
     if adapter := adapter_settings(folder):
         return load_adapters(folder, device, **adapter)
-    configs = {part: read_json(folder / part / "config.json") for part in ("", "llm", "vision_tower")}
+    configs = {part: read_json(folder / part / "config.json") for part in ("", *NAMES)}
     stored = stored_tensors(tensor_files(folder / "vision_tower"))
     with reading(folder, "one of its config.json files or its vision tensors"):
         model = empty_model(configs, {name: tensor.shape for name, tensor in stored.items()})
     model.text = TextTokenizer.from_folder(folder / "llm")              # small files first: they fail fast
     load_weights(model, folder, device, quantize)
+    check_configs(model, folder)
     add_tokens(model, [THINK_START, THINK_END])
     model.source, model.quantize = str(folder.resolve() if Path(source).exists() else source), quantize
     return model
@@ -1535,10 +1541,16 @@ def write_published(model: UnifiedModel, folder: Path) -> None:
 
 
 def write_configs(model: UnifiedModel, folder: Path) -> None:
-    """Write the four config.json files of the published layout. Unknown keys of a loaded checkpoint stay."""
-    for part, config in published_configs(model).items():
+    """Write the four config.json files of the published layout: VILA-U's own code builds its model from them.
+
+    Other keys of a loaded checkpoint stay. The top file holds copies of the other three.
+    """
+    words, sizes = published_words(model), published_sizes(model)
+    for part in NAMES:
+        words[""][f"{part}_cfg"], sizes[""][f"{part}_cfg"] = words[part], sizes[part]
+    for part in sizes:
+        config = updated(updated(words[part], model.configs.get(part, {})), sizes[part])
         (folder / part).mkdir(parents=True, exist_ok=True)
-        config = updated(model.configs.get(part, {}), config)
         write_text(folder / part / "config.json", json.dumps(config, indent=1))
 
 
@@ -1549,24 +1561,47 @@ def updated(old: dict, new: dict) -> dict:
     return {**old, **new, **both}
 
 
-def published_configs(model: UnifiedModel) -> dict[str, dict]:
+def published_sizes(model: UnifiedModel) -> dict[str, dict]:
     """A model's sizes as the published config files state them, by folder."""
     d, k, v = model.decoder.config, model.depth_config, model.vision_config
-    llm = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu",
-           **{f: x for f, x in asdict(d).items() if f not in ("rope_factor", "context", "qkv_bias")},
-           "rope_scaling": {"type": "linear", "factor": d.rope_factor} if d.rope_factor != 1 else None,
-           "max_position_embeddings": d.context, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    tower = {"model_type": "rqvaesigliptransformer_model", "hidden_size": v.width,
-             "vision_layers_used": v.layers,
-             "rqvaesiglip": v.to_published(),
+    llm = {**{f: x for f, x in asdict(d).items() if f not in ("rope_factor", "context", "qkv_bias")},
+           "rope_scaling": {"type": "linear", "factor": d.rope_factor} if d.rope_factor != 1 else None}
+    tower = {"hidden_size": v.width, "vision_layers_used": v.layers, "rqvaesiglip": v.to_published(),
              "rqtransformer": {"embed_dim": k.width, "block_size": [v.grid, v.grid, v.depth],
                                "head": {"n_layer": k.layers, "block": {"n_head": k.heads}},
                                "input_embed_dim_1": v.width, "input_embed_dim_2": d.hidden_size,
                                "vocab_size": v.codebook_size}}
+    return {"": {"hidden_size": d.hidden_size, "mm_hidden_size": v.width}, "llm": llm, "vision_tower": tower,
+            "mm_projector": {}}
+
+
+def published_words(model: UnifiedModel) -> dict[str, dict]:
+    """What else the config files need, where no loaded one says it."""
     return {"": {"model_type": "vila_u_llama", "architectures": ["VILAULlamaModel"],
                  "image_aspect_ratio": "resize", "system_prompt": model.system_prompt},
-            "llm": llm, "vision_tower": tower,
+            "llm": {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu",
+                    "max_position_embeddings": model.decoder.config.context, "tie_word_embeddings": False,
+                    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
+            "vision_tower": {"model_type": "rqvaesigliptransformer_model",
+                             "rqvaesiglip": {"ddconfig": {"double_z": False, "dropout": 0.0}}},
             "mm_projector": {"mm_projector_type": "mlp2x_gelu", "model_type": "v2l_projector"}}
+
+
+def check_configs(model: UnifiedModel, folder: Path) -> None:
+    """Hold every number of the config files against the model that their tensors have filled.
+
+    Our own loader takes some sizes from shapes, VILA-U's code takes all from these files.
+    Raises UserError with file and key for the first that disagrees.
+    """
+    def compare(file: Path, stated: dict, sizes: dict, path: str = "") -> None:
+        for key, size in sizes.items():
+            found = stated.get(key)
+            if isinstance(size, dict) and isinstance(found, dict):
+                compare(file, found, size, f"{path}{key}.")
+            elif found is not None and found != size:
+                raise UserError(f"{file}: {path}{key} is {found}, but the tensors beside it say {size}")
+    for part, sizes in json.loads(json.dumps(published_sizes(model))).items():
+        compare(folder / part / "config.json", model.configs[part], sizes)
 
 
 def load_training(folder: Path) -> tuple[dict, dict[str, Tensor]]:
@@ -1607,17 +1642,15 @@ class Config:
 def write_answer_page(prompt: str, pictures: list[np.ndarray], answer: Answer, folder: Path) -> Path:
     """Write the answer as answer.html, texts and pictures in turn, with the pictures beside it as PNGs."""
     folder.mkdir(parents=True, exist_ok=True)
-    body = []
-    for i, picture in enumerate(pictures):
-        Image.fromarray(picture).save(folder / f"prompt_{i}.png")
-        body.append(picture_html(f"prompt_{i}.png", "picture of the prompt"))
-    body.append("<hr>")
-    for i, segment in enumerate(answer.segments):
-        if segment.picture is None:
-            body.append(f"<p>{html.escape(segment.text)}</p>")
-        else:
-            Image.fromarray(segment.picture).save(folder / f"step_{i}.png")
-            body.append(picture_html(f"step_{i}.png", "picture of the answer"))
+    files = {f"prompt_{i}.png": picture for i, picture in enumerate(pictures)}
+    files |= {f"step_{i}.png": s.picture for i, s in enumerate(answer.segments) if s.picture is not None}
+    for name, picture in files.items():
+        Image.fromarray(picture).save(folder / name)
+    start = [picture_html(folder / name, "picture of the prompt", folder)
+             for name in files if name.startswith("prompt")]
+    steps = [{"text": s.text, "picture": None if s.picture is None else folder / f"step_{i}.png"}
+             for i, s in enumerate(answer.segments)]
+    body = [f'<div class="row">{"".join(start)}</div><h2>The answer</h2>', steps_html(steps, folder)]
     return write_page(folder / "answer.html", prompt, body)
 
 

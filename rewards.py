@@ -280,28 +280,47 @@ def judge_names(part: str) -> list[str]:
     return [*RULES[part], *judges.JUDGES[part]]
 
 
-def make_judge(part: str, spec: str, device: torch.device, quantize: str = "none"):
+def make_judge(part: str, spec: str, device: torch.device, quantize: str = "none", tiles: int = 0):
     """NAME or NAME=FOLDER -> a judge. Raises UserError where its weights are missing or damaged."""
     name, _, folder = spec.partition("=")
     if name in RULES[part]:
         return RULES[part][name]()
     judge_class = judges.JUDGES[part][name]
-    options = {"quantize": quantize} if part == "text" else {}
+    options = {"quantize": quantize, "tiles": tiles} if part == "text" else {}
     return judge_class(folder or judge_class.HUB, device, **options)
 
 
-def make_judges(config, device: torch.device) -> tuple[TextJudge, VisualJudge]:
-    """--text-reward, --visual-reward, --reward-device and --critic-quantize -> the two judges."""
+def make_judges(config, device: torch.device) -> tuple[TextJudge | None, VisualJudge | None]:
+    """The settings under "rewards" -> the two judges; None for a part of weight 0, which nobody judges."""
     if config.reward_device:
         device = pick_device(config.reward_device, "--reward-device")
-    return (make_judge("text", config.text_reward, device, config.critic_quantize),
-            make_judge("visual", config.visual_reward, device))
+    (r_t, r_v, _), text, visual = config.reward_weights, None, None
+    if r_t:
+        text = make_judge("text", config.text_reward, device, config.critic_quantize, config.critic_tiles)
+    if r_v:
+        visual = make_judge("visual", config.visual_reward, device)
+    return text, visual
 
 
 def check_judges(config) -> None:
     """Refuse judges that do not exist before anything is loaded. Raises UserError."""
-    check_judge("--text-reward", "text", config.text_reward)
-    check_judge("--visual-reward", "visual", config.visual_reward)
+    r_t, r_v, _ = config.reward_weights
+    for flag, part, spec, weight in (("--text-reward", "text", config.text_reward, r_t),
+                                     ("--visual-reward", "visual", config.visual_reward, r_v)):
+        if weight and not spec:
+            raise UserError(f"--reward-weights: {weight:g} for the {part} part, but {flag} names no judge: "
+                            f"expected {' or '.join(judge_names(part))}, or weight 0")
+        if spec:
+            check_judge(flag, part, spec)
+
+
+def check_prompts(text_judge: TextJudge | None, samples: list, budget: int) -> None:
+    """Refuse prompts whose pictures a text judge cannot take beside answers of `budget`. Raises UserError.
+
+    A judge that has such a limit says so itself, in a method `check`.
+    """
+    for sample in samples if hasattr(text_judge, "check") else ():
+        text_judge.check(sample.prompt, read_pictures(sample), budget)
 
 
 def check_rules(config, samples: list) -> None:
@@ -330,20 +349,48 @@ def check_judge(flag: str, part: str, spec: str) -> None:
 # ------------------------------------------------------------------------------------------------------------
 # Answers and their rewards as plain data, for sheets and reports
 
+def true_steps(prompt: str) -> list[dict]:
+    """The right answer to a toy prompt as the steps of a record, [] for other prompts."""
+    states = shapes.states_of_prompt(prompt)[1:] if shapes.wanted_steps(prompt) else []
+    return [step for state in states for step in ({"text": shapes.caption(state), "picture": None},
+                                                  {"text": None, "picture": png(shapes.render(state))})]
+
+
+def right_steps(prompt: str, answer: Answer) -> list[bool | None]:
+    """Whether each step is the true one: the k-th text names, the k-th picture shows the k-th true state.
+
+    None for each where the prompt is not the toy world's. A step beyond the last true state is wrong.
+    """
+    if not shapes.wanted_steps(prompt):
+        return [None] * len(answer.segments)
+    states = {kind: iter(shapes.states_of_prompt(prompt)[1:]) for kind in ("text", "picture")}
+    right = []
+    for s in answer.segments:
+        if s.picture is None:
+            named, true = shapes.parse_caption(s.text), next(states["text"], None)
+        else:
+            named, true = shapes.recognise(s.picture[None])[0], next(states["picture"], None)
+        right.append(named is not None and named == true)
+    return right
+
+
 def group_record(sample, answers: list[Answer], scores: list[Scores],
                  advantages: list[Tensor] | None = None) -> dict:
-    """One prompt (a `data.Sample`) and its answers as JSON.
+    """One prompt (a `data.Sample`), its true answer if that is known, and its answers, as JSON.
 
-    Each step has its text or picture, its reward and its mean advantage.
+    Each step has its text or picture, whether it is right, its reward and its mean advantage.
     """
     records = []
     for n, (answer, score) in enumerate(zip(answers, scores)):
-        steps = [{"text": s.text, "picture": None if s.picture is None else png(s.picture), "reward": reward,
+        right = right_steps(sample.prompt, answer)
+        steps = [{"text": s.text, "picture": None if s.picture is None else png(s.picture), "right": right[i],
+                  "reward": score.steps[i],
                   "advantage": None if advantages is None else advantages[n][s.start:s.stop].mean().item()}
-                 for s, reward in zip(answer.segments, score.steps)]
+                 for i, s in enumerate(answer.segments)]
         records.append({"steps": steps, "layout": answer.layout, "text": score.text, "visual": score.visual,
                         "format": score.format})
-    return {"prompt": sample.prompt, "pictures": [png(p) for p in read_pictures(sample)], "answers": records}
+    return {"prompt": sample.prompt, "pictures": [png(p) for p in read_pictures(sample)],
+            "truth": true_steps(sample.prompt), "answers": records}
 
 
 def main() -> None:

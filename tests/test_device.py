@@ -47,6 +47,10 @@ class FakeGPU(FakeTensorMode):
             return FakeTensor(self, places, args[0].device)
         if func is aten._local_scalar_dense.default:
             return {torch.bool: True, torch.long: next(self.integers, 1)}.get(args[0].dtype, 1.0)
+        if func in (aten.index.Tensor, aten.index_put.default, aten.index_put_.default):
+            places = {index.device for index in args[1] if index is not None}
+            if not places <= {args[0].device, torch.device("cpu")}:        # torch's fake tensors let it pass
+                raise RuntimeError(f"indices on another device: {places} into {args[0].device}")
         return super().dispatch(func, types, args, kwargs)
 
 
@@ -114,7 +118,8 @@ def test_mixed_devices_are_found(mode):
     """The check itself: what a GPU refuses is refused here."""
     for mix in (lambda a, b: a + b, lambda a, b: a @ b, lambda a, b: torch.cat((a, b)),
                 lambda a, b: torch.where(a > 0, a, b), lambda a, b: torch.searchsorted(a, b),
-                lambda a, b: a.gather(0, b.long()), lambda a, b: a.index_select(0, b[0].int())):
+                lambda a, b: a.gather(0, b.long()), lambda a, b: a.index_select(0, b[0].int()),
+                lambda a, b: b[a.long()], lambda a, b: b.index_put((a.long(),), b[:4, None])):
         assert on_gpu(mix(*torch.zeros(2, 4, 4, device=GPU)))
         with pytest.raises(RuntimeError, match="device"):
             mix(torch.zeros(4, 4, device=GPU), torch.zeros(4, 4))

@@ -10,7 +10,7 @@ import grpo
 from common import UserError, parse_config
 from grpo import Config, check, decision_weights, grpo_loss, k3_kl, outcome_advantages, process_advantages
 from data import CodeCache
-from model import IMAGE, TEXT, decision_logp
+from model import IMAGE, TEXT, decision_logp, prepare_training
 
 
 def test_eq4_by_hand():
@@ -127,8 +127,13 @@ def test_the_preset_says_so_and_the_default_does_not():
         assert any(SENTENCE in line for line in grpo.caveats(config, [])) == expected
 
 
-def policy_of(tiny, dtype):
-    return copy.deepcopy(tiny).to(dtype)
+def in_bf16(tiny, what: str):
+    """A copy with its weights in bf16, or with float32 weights and passes in bf16."""
+    policy = copy.deepcopy(tiny)
+    if what == "weights":
+        return policy.bfloat16()
+    prepare_training(policy, 0, 16.0, precision="bf16")
+    return policy
 
 
 def one_rollout(policy, **settings) -> tuple[Config, grpo.Rollout]:
@@ -202,10 +207,10 @@ def test_the_kl_flags_are_those_of_both_until_they_are_given():
 TRUNCATED = dict(temperature=(0.9, 1.0), top_k=5, top_p=(0.6, 0.8))
 
 
-@pytest.mark.parametrize("epochs", [1, 2])
-def test_a_bf16_policy_starts_at_ratio_one_under_truncation(tiny, monkeypatch, epochs):
+@pytest.mark.parametrize("what, epochs", [("weights", 1), ("weights", 2), ("passes", 2)])
+def test_a_bf16_policy_starts_at_ratio_one_under_truncation(tiny, monkeypatch, what, epochs):
     """Its scorer disagrees with its sampler, and would cut some of the decisions; none has ratio 0."""
-    policy = policy_of(tiny, torch.bfloat16)
+    policy = in_bf16(tiny, what)
     config, batch = one_rollout(policy, group_size=8, **TRUNCATED, epochs_per_rollout=epochs, updates=epochs)
     batch.advantages = torch.randn(batch.advantages.shape, generator=torch.Generator().manual_seed(0))
     sampled, seen, real = batch.old_logp.clone(), [], grpo.grpo_loss

@@ -232,7 +232,8 @@ def test_an_image_is_never_cut_and_the_budget_holds(tiny):
         ended = not r.is_image[-1] and int(r.tokens[-1, 0]) == tiny.text.id("</s>")
         assert ended != r.truncated
         if r.truncated:
-            assert format_reward(parse_answer(r.tokens, r.is_image, tiny.text).layout) == 0
+            answer = parse_answer(r.tokens, r.is_image, tiny.text)
+            assert format_reward(answer.layout, answer.texts) == 0
 
 
 def test_sampled_end_and_tags_are_decisions_and_the_prompt_is_not(tiny):

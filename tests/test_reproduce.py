@@ -128,7 +128,8 @@ def test_the_papers_numbers_stand_beside_the_rows():
 
 def test_the_protocol_leaves_no_setting_to_a_default_and_is_the_default_run():
     """Every setting of grpo.py and warmup.py that may change what a toy run learns is written out."""
-    free = {*grpo.FREE, "model", "prompts", "seed", "critic_quantize", "kl_text", "kl_image"}
+    free = {*grpo.FREE, "model", "prompts", "seed", "kl_text", "kl_image",           # the last two: by default --kl
+            "critic_quantize", "critic_tiles", "explain"}
     assert set(evaluate.GRPO) == {f.name for f in fields(grpo.Config)} - free
     assert evaluate.GRPO == {name: getattr(grpo.Config, name) for name in evaluate.GRPO}
     adapters = {"lora_rank", "lora_alpha", "quantize"}                     # need --model
@@ -181,8 +182,8 @@ def small(monkeypatch):
 
 def settings_of(out: Path) -> dict:
     """One base model, two seeds, three rows; one of them fails."""
-    return dict(only="warm-up,process,r_f", seeds="0,1", bases=1, updates=2, prompts=3, jobs=2, out=str(out),
-                device="cpu")
+    return dict(only=("warm-up", "process", "r_f"), seeds="0,1", bases=1, updates=2, prompts=3, jobs=2,
+                out=str(out), device="cpu")
 
 
 def launch(out: Path) -> subprocess.Popen:
@@ -229,7 +230,8 @@ def test_a_killed_reproduction_goes_on_and_a_run_that_fails_is_one_row(runs):
     table = (out / "reproduction.md").read_text()
     assert table in printed and "| r_f | reward_weights 0,0,1" in table and "failed: --kl" in table
     page = (out / "reproduction.html").read_text()
-    assert page.count("<polyline") == 2 and page.count("<circle") == 2     # two runs, two rows with rates
+    assert "seed 0:" in page and "seed 1:" in page                         # curves of one row, overlaid
+    assert page.count("<figure>") == 1 and page.count("<circle") == 2      # two rows have rates
 
 
 def forbidden(job):
@@ -240,7 +242,7 @@ def test_a_finished_run_is_not_trained_again(runs, small, monkeypatch):
     out, _ = runs
     before = json.loads((out / "reproduction.json").read_text())
     monkeypatch.setattr(evaluate, "start", forbidden)
-    reproduce(Config(**{**settings_of(out), "only": "warm-up,process"}))
+    reproduce(Config(**{**settings_of(out), "only": ("warm-up", "process")}))
     after = json.loads((out / "reproduction.json").read_text())
     assert after["rows"]["process"] == before["rows"]["process"] and after["failed"] == {}
 
@@ -249,7 +251,7 @@ def test_a_finished_run_is_not_trained_again(runs, small, monkeypatch):
     ("config", {"updates": 3}), ("GRPO", {"kl": 0.1}), ("GRPO", {"edits": 2}), ("WARM_UP", {"batch": 5})])
 def test_a_changed_setting_never_reuses_an_old_run(runs, small, monkeypatch, table, changed):
     out, _ = runs
-    config = Config(**{**settings_of(out), "only": "process"})
+    config = Config(**{**settings_of(out), "only": ("process",)})
     monkeypatch.setattr(evaluate, "start", forbidden)
     name, value = next(iter(changed.items()))
     if table == "config":
@@ -267,7 +269,7 @@ def test_other_weights_of_the_base_model_never_reuse_a_run_on_it(runs, small, mo
         shutil.copytree(runs[0] / old, out / old)
     for file in [*out.rglob("config.json"), *out.rglob("job.json"), *out.rglob("values.json")]:
         file.write_text(file.read_text().replace(str(runs[0]), str(out)))
-    config = Config(**{**settings_of(out), "only": "process"})
+    config = Config(**{**settings_of(out), "only": ("process",)})
     reproduce(config)                                                      # the copy as it is: nothing to do
     weights = next((out / "base" / "0" / "policy" / "llm").glob("*.safetensors"))
     weights.write_bytes(weights.read_bytes()[:-1] + b"\x01")
@@ -280,7 +282,7 @@ def test_other_prompts_rate_a_run_again_without_training_it(runs, small, monkeyp
     monkeypatch.setattr(evaluate, "run_jobs", lambda jobs, at_once, bar: started.extend(jobs))
     monkeypatch.setattr(evaluate, "read_values", lambda folder: {})
     with pytest.raises(KeyError):                                          # no values: nothing was run
-        reproduce(Config(**{**settings_of(out), "only": "warm-up", "prompts": 4}))
+        reproduce(Config(**{**settings_of(out), "only": ("warm-up",), "prompts": 4}))
     base, rated = started
     assert base.commands == []
     (command,) = rated.commands
