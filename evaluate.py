@@ -1031,8 +1031,8 @@ class TextToImage(Benchmark):
     def check(self, questions: list[Question], config: Config) -> None:
         for question in questions if config.visual_reward.startswith("rules") else ():
             if shapes.parse_caption(question.prompt) is None:
-                raise UserError(f"--visual-reward {config.visual_reward}: knows only the toy world's captions, not "
-                                f"{question.prompt[:60]!r}; choose image-reward or clip-score")
+                raise UserError(f"--visual-reward {config.visual_reward}: knows only the toy world's "
+                                f"captions, not {question.prompt[:60]!r}; choose image-reward or clip-score")
 
     def rows(self, of: AnswerSet, config: Config) -> Rows:
         """The mean visual reward of each answer's first picture. An answer without a picture counts 0."""
