@@ -431,26 +431,45 @@ LEVEL = 0.05                         # of the verdict, after Holm's correction o
 RESAMPLES = 10_000
 
 
-def bootstrap(values: np.ndarray, bases: list[int]) -> tuple[float, float, float, float]:
-    """values [runs, prompts], the base model of each run -> mean, 95% interval, two-sided p of a mean of 0.
+def bootstrap(values: np.ndarray, bases: list[int]) -> tuple[float, np.ndarray]:
+    """values [runs, prompts], the base model of each run -> the mean, and RESAMPLES means of drawn values.
 
     Base models are drawn with replacement, then runs of each, then prompts, the same ones for all runs.
-    Every base model has the same weight. p is at least 2 / (RESAMPLES + 1).
+    Every base model has the same weight.
     Choice: all three are drawn, because the claim is about new base models, new seeds and new prompts.
     """
     rng, prompts = np.random.default_rng(0), values.shape[1]
     of_base = [np.flatnonzero(np.array(bases) == base) for base in sorted(set(bases))]
     n = len(of_base)
-    mean = np.mean([values[runs].mean() for runs in of_base])
     run_means = rng.multinomial(prompts, np.full(prompts, 1 / prompts), RESAMPLES) @ values.T / prompts
     times = rng.multinomial(n, np.full(n, 1 / n), RESAMPLES)                               # (RESAMPLES, n)
     means = np.zeros(RESAMPLES)
     for runs, copies in zip(of_base, times.T):
         k = len(runs)
         means += (rng.multinomial(copies * k, np.full(k, 1 / k)) * run_means[:, runs]).sum(1) / (k * n)
-    low, high = np.percentile(means, [2.5, 97.5])
-    tail = min((means <= 0).sum(), (means >= 0).sum()) + 1
-    return float(mean), float(low), float(high), float(min(1.0, 2 * tail / (RESAMPLES + 1)))
+    return float(np.mean([values[runs].mean() for runs in of_base])), means
+
+
+def three_way_interval(values: np.ndarray, bases: list[int]) -> list[float]:
+    """The mean with its 95% percentile interval -> [mean, low, high]."""
+    mean, means = bootstrap(values, bases)
+    return [mean, *map(float, np.percentile(means, [2.5, 97.5]))]
+
+
+def p_value(values: np.ndarray, bases: list[int]) -> float:
+    """Two-sided p of a mean of 0: Student's t with the bootstrap's standard error.
+
+    It has runs - 1 degrees of freedom; a single run has its prompts in place of runs. t is sampled, so p is
+    at least 1e-6.
+    Choice: not the share of resampled means beyond 0. Of six runs with one sign it would be about 0 always.
+    """
+    mean, means = bootstrap(values, bases)
+    n = len(values) if len(values) > 1 else values.shape[1]
+    if n == 1 or mean == 0:
+        return 1.0
+    error = means.std() * (n / (n - 1)) ** 0.5               # resampling n values shrinks it by this factor
+    t = np.abs(np.random.default_rng(0).standard_t(n - 1, 1_000_000))
+    return float(((t * error >= abs(mean)).sum() + 1) / (len(t) + 1))
 
 
 def holm(p: list[float]) -> list[float]:
@@ -640,7 +659,7 @@ def read_values(folder: Path) -> dict[str, np.ndarray]:
 def row_result(row: str, runs: dict[int, dict], config: Config) -> dict:
     """A row's measures as [mean, low, high] over its runs, {} if none finished, and the paper's numbers."""
     bases = [number % config.bases for number in runs]
-    rates = {name: bootstrap(np.stack([values[name] for values in runs.values()]), bases)[:3]
+    rates = {name: three_way_interval(np.stack([values[name] for values in runs.values()]), bases)
              for name in MEASURES if runs}
     return {"settings": ROWS[row], "runs": list(runs), "rates": rates,
             "paper": PAPER_ROWS.get(row, (None, None))}
@@ -656,8 +675,8 @@ def claim_results(measured: dict[str, dict], seeds: list[int], config: Config) -
         pairs = [pair for pair in pairs if pair[0] and pair[1]]
         if pairs:
             differences = np.stack([a[measure] - b[measure] for a, b, _ in pairs])
-            *interval, p = bootstrap(differences, [seed % config.bases for *_, seed in pairs])
-            result |= {"runs": len(pairs), "difference": interval, "p": p}
+            both = differences, [seed % config.bases for *_, seed in pairs]
+            result |= {"runs": len(pairs), "difference": three_way_interval(*both), "p": p_value(*both)}
             tested.append(result)
         paper = zip(PAPER_ROWS.get(better, (None, None)), PAPER_ROWS.get(worse, (None, None)))
         result["paper"] = [round(a - b, 2) if source == "paper" and a and b else None for a, b in paper]

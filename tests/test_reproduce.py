@@ -18,12 +18,13 @@ import grpo
 import warmup
 from common import UserError
 from evaluate import (CLAIMS, PAPER_ROWS, RESAMPLES, ROWS, Config, bootstrap, claim_results, holm,
-                      judge_agreement, reproduce, reproduction_table, row_result, verdict)
+                      judge_agreement, p_value, reproduce, reproduction_table, row_result,
+                      three_way_interval, verdict)
 
 # ------------------------------------------------------------------------------------------------------------
 # Statistics
 
-SMALLEST = 2 / (RESAMPLES + 1)
+SMALLEST = 1 / 1_000_001
 
 
 @pytest.mark.parametrize("values, bases", [
@@ -32,31 +33,35 @@ SMALLEST = 2 / (RESAMPLES + 1)
     ([[0.0, 1.0]], [0]),                                    # two prompts
 ])
 def test_each_of_the_three_levels_is_resampled(values, bases):
-    """Two equal parts of 0 and 1: the mean is 0, 1/2, 1 with chance 1/4, 1/2, 1/4; p is twice the first."""
-    mean, low, high, p = bootstrap(np.array(values), bases)
-    assert (mean, low, high) == (0.5, 0, 1)
-    assert p == pytest.approx(0.5, abs=0.03)
+    """Two equal parts of 0 and 1: the mean is 0, 1/2, 1 with chance 1/4, 1/2, 1/4. Its variance is 1/8, of a
+    mean of two 1/4. So t is .5 / .5 = 1, and with one degree of freedom half of all values are beyond 1."""
+    values = np.array(values)
+    mean, means = bootstrap(values, bases)
+    assert mean == 0.5 and len(means) == RESAMPLES
+    assert [np.mean(means == value) for value in (0, 0.5, 1)] == pytest.approx([0.25, 0.5, 0.25], abs=0.02)
+    assert three_way_interval(values, bases) == [0.5, 0, 1]
+    assert p_value(values, bases) == pytest.approx(0.5, abs=0.02)
 
 
 def test_all_three_levels_add_up():
     """Two base models (0, 1), two runs each (-.2, .2), two prompts (-.1, .1): each level has variance of a
-    mean of n = 2 draws. Base models .25 / 2; runs .04 / 4 (two draws in each of two copies); prompts .01 / 2,
-    the same draw for all runs."""
+    mean of its draws. Base models .25 / 2; prompts .01 / 2, the same draw for all runs; runs .04 / 4, which
+    are two draws in each of two base models, or four in one."""
     values = np.array([[base + run + prompt for prompt in (-0.1, 0.1)]
                        for base in (0, 1) for run in (-0.2, 0.2)])
-    mean, low, high, _ = bootstrap(values, [0, 0, 1, 1])
-    assert mean == pytest.approx(0.5)
-    assert high - low == pytest.approx(2 * 1.96 * (0.125 + 0.01 + 0.005) ** 0.5, rel=0.1)
+    mean, means = bootstrap(values, [0, 0, 1, 1])
+    assert mean == pytest.approx(0.5) and means.var() == pytest.approx(0.125 + 0.01 + 0.005, rel=0.03)
 
 
 def test_base_models_weigh_the_same_however_many_runs_they_have():
     assert bootstrap(np.array([[0.0], [0.0], [1.0]]), [0, 0, 1])[0] == 0.5
 
 
-def test_p_is_two_sided_and_never_zero():
-    assert bootstrap(np.full((2, 3), 0.25), [0, 1]) == (0.25, 0.25, 0.25, SMALLEST)
-    assert bootstrap(np.full((2, 3), -0.25), [0, 1])[3] == SMALLEST
-    assert bootstrap(np.zeros((2, 3)), [0, 1])[3] == 1
+def test_p_is_two_sided_never_zero_and_that_of_students_t():
+    assert p_value(np.full((2, 3), 0.25), [0, 1]) == p_value(np.full((2, 3), -0.25), [0, 1]) == SMALLEST
+    assert p_value(np.zeros((2, 3)), [0, 1]) == p_value(np.ones((1, 1)), [0]) == 1
+    runs = np.array([[0.1], [0.3], [0.5], [0.2], [0.4], [0.6]])            # mean .35, error .1871 / sqrt(6)
+    assert p_value(runs, [0] * 6) == pytest.approx(0.0060, abs=0.0006)     # t = 4.583, df = 5
 
 
 @pytest.mark.parametrize("p, adjusted", [
