@@ -81,6 +81,7 @@ class Config:
     top_k: Naturals = 0                      # 0: off; two: of text tokens, of image codes
     top_p: TopPs = 1.0                       # 1: off; two: of text tokens, of image codes
     guidance: NonNegative = 1.0              # 1: off; else rollouts and scoring both are guided
+    score_guided: bool = True                # --no-score-guided: rollouts alone, as public codes do (biased)
     budget: Count = 160                      # positions that an answer may have
     rows: Natural = 0                        # answers in the KV cache at a time; 0: as many as fit the device
     # -- adapters
@@ -305,7 +306,7 @@ class Rollout:
     tokens: Tensor                   # [B, T, D], prompts included
     is_image: Tensor                 # [B, T]
     mask: Tensor                     # [B, T, D], True on the policy's decisions
-    old_logp: Tensor                 # [B, T, D], kept while sampling; in bf16 see `update`
+    old_logp: Tensor                 # [B, T, D], kept while sampling; in bf16 or unguided see `update`
     advantages: Tensor               # [B, T, 1]
     metrics: dict[str, float]        # means over the rollout
 
@@ -376,7 +377,7 @@ def reference_logp(policy: UnifiedModel, reference: dict[str, Tensor], batch: Ro
     """Log-probs [B, T, D] of the rollout under the KL's reference: the policy with its first parameters."""
     columns = (batch.tokens, batch.is_image, batch.mask)
     with torch.no_grad(), with_trainable(policy, reference):
-        return torch.cat([policy.log_probs(*part, sampling_of(config))
+        return torch.cat([policy.log_probs(*part, scoring_of(config))
                           for part in zip(*(column.split(config.micro_batch) for column in columns))])
 
 
@@ -398,7 +399,7 @@ def update(policy: UnifiedModel, optimizer: torch.optim.Optimizer, batch: Rollou
     before any weight has moved. There the first update's own pass gives the old ones, in batch.old_logp.
     Raises UserError on a loss that is not finite, before any weight moves.
     """
-    B, sampling = len(batch.tokens), sampling_of(config)
+    B, sampling = len(batch.tokens), scoring_of(config)
     weights = decision_weights(batch.mask, batch.is_image, config.per_modality)
     beta, total, sums = kl_weights(config, batch.is_image), 0.0, Counter()
     optimizer.zero_grad()
@@ -409,7 +410,7 @@ def update(policy: UnifiedModel, optimizer: torch.optim.Optimizer, batch: Rollou
         if epoch == 0:
             gap = (logp.detach() - batch.old_logp[part])[mask].abs()
             sums["logp_gap"] += gap[gap.isfinite()].sum().item()
-            if policy.pass_dtype != torch.float32:
+            if policy.pass_dtype != torch.float32 or not config.score_guided:
                 batch.old_logp[part] = logp.detach()
         values = batch.advantages[part].expand_as(logp)
         loss, ratio, kl = grpo_loss(logp, batch.old_logp[part], ref_logp[part], values, weights[part],
@@ -446,6 +447,16 @@ def update(policy: UnifiedModel, optimizer: torch.optim.Optimizer, batch: Rollou
 def sampling_of(config: Config) -> Sampling:
     """The distribution that rollouts sample from and every log-probability is taken under."""
     return Sampling(config.temperature, config.top_k, config.top_p, config.guidance)
+
+
+def scoring_of(config: Config) -> Sampling:
+    """The same distribution, but with --no-score-guided that without guidance.
+
+    Two public codes for image GRPO (T2I-R1, ULM-R1) sample guided codes and score them unguided, new and old
+    policy alike. Their update is about another distribution than the one that was sampled. The flag is there
+    to measure what that costs.
+    """
+    return sampling_of(config) if config.score_guided else replace(sampling_of(config), guidance=1.0)
 
 
 def check(config: Config, world: int = 1) -> None:

@@ -58,7 +58,7 @@ class Config:
     loss: Literal["eq1", "official"] = "eq1"   # eq1: mean over decisions; official: text mean + image mean
     tokenizer_steps: Count = 500     # stage 1: optimizer steps
     pretrain_steps: Count = 200      # stage 2
-    warmup_steps: Count = 180        # stage 3
+    warmup_steps: Natural = 180      # stage 3; 0: leave it out
     batch: Count = 48                # samples a step of stages 2 and 3
     lr: LearningRate = 2e-3          # peak learning rate of stage 2 (AdamW)
     warmup_lr: LearningRate = 1e-3   # peak learning rate of stage 3 (AdamW)
