@@ -683,14 +683,17 @@ def ask_critic(critic: LlavaCritic, name: str, requests: list[JudgeRequest], fol
                ) -> dict[tuple[str, str], str]:
     """Ask our critic -> {(id, aspect): reply}.
 
-    replies.jsonl keeps the replies of each judge by its `name`; what is there is not asked again.
+    replies.jsonl keeps the replies of each judge by its `name`; what is there is not asked again. Questions
+    of similar length go together, whole batches between two writes.
     """
     lines = read_lines(folder / "replies.jsonl")
     replies = {(line["id"], line["aspect"]): line["reply"] for line in lines if line["judge"] == name}
     todo = [request for request in requests if (request.id, request.aspect) not in replies]
+    todo.sort(key=lambda request: (len(request.pictures), len(request.message)))
+    size = 4 * critic.BATCH
     with tqdm(total=len(requests), initial=len(requests) - len(todo), desc=f"judging {folder.name}") as bar:
-        for start in range(0, len(todo), critic.BATCH):
-            part = todo[start:start + critic.BATCH]
+        for start in range(0, len(todo), size):
+            part = todo[start:start + size]
             for request, reply in zip(part, critic_replies(critic, part), strict=True):
                 line = {"id": request.id, "aspect": request.aspect, "judge": name, "reply": reply}
                 add_line(folder / "replies.jsonl", line)
