@@ -1154,7 +1154,8 @@ def ask_critic(critic: LlavaCritic, name: str, requests: list[JudgeRequest], fol
                ) -> dict[tuple[str, str], str]:
     """Ask our critic -> {(id, aspect): reply}.
 
-    replies.jsonl keeps the replies of each judge by its `name`; what is there is not asked again.
+    replies.jsonl keeps the replies of each judge by its `name`; what is there is not asked again. Questions
+    of similar length go together, whole batches between two writes.
     """
     def key(line: dict) -> tuple[str, str, str]:
         return line["judge"], line["id"], line["aspect"]
@@ -1162,8 +1163,9 @@ def ask_critic(critic: LlavaCritic, name: str, requests: list[JudgeRequest], fol
     def work(part: list[JudgeRequest]) -> list[dict]:
         return [{"id": request.id, "aspect": request.aspect, "judge": name, "reply": reply}
                 for request, reply in zip(part, critic_replies(critic, part), strict=True)]
+    requests = sorted(requests, key=lambda request: (len(request.pictures), len(request.message)))
     asked = {(name, request.id, request.aspect): request for request in requests}
-    lines = share_out(folder / "replies.jsonl", asked, key, critic.BATCH, work, f"judging {folder.name}")
+    lines = share_out(folder / "replies.jsonl", asked, key, 4 * critic.BATCH, work, f"judging {folder.name}")
     return {(id, aspect): line["reply"] for (of, id, aspect), line in lines.items() if of == name}
 
 
