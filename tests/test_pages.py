@@ -164,7 +164,7 @@ def test_the_worked_tables_are_eq4_and_eq6_by_hand(folder):
 
 def test_a_format_that_is_wrong_is_spelled_out(folder):
     wrong = answer_of([shapes.caption(STATES[1])], [STATES[1]], "wtVpvE")
-    record = sheet("x", [wrong])
+    record = sheet("x", [wrong, RIGHT])
     record["groups"][0]["answers"][0]["format"] = 0.0
     (folder / "samples" / "000000_before.json").write_text(json.dumps(record))
     assert "form wrong: words /think vis picture /vis end" in words(write_report(folder).read_text())
