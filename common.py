@@ -778,7 +778,8 @@ figure{margin:0;max-width:336px}figcaption,table,.note{font-size:13px}.note svg{
 pre{white-space:pre-wrap;background:var(--card);padding:.8em;font-size:13px}.wide{overflow-x:auto}
 pre.wide{white-space:pre}.row{display:flex;flex-wrap:wrap;gap:12px 26px;align-items:start}
 .answer .row{gap:10px 6px}.note{white-space:nowrap}.soft{white-space:normal}
-.part{display:inline-block;vertical-align:top;max-width:min(500px,100%);margin-right:40px}
+.part{display:inline-block;vertical-align:top;max-width:min(520px,100%);padding-right:24px;
+box-sizing:border-box}
 svg{display:block;font-size:12px}svg text{fill:currentColor}td svg{display:inline;margin-left:4px}
 table{border-collapse:collapse;margin:.4em 0}
 td,th{padding:2px 6px;text-align:left;vertical-align:top;border-top:1px solid var(--line)}
@@ -890,10 +891,10 @@ def group_html(sides: dict[str, dict], most: int = 1) -> str:
 
 
 def part_html(part: Part) -> str:
-    """A part as HTML. A number with a sign gets a bar."""
+    """A part as HTML. A number with a sign and two decimals gets a bar."""
     lines, tag = [], "th"
     for row in part.rows:
-        bars = [bar(float(cell), 2.0) if re.fullmatch(r"[+-][\d.]+", cell) else "" for cell in row]
+        bars = [bar(float(cell), 2.0) if re.fullmatch(r"[+-]\d+\.\d\d", cell) else "" for cell in row]
         lines.append("".join(f"<{tag}>{html.escape(c)}{b}</{tag}>" for c, b in zip(row, bars, strict=True)))
         tag = "td"
     words = "".join(f"<p>{html.escape(line)}</p>" for line in part.words.splitlines())
