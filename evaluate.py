@@ -337,7 +337,9 @@ def before_and_after(run, prompts: list[str]) -> None:
                 visual_reward=run.visual_reward, reward_weights=run.reward_weights,
                 reward_device=run.reward_device, critic_quantize=run.critic_quantize,
                 critic_tiles=run.critic_tiles, device=run.device, rows=run.rows, out=str(folder))
+            began = time.perf_counter()
             results[name] = evaluate(open_model(model, config, run.quantize), config)
+            results[name]["seconds"] = round(time.perf_counter() - began, 1)
         print(rates_table(results))
         write_text(folder / "evaluation.json", json.dumps(results, indent=1))
     print(f"answers, curves and rates: {write_report(folder)}")

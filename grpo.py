@@ -678,7 +678,8 @@ def explain(config: Config, device: torch.device) -> Path:
         """Print a part, and put it on the page, its rows replaced by pictures if there are any."""
         part = part._replace(title=f"{len(body) + 1}. {part.title}")
         print(part_text(part))
-        body.append(part_html(part._replace(rows=()) if pictures else part) + pictures)
+        words = part_html(part._replace(rows=()) if pictures else part)
+        body.append(f"<div>{words}{pictures}</div>" if pictures else words)
 
     def answer() -> tuple[Rollout, dict, list[list[str]]]:
         """The group's rollout, its record, and its answers as rows; the same random numbers every time."""
