@@ -339,6 +339,9 @@ def before_and_after(run, prompts: list[str]) -> None:
                 critic_tiles=run.critic_tiles, device=run.device, rows=run.rows, out=str(folder))
             results[name] = evaluate(open_model(model, config, run.quantize), config)
         print(rates_table(results))
+    if process_rank() > 0:
+        return
+    if results:
         write_text(folder / "evaluation.json", json.dumps(results, indent=1))
     print(f"answers, curves and rates: {write_report(folder)}")
 
