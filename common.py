@@ -29,7 +29,7 @@ import subprocess
 import sys
 import textwrap
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import Field, asdict, fields
 from datetime import timedelta
 from functools import partial
@@ -335,7 +335,7 @@ def summed(value: Tensor) -> Tensor:
 
 
 def end_processes() -> None:
-    """Leave torch's process group; rank 0 goes on alone."""
+    """Leave torch's process group when all have come here."""
     wait_for_all()
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -528,7 +528,8 @@ def settle_folder(folder: Path) -> None:
     """Undo a replacement that was killed between its two renames."""
     old = Path(folder).with_name(Path(folder).name + ".old")
     if old.exists() and not Path(folder).exists():
-        old.rename(folder)
+        with suppress(FileNotFoundError):                          # another process has just done so
+            old.rename(folder)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -341,6 +341,9 @@ def before_and_after(run, prompts: list[str]) -> None:
             results[name] = evaluate(open_model(model, config, run.quantize), config)
             results[name]["seconds"] = round(time.perf_counter() - began, 1)
         print(rates_table(results))
+    if process_rank() > 0:
+        return
+    if results:
         write_text(folder / "evaluation.json", json.dumps(results, indent=1))
     print(f"answers, curves and rates: {write_report(folder)}")
 

@@ -341,7 +341,6 @@ def rollout(policy: UnifiedModel, samples: list[Sample], config: Config, judges:
     padded = torch.zeros(*tokens.shape[:2], 1)                                             # [B, T, 1]
     for row, t, value in zip(padded, trajectories, sum(values, [])):
         row[len(t.prompt):len(t.prompt) + len(value)] = value
-    text, _ = by_modality(mask, is_image)
     metrics = {
         "reward": mean(rewards), "reward/text": mean(s.text for s in scores),
         "reward/visual": mean(s.visual for s in scores), "reward/format": mean(s.format for s in scores),
@@ -468,8 +467,6 @@ def check(config: Config, world: int = 1) -> None:
             f"a multiple of the {world} processes, which share them")
     require(config, "reward_device", world == 1 or ":" not in config.reward_device,
             "no number: under torchrun each process has its judges on its own device")
-    require(config, "precision", config.precision == "auto" or not config.lora_rank,
-            "auto: with adapters the passes have the type of the frozen base")
     require(config, "explain", world == 1 or not config.explain, "one process, no torchrun")
     check_judges(config)
     if config.preset and not config.prompts:
@@ -501,7 +498,7 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> list[S
     policy, reference = start_policy(config, state, device)
     optimizer = torch.optim.Adam(policy.policy_parameters(), lr=config.lr, betas=(0.9, 0.95))
     restore_optimizer(optimizer, tensors)
-    judges, codes = make_judges(config, device), CodeCache(policy)
+    judges, codes = make_judges(config, device), CodeCache(policy, together=bool(pool))
     pool = ready_prompts(pool, left_out, policy, codes, config)
     check_prompts(judges[0], pool, config.budget)
     run = Run(config, state.get("lines", 0))                                               # rank 0 writes
@@ -731,9 +728,8 @@ def main() -> None:
         print(f"the same with pictures: {explain(config, device)}")
         return
     pool = train(config, rank, world, device)
+    before_and_after(config, [sample.prompt for sample in pool])
     end_processes()
-    if rank == 0:
-        before_and_after(config, [sample.prompt for sample in pool])
 
 
 if __name__ == "__main__":

@@ -1061,6 +1061,9 @@ def prepare_training(model: UnifiedModel, rank: int, alpha: float, seed: int = 0
     linear layer of the decoder; a model that was loaded with adapters keeps them.
     Raises UserError where the model has other adapters than asked for, or 4-bit weights are to be trained.
     """
+    if rank and precision != "auto":
+        raise UserError(f"--precision {precision}: with adapters passes have the type of the frozen base, "
+                        f"leave it out")
     if model.adapter and rank and model.adapter != {"rank": rank, "alpha": alpha}:
         raise UserError(f"--lora-rank {rank} --lora-alpha {alpha}: the model already has adapters of rank "
                         f"{model.adapter['rank']} and alpha {model.adapter['alpha']}")
