@@ -57,8 +57,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import shapes
-from common import (UserError, open_tensors, parse_config, read_picture, read_text, run_main, write_tensors,
-                    write_whole)
+from common import (UserError, open_tensors, parse_config, process_count, process_rank, read_picture,
+                    read_text, run_main, summed, wait_for_all, write_tensors, write_whole)
 from model import UnifiedModel
 from tokenizer import IMAGE_END, IMAGE_START, SPECIAL_TOKENS, THINK_END, THINK_START
 
@@ -988,11 +988,14 @@ class CodeCache:
 
     With a folder, codes stay on disk for later runs, in FOLDER/<hash of the image tokenizer>/*.safetensors.
     `flush` writes the new ones; `encode` does it too whenever there are AT_ONCE.
+
+    together: all processes ask for the same new pictures in the same order. Each encodes its share of them,
+        and rank 0 writes.
     """
     AT_ONCE = 4096               # codes a file
 
-    def __init__(self, model: UnifiedModel, folder: Path | None = None):
-        self.model = model
+    def __init__(self, model: UnifiedModel, folder: Path | None = None, together: bool = False):
+        self.model, self.together = model, together and process_count() > 1
         self.folder = folder and folder / fingerprint(model.vision)[:16]
         self.codes, self.keys = {}, {}
         self.new = []                # keys whose codes are not on disk
@@ -1030,11 +1033,21 @@ class CodeCache:
             except UserError as error:
                 self.keys[picture] = error
         if batch:
-            self.codes.update(zip(batch, self.model.encode_pictures(list(batch.values()), crop), strict=True))
+            self.codes.update(zip(batch, self.encode_batch(list(batch.values()), crop), strict=True))
             self.new += batch
             self.encoded += len(batch)
         if len(self.new) >= self.AT_ONCE:
             self.flush()
+
+    def encode_batch(self, pictures: list[np.ndarray], crop: bool) -> Tensor:
+        """Pictures -> codes [n, N, D], each encoded by one process where they do so together."""
+        if not self.together:
+            return self.model.encode_pictures(pictures, crop)
+        vision, share = self.model.vision_config, slice(process_rank(), None, process_count())
+        codes = torch.zeros(len(pictures), vision.positions, vision.depth, dtype=torch.long)
+        if pictures[share]:
+            codes[share] = self.model.encode_pictures(pictures[share], crop)
+        return summed(codes.to(self.model.device)).cpu()               # the others' rows are 0 here
 
     def __call__(self, pictures: list, crop: bool = False) -> list[Tensor]:
         """Pictures -> codes [N, D], int64. Raises UserError for a file that cannot be read."""
@@ -1051,9 +1064,15 @@ class CodeCache:
         if not self.folder or not self.new:
             return
         name = hashlib.sha256("".join(sorted(self.new)).encode()).hexdigest()[:16]
-        file = self.folder / f"{name}-{os.getpid()}.safetensors"        # two runs may write the same codes
-        with write_whole(file) as path:
-            write_tensors({key: self.codes[key].int() for key in self.new}, path)
+        writer = os.getpid()                                           # two runs may write the same codes
+        if self.together:
+            writer = summed(torch.tensor(writer * (process_rank() == 0), device=self.model.device)).item()
+        file = self.folder / f"{name}-{writer}.safetensors"
+        if process_rank() == 0 or not self.together:
+            with write_whole(file) as path:
+                write_tensors({key: self.codes[key].int() for key in self.new}, path)
+        if self.together:
+            wait_for_all()
         self.open_file(file)
         self.new = []
 

@@ -393,7 +393,7 @@ class UnifiedModel(nn.Module):
         self.configs: dict[str, dict] = {}               # the published config.json files, by folder
         self.source, self.quantize = "", "none"          # what the weights were loaded from, and how
         self.adapter: dict | None = None                 # rank and alpha, if there are adapters
-        self.bf16 = False                                # passes in bf16 over float32 weights
+        self.precision: torch.dtype | None = None        # of passes, if it is not that of the weights
         self.rows = 0                                    # what `rows_that_fit` printed last
 
     @property
@@ -401,9 +401,14 @@ class UnifiedModel(nn.Module):
         return self.projector[0].weight.device
 
     @property
+    def sharded(self) -> bool:
+        """Does each process hold a share of the weights? See `prepare_whole`."""
+        return isinstance(self, FSDPModule)
+
+    @property
     def pass_dtype(self) -> torch.dtype:
-        """The type that passes compute in: that of the weights, if `prepare_whole` has not set bf16."""
-        return torch.bfloat16 if self.bf16 else self.projector[0].weight.dtype
+        """The type that passes compute in."""
+        return self.precision or self.projector[0].weight.dtype
 
     def policy_parameters(self) -> list[nn.Parameter]:
         """What warm-up and GRPO train: decoder, both heads and projector, or adapters.
@@ -452,7 +457,7 @@ class UnifiedModel(nn.Module):
         moved at all, so the decision that was sampled always stays.
         """
         rounded, (B, T) = self.pass_dtype != torch.float32, is_image.shape
-        if isinstance(self, FSDPModule):
+        if self.sharded:
             tokens, is_image, mask = self.with_every_part(tokens, is_image, mask)
         before = self.forward(tokens, is_image)[:, :-1]      # alignment: the state one place before predicts
         logp = torch.zeros(tokens.shape, device=tokens.device)
@@ -894,6 +899,7 @@ def nf4_buffer(blocks: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(blocks, NF4_BLOCK, dtype=dtype, device=device)
 
 
+@torch.no_grad()
 def to_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Quantise a weight of n values in any shape -> bytes uint8 [n / 2], scales float32 [n / 64].
 
@@ -1129,7 +1135,8 @@ def prepare_whole(model: UnifiedModel, precision: str) -> None:
     # Nothing here writes into a pass's output, which is what FSDP warns of.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     bf16 = precision == "bf16" or (precision == "auto" and model.device.type == "cuda")
-    K, model.bf16 = process_count(), bf16
+    model.precision = torch.bfloat16 if bf16 else None
+    K = process_count()
     for unit in (*model.decoder.layers, model.depth, model):
         for p in unit.parameters():
             if p.requires_grad and p.dtype != torch.float32:

@@ -267,8 +267,8 @@ def shard(size: str) -> tuple[dict, dict, float]:
         for processes in (1, 2):
             out = Path(folder) / f"{processes}.safetensors"
             torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"] * (processes > 1)
-            subprocess.run([sys.executable, *torchrun, __file__, "shard-worker", str(out), "--size", size], check=True,
-                           env={**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")})
+            command = [sys.executable, *torchrun, __file__, "shard-worker", str(out), "--size", size]
+            subprocess.run(command, check=True, env={"OMP_NUM_THREADS": "1", **os.environ})
             results.append(load_file(out))
     names = ("loss", "grad_norm", "peak_mib", "seconds", "parameters")
     one, two = (dict(zip(names, result.pop("numbers").tolist())) for result in results)

@@ -10,7 +10,7 @@ import grpo
 from common import UserError, parse_config
 from grpo import Config, check, decision_weights, grpo_loss, k3_kl, outcome_advantages, process_advantages
 from data import CodeCache
-from model import IMAGE, TEXT, decision_logp
+from model import IMAGE, TEXT, decision_logp, prepare_training
 
 
 def test_eq4_by_hand():
@@ -127,8 +127,13 @@ def test_the_preset_says_so_and_the_default_does_not():
         assert any(SENTENCE in line for line in grpo.caveats(config, [])) == expected
 
 
-def policy_of(tiny, dtype):
-    return copy.deepcopy(tiny).to(dtype)
+def in_bf16(tiny, what: str):
+    """A copy with its weights in bf16, or with float32 weights and passes in bf16."""
+    policy = copy.deepcopy(tiny)
+    if what == "weights":
+        return policy.bfloat16()
+    prepare_training(policy, 0, 16.0, precision="bf16")
+    return policy
 
 
 def one_rollout(policy, **settings) -> tuple[Config, grpo.Rollout]:
@@ -150,8 +155,8 @@ def test_answers_that_are_all_the_same_train_nothing_and_are_counted(tiny):
     settings = dict(normalise="all", step_discount=1.0)
     config, batch = one_rollout(tiny, temperature=1e-4, **settings)
     assert batch.metrics["zero_spread"] == 1 and batch.advantages.eq(0).all()
-    group = grpo.advantages(batch.answers[:4], batch.scores[:4], config)
-    assert any(values.abs().max() > 0.5 for values in group), "what the equation gives"
+    steps = process_advantages([scores.steps for scores in batch.scores[:4]], discount=1.0)
+    assert any(values.abs().max() > 0.5 for values in steps), "what the equation gives"
     config, batch = one_rollout(tiny, **settings)
     assert batch.metrics["zero_spread"] < 1 and batch.advantages.abs().max() > 0.5
 
@@ -202,10 +207,10 @@ def test_the_kl_flags_are_those_of_both_until_they_are_given():
 TRUNCATED = dict(temperature=(0.9, 1.0), top_k=5, top_p=(0.6, 0.8))
 
 
-@pytest.mark.parametrize("epochs", [1, 2])
-def test_a_bf16_policy_starts_at_ratio_one_under_truncation(tiny, monkeypatch, epochs):
+@pytest.mark.parametrize("what, epochs", [("weights", 1), ("weights", 2), ("passes", 2)])
+def test_a_bf16_policy_starts_at_ratio_one_under_truncation(tiny, monkeypatch, what, epochs):
     """Its scorer disagrees with its sampler, and would cut some of the decisions; none has ratio 0."""
-    policy = policy_of(tiny, torch.bfloat16)
+    policy = in_bf16(tiny, what)
     config, batch = one_rollout(policy, group_size=8, **TRUNCATED, epochs_per_rollout=epochs, updates=epochs)
     batch.advantages = torch.randn(batch.advantages.shape, generator=torch.Generator().manual_seed(0))
     sampled, seen, real = batch.old_logp.clone(), [], grpo.grpo_loss
@@ -234,6 +239,22 @@ def test_in_float32_the_old_log_probs_are_those_of_the_sampler(tiny):
     metrics = update(tiny, config, batch, batch.old_logp)
     assert torch.equal(batch.old_logp, sampled)
     assert metrics["logp_gap"] < 1e-5 and metrics["ratio_max"] == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("guided", [True, False])
+def test_guided_rollouts_are_scored_guided_unless_the_flag_says_otherwise(tiny, guided):
+    """Unguided, both policies of the ratio are the plain model, not the one that was sampled from."""
+    config, batch = one_rollout(tiny, guidance=3.0, score_guided=guided)
+    sampled, drawn = batch.old_logp.clone(), batch.mask & batch.is_image[..., None]
+    with torch.no_grad():
+        plain = tiny.log_probs(batch.tokens, batch.is_image, batch.mask)
+    assert (plain - sampled)[drawn].abs().max() > 0.1, "guidance must matter, or nothing is tested"
+    ref_logp = grpo.reference_logp(tiny, grpo.trainable_state(tiny), batch, config)
+    metrics = update(tiny, config, batch, ref_logp)
+    scored = sampled if guided else plain
+    assert torch.allclose(batch.old_logp, scored, atol=1e-4) and torch.allclose(ref_logp, scored, atol=1e-4)
+    assert metrics["ratio_max"] == pytest.approx(1, abs=1e-3)
+    assert (metrics["logp_gap"] < 1e-4) == guided
 
 
 def test_float32_cuts_what_left_the_set_and_bf16_keeps_what_was_sampled():
