@@ -24,6 +24,7 @@ import platform
 import re
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import textwrap
@@ -243,8 +244,13 @@ def run_main(main) -> None:
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        leave(f"error: another process has ended or cannot be reached ({str(error).splitlines()[0][:120]}); "
-              f"the same command goes on from the last checkpoint, if there is one", 1)
+        lost(str(error).splitlines()[0][:120])
+
+
+def lost(reason: str) -> None:
+    """End a process that cannot go on without the others."""
+    leave(f"error: another process has ended or cannot be reached ({reason}); the same command goes on from "
+          f"the last checkpoint, if there is one", 1)
 
 
 def leave(sentence: str, code: int) -> None:
@@ -273,9 +279,9 @@ def pick_device(name: str, flag: str = "--device") -> torch.device:
         raise UserError(f"{flag} {name}: not usable here ({str(error).splitlines()[0]})") from None
 
 
-# The longest that a process waits for another, which may still be asking a judge or sampling an evaluation.
-# torchrun ends all processes as soon as one of them fails, whatever this is.
-PATIENCE = timedelta(hours=6)
+# How long a process waits for the others: at the start, and later, when one may still be asking a judge.
+# torchrun ends all processes as soon as one of them fails, whatever these are.
+MEETING, PATIENCE = timedelta(minutes=2), timedelta(hours=6)
 
 
 def start_processes(name: str) -> tuple[int, int, torch.device]:
@@ -292,12 +298,15 @@ def start_processes(name: str) -> tuple[int, int, torch.device]:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         try:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+            store, rank, _ = next(dist.rendezvous("env://", timeout=MEETING))
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
+                                    world_size=world, timeout=PATIENCE)
         except (RuntimeError, ValueError) as error:
             where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise UserError(f"the {world} processes cannot meet at {where}: is the port in use? "
                             f"({str(error).splitlines()[0]})") from None
-        if dist.get_rank() > 0:
+        signal.signal(signal.SIGTERM, lambda *_: lost("torchrun stops this one"))
+        if rank > 0:
             sys.stdout = open(os.devnull, "w")
     return dist.get_rank(), world, device
 
@@ -352,11 +361,15 @@ def first_to_fail() -> bool:
         return True
 
 
-def averaged(metrics: dict, device: torch.device) -> dict:
-    """Metrics of one process -> those over all processes: means, but the maxima of *_max and peak_gib."""
+def averaged(metrics: dict) -> dict:
+    """Metrics of one process -> those over all processes: means, but the maxima of *_max and peak_gib.
+
+    All processes call this together, with the same names in the same order.
+    """
     if not dist.is_initialized():
         return metrics
-    values = torch.tensor(list(metrics.values()), dtype=torch.float32, device=device)
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    values = torch.tensor(list(metrics.values()), dtype=torch.float64, device=device)
     everyone = [torch.zeros_like(values) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, values)
     merged = torch.stack(everyone)                                                         # (world, metrics)
@@ -798,7 +811,7 @@ ARMS = {"sampled": "Sampled as in training", "greedy": "Greedy", "low": "Sampled
 CHARTS = (           # title with the unit, metrics, top of the scale (None: their largest value)
     ("Reward and its parts, 0..1", "reward.*", 1.0),
     ("KL to the reference, Eq. (7), nats", "kl/.*", None),
-    ("Ratio, Eq. (3), and share clipped", "ratio_.*|clip_frac/.*", 2.0),
+    ("Ratio, Eq. (3), and share clipped", "ratio_.*|clip_frac/.*|logp_gap", 2.0),
     ("Texts and pictures an answer", "steps_per_answer", None),
     ("Standard deviation in a group", "spread/.*", None),
     ("Shares, 0..1", "truncated|no_score|cut_texts|zero_spread|text_share|padding", 1.0),

@@ -1,5 +1,5 @@
-"""Rates, the ladder, and the benchmarks: published averages from published columns, every known pitfall of
-the files, runs as a user's."""
+"""Rates and the benchmarks: published averages from published columns, every known pitfall of the files,
+runs as a user's."""
 import json
 import random
 import re
@@ -10,7 +10,7 @@ import numpy as np
 import published_samples
 import pytest
 import torch
-from conftest import FIXTURES, ROOT, flags, metrics, run, shots, write
+from conftest import FIXTURES, ROOT, flags, run, shots, write
 from PIL import Image
 
 import common
@@ -18,7 +18,7 @@ import evaluate
 import shapes
 from common import UserError
 from data import LeftOut, Question, Sample
-from evaluate import (ASPECTS, BENCHMARKS, LADDER, MMIE, PAPER_LADDER, AnswerSet, Config, InterleavedBench,
+from evaluate import (ASPECTS, BENCHMARKS, MMIE, PAPER_ROWS, AnswerSet, Config, InterleavedBench,
                       JudgeRequest, TextToImage, find_score, rate_answer)
 from judges import LlavaCritic
 from model import save
@@ -44,7 +44,7 @@ def read(benchmark: str, path: Path) -> tuple[list[Question], LeftOut]:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Rates and the ladder
+# Rates
 
 PROMPT = "paint it blue, move it to center. <BEGIN> a red circle at top left <image>"
 BLUE, CENTRE = shapes.states_of_prompt(PROMPT)[1:]
@@ -96,44 +96,6 @@ def test_rates_of_a_model_are_written_and_do_not_depend_on_the_batch(warm, tmp_p
             assert 0 <= low <= mean <= high <= 1
 
 
-def test_the_ladder_trains_every_rung_once_with_its_settings(warm, tmp_path, capfd, monkeypatch):
-    """The smallest runs, one seed: rows in order, a run directory for each rung, nothing trained twice."""
-    monkeypatch.setattr(evaluate, "rate_single_tasks", lambda *_: {"t2i": 0.0, "i2t": 0.0})
-    config = Config(model=str(warm), out=str(tmp_path), ladder=True, updates=2, prompts=3, seeds="0",
-                    budget=30, device="cpu")
-    evaluate.ladder(config)
-    lines = [line for line in capfd.readouterr().out.splitlines() if "  |" in line]
-    rungs = ["warm-up", *LADDER]
-    assert [line[:24].strip() for line in lines[1:]] == [f"{rung} {arm}" for rung in rungs
-                                                         for arm in ("sampled", "greedy")]
-    assert lines[0].split()[:5] == list(evaluate.RATES) and "paper's MMIE" in lines[0]
-    for line, rung in zip(lines[1::2], rungs, strict=True):
-        assert [float(word) for word in line.split("|")[1].split()] == list(PAPER_LADDER[rung])
-    folders = ["r_f-0", "r_f_r_t-0", "r_f_r_t_r_v-0", "process-0"]
-    settings = [json.loads((tmp_path / name / "config.json").read_text())["settings"] for name in folders]
-    assert [s["reward_weights"] for s in settings] == [[0, 0, 1], [1, 0, 1], [1, 1, 1], [1, 1, 1]]
-    assert [s["credit"] for s in settings] == ["outcome", "outcome", "outcome", "process"]
-    assert all(s["updates"] == 2 and s["seed"] == 0 and s["model"] == str(warm) for s in settings)
-    assert all(len(metrics(tmp_path / name)) == 2 for name in folders)
-    results = json.loads((tmp_path / "evaluation.json").read_text())
-    assert list(results) == rungs and all(len(of) == 1 for of in results.values())
-    for rung, name in zip(LADDER, folders, strict=True):
-        assert results[rung][0]["model"] == str(tmp_path / name)
-
-    times = [(tmp_path / name / "policy").stat().st_mtime_ns for name in folders]
-    monkeypatch.setattr(evaluate, "evaluate", lambda model, config: results["warm-up"][0])
-    evaluate.ladder(config)
-    assert capfd.readouterr().out.count("is finished: 2 updates") == len(folders)
-    assert [(tmp_path / name / "policy").stat().st_mtime_ns for name in folders] == times
-
-
-def test_a_rung_that_fails_ends_the_ladder_with_its_folder(warm, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "evaluate", lambda model, config: {})
-    monkeypatch.setitem(LADDER, "r_f", {"reward_weights": "0,0,0"})
-    with pytest.raises(UserError, match="r_f-0"):
-        evaluate.ladder(Config(model=str(warm), out=str(tmp_path), seeds="0", device="cpu"))
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Scores
 
@@ -166,7 +128,7 @@ def test_the_papers_rows_stand_as_printed():
                              "paper full": 3.13}}
     for benchmark in BENCHMARKS.values():
         assert all(len(values) == len(benchmark.ROWS) for values in benchmark.PAPER.values())
-    assert PAPER_LADDER["+ process"] == tuple(of["paper full"] for of in averages.values())
+    assert PAPER_ROWS["process"] == tuple(of["paper full"] for of in averages.values())
 
 
 def test_other_metrics_of_the_paper_stand_in_a_footnote_and_its_columns_right_of_a_bar():
