@@ -87,7 +87,7 @@ def test_every_metric_stands_on_the_page_with_its_first_and_last_value(folder):
         assert f"{name}: {lines[0][name]:.3g} → {lines[-1][name]:.3g}" in page, name
     first, last = (line["reward"] / 2.5 for line in (lines[0], lines[-1]))
     assert f"reward, mean of its parts: {first:.3g} → {last:.3g}" in page
-    assert "Zero all the time: truncated." in page
+    assert "Zero all the time: truncated (answers cut by the budget)." in page
     assert f"40 updates, {sum(line['seconds'] for line in lines):.0f} s" in page
 
 
@@ -166,8 +166,10 @@ def test_a_format_that_is_wrong_is_spelled_out(folder):
     wrong = answer_of([shapes.caption(STATES[1])], [STATES[1]], "wtVpvE")
     record = sheet("x", [wrong, RIGHT])
     record["groups"][0]["answers"][0]["format"] = 0.0
+    del record["groups"][0]["truth"], record["groups"][0]["worked"]          # as earlier versions wrote them
     (folder / "samples" / "000000_before.json").write_text(json.dumps(record))
-    assert "form wrong: words /think vis picture /vis end" in words(write_report(folder).read_text())
+    page = words(write_report(folder).read_text())
+    assert "form wrong: words /think vis picture /vis end" in page and "lacks 'worked'" in page
 
 
 @pytest.mark.parametrize("name, text, expected", [
@@ -219,6 +221,17 @@ def test_several_runs_stand_on_one_page(folder, tmp_path):
     figure = html[html.index("<b>grad_norm</b>"):]
     assert figure[:figure.index("</figure>")].count("<polyline") == 4, "a thin and a thick line a run"
     assert "three This cannot be shown." in page
+
+
+def test_compare_writes_one_page_of_several_runs_or_one_report_anew(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "other")
+    run("evaluate.py", "--compare", folder, tmp_path / "other", "--out", tmp_path / "both")
+    assert "Runs compared" in (tmp_path / "both" / "compare.html").read_text()
+    assert not (folder / "report.html").exists()
+    out = run("evaluate.py", "--compare", tmp_path / "none", check=2)
+    assert f"--compare {tmp_path / 'none'}: expected a run directory" in out
+    run("evaluate.py", "--compare", folder)
+    assert (folder / "report.html").exists()
 
 
 def test_sheets_keep_the_pictures_shape_and_put_before_beside_after(tmp_path):
