@@ -952,14 +952,14 @@ def chart(title: str, lines: dict[str, list[tuple[float, float]]], top: float | 
     for i, (name, line) in enumerate(lines.items()):
         colour, every, wide = f"var(--c{i % 6})", math.ceil(len(line) / 200), max(1, len(line) // 16)
         means = [(line[n][0], fmean(y for _, y in line[max(0, n - wide):n + wide + 1]))
-                 for n in range(len(line))]
+                 for n in range(0, len(line), every)]
         if stacked:
             edge = [at(x, below[x]) for x, _ in line[::every]]
             below.update(dict(line))
             edge += [at(x, below[x]) for x, _ in reversed(line[::every])]
             body += f'<polygon points="{" ".join(edge)}" style="fill:{colour}"/>'
-        for points, style in ((line, "1;opacity:.5"), (means, "2.5")) if not stacked else ():
-            path = " ".join(at(*point) for point in points[::every])
+        for points, style in ((line[::every], "1;opacity:.5"), (means, "2.5")) if not stacked else ():
+            path = " ".join(at(*point) for point in points)
             body += f'<polyline points="{path}" style="fill:none;stroke:{colour};stroke-width:{style}"/>'
         words = f"{name}: {line[0][1]:.3g} → {line[-1][1]:.3g}"
         words += f" ({METRICS[name]})" if name in METRICS else ""
@@ -978,7 +978,7 @@ def curves_html(runs: dict[str, list[dict]]) -> str:
             across = "step" if "step" in m else "update"
             metrics = stages.setdefault((m.get("stage", ""), across), {})
             for name, value in m.items():
-                if name not in (across, "stage") and value is not None:
+                if name != across and isinstance(value, (int, float)) and math.isfinite(value):
                     metrics.setdefault(name, {}).setdefault(run, []).append((m[across], value))
     for (stage, across), metrics in stages.items():
         zeros = [name for name, of in metrics.items() if not any(y for line in of.values() for _, y in line)]
