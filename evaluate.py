@@ -15,6 +15,7 @@ temperature, at a low one, and greedy. A model that was only sharpened gains in 
 `kept` rates what the model could do before: text-to-image and image-to-text, greedy, over all scenes.
 
     python evaluate.py --model out/grpo                   # rates -> out/evaluate/evaluation.json
+    python evaluate.py --compare out/grpo out/try         # runs side by side -> out/compare/compare.html
     python evaluate.py --reproduce                        # trains and rates every row of the paper's ablation
     python evaluate.py --preset paper --benchmark mmie --data DIR --judge file:eval_result.json
     python evaluate.py --preset paper --benchmark interleavedbench --data DIR --judge llava-critic
@@ -82,7 +83,7 @@ class Config:
     prompts: Count = 192             # fresh prompts
     edits: Count = 3                 # edits that a prompt asks for
     split: Literal["heldout", "pairs", "train"] = "heldout"    # new: edit chains, colour-shape pairs, nothing
-    compare: Names = ()              # run directories: their rates and curves on one page, and stop
+    compare: Names = ()              # run directories: one page of all, or one run's report anew; and stop
     # -- reproduction
     reproduce: bool = False          # train and rate all rows of ROWS, compare them, write one page
     only: Names = ()                 # rows; by default all
@@ -1412,7 +1413,9 @@ def main() -> None:
         "benchmark": BENCHMARKS, "text_reward": judge_names("text"), "visual_reward": judge_names("visual")})
     _, world, _ = start_processes(config.device)
     check(config, world)
-    if config.compare:
+    if len(config.compare) == 1:
+        print(f"report: {write_report(Path(config.compare[0]))}")
+    elif config.compare:
         runs = {str(Path(run)).removeprefix("out/"): Path(run) for run in config.compare}
         print(f"side by side: {write_comparison(runs, Path(config.out or 'out/compare'))}")
     elif config.benchmark:

@@ -9,6 +9,7 @@
   7 log          one line of metrics, now and then a sheet of answers               `train`
 
     python grpo.py                          # two CPU cores: train a warm-up model if there is none, then GRPO
+    python grpo.py --explain                # one prompt through one update, with all its numbers
     torchrun --nproc_per_node=2 grpo.py     # two processes share the prompts of each update
     python grpo.py --preset paper --prompts FILE        # the paper's settings, QLoRA on VILA-U 7B (a GPU)
     torchrun --nproc_per_node=8 --nnodes=4 grpo.py --preset paper-full --prompts FILE   # all of it (32 GPUs)
