@@ -24,6 +24,8 @@ import platform
 import re
 import resource
 import shutil
+import signal
+import subprocess
 import sys
 import textwrap
 from collections import Counter
@@ -242,8 +244,13 @@ def run_main(main) -> None:
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
-        leave(f"error: another process has ended or cannot be reached ({str(error).splitlines()[0][:120]}); "
-              f"the same command goes on from the last checkpoint, if there is one", 1)
+        lost(str(error).splitlines()[0][:120])
+
+
+def lost(reason: str) -> None:
+    """End a process that cannot go on without the others."""
+    leave(f"error: another process has ended or cannot be reached ({reason}); the same command goes on from "
+          f"the last checkpoint, if there is one", 1)
 
 
 def leave(sentence: str, code: int) -> None:
@@ -272,9 +279,9 @@ def pick_device(name: str, flag: str = "--device") -> torch.device:
         raise UserError(f"{flag} {name}: not usable here ({str(error).splitlines()[0]})") from None
 
 
-# The longest that a process waits for another, which may still be asking a judge or sampling an evaluation.
-# torchrun ends all processes as soon as one of them fails, whatever this is.
-PATIENCE = timedelta(hours=6)
+# How long a process waits for the others: at the start, and later, when one may still be asking a judge.
+# torchrun ends all processes as soon as one of them fails, whatever these are.
+MEETING, PATIENCE = timedelta(minutes=2), timedelta(hours=6)
 
 
 def start_processes(name: str) -> tuple[int, int, torch.device]:
@@ -291,12 +298,15 @@ def start_processes(name: str) -> tuple[int, int, torch.device]:
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         try:
-            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+            store, rank, _ = next(dist.rendezvous("env://", timeout=MEETING))
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", store=store, rank=rank,
+                                    world_size=world, timeout=PATIENCE)
         except (RuntimeError, ValueError) as error:
             where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
             raise UserError(f"the {world} processes cannot meet at {where}: is the port in use? "
                             f"({str(error).splitlines()[0]})") from None
-        if dist.get_rank() > 0:
+        signal.signal(signal.SIGTERM, lambda *_: lost("torchrun stops this one"))
+        if rank > 0:
             sys.stdout = open(os.devnull, "w")
     return dist.get_rank(), world, device
 
@@ -351,11 +361,15 @@ def first_to_fail() -> bool:
         return True
 
 
-def averaged(metrics: dict, device: torch.device) -> dict:
-    """Metrics of one process -> those over all processes: means, but the maxima of *_max and peak_gib."""
+def averaged(metrics: dict) -> dict:
+    """Metrics of one process -> those over all processes: means, but the maxima of *_max and peak_gib.
+
+    All processes call this together, with the same names in the same order.
+    """
     if not dist.is_initialized():
         return metrics
-    values = torch.tensor(list(metrics.values()), dtype=torch.float32, device=device)
+    device = "cuda" if dist.get_backend() == "nccl" else "cpu"
+    values = torch.tensor(list(metrics.values()), dtype=torch.float64, device=device)
     everyone = [torch.zeros_like(values) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, values)
     merged = torch.stack(everyone)                                                         # (world, metrics)
@@ -609,6 +623,21 @@ def check_settings(folder: Path, before: dict, now: dict, free: tuple[str, ...] 
                             f"choose another --out, or delete the folder")
 
 
+def machine() -> dict[str, str]:
+    """The processor, the GPUs, the versions and the commit (-dirty: with changes) of a run."""
+    info, here = Path("/proc/cpuinfo"), Path(__file__).parent
+    names = re.findall(r"model name\s*: (.+)", info.read_text()) if info.exists() else []
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    processor = (names or [platform.processor() or platform.machine()])[0]
+    commit = ""
+    if shutil.which("git"):
+        command = ["git", "-C", here, "describe", "--always", "--dirty"]
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    words = ", ".join([processor, f"{os.cpu_count()} cores", *gpus])
+    return {"machine": words, "system": platform.platform(), "python": platform.python_version(),
+            "torch": torch.__version__, "commit": commit or "unknown"}
+
+
 class Run:
     """A run directory: config.json (settings, versions), metrics.jsonl, policy/, samples/."""
 
@@ -623,9 +652,8 @@ class Run:
             return
         (self.folder / "samples").mkdir(parents=True, exist_ok=True)
         write_text(self.folder / "config.json", json.dumps(
-            {"settings": asdict(config), "command": " ".join(sys.argv), "python": platform.python_version(),
-             "torch": torch.__version__, "threads": torch.get_num_threads(), "processes": process_count()},
-            indent=1))
+            {"settings": asdict(config), "command": " ".join(sys.argv), **machine(),
+             "threads": torch.get_num_threads(), "processes": process_count()}, indent=1))
         self.metrics = self.folder / "metrics.jsonl"
         earlier = read_metrics(self.metrics)[:lines]
         write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in earlier))
@@ -763,7 +791,8 @@ figure{margin:0;max-width:336px}figcaption,table,.note{font-size:13px}.note svg{
 pre{white-space:pre-wrap;background:var(--card);padding:.8em;font-size:13px}.wide{overflow-x:auto}
 pre.wide{white-space:pre}.row{display:flex;flex-wrap:wrap;gap:12px 26px;align-items:start}
 .answer .row{gap:10px 6px}.note{white-space:nowrap}.soft{white-space:normal}
-.part{display:inline-block;vertical-align:top;max-width:500px;margin-right:40px}
+.part{display:inline-block;vertical-align:top;max-width:min(520px,100%);padding-right:24px;
+box-sizing:border-box}
 svg{display:block;font-size:12px}svg text{fill:currentColor}td svg{display:inline;margin-left:4px}
 table{border-collapse:collapse;margin:.4em 0}
 td,th{padding:2px 6px;text-align:left;vertical-align:top;border-top:1px solid var(--line)}
@@ -781,13 +810,15 @@ COLUMNS = {          # of an evaluation -> what it counts
 ARMS = {"sampled": "Sampled as in training", "greedy": "Greedy", "low": "Sampled at a low temperature"}
 CHARTS = (           # title with the unit, metrics, top of the scale (None: their largest value)
     ("Reward and its parts, 0..1", "reward.*", 1.0),
-    ("KL to the reference, Eq. (7), nats a decision", "kl/.*", None),
-    ("Ratio, Eq. (3), and share outside the clip", "ratio_.*|clip_frac/.*", 2.0),
-    ("Length of an answer, texts and pictures", "steps_per_answer", None),
-    ("Standard deviation of a group's rewards", "spread/.*", None),
+    ("KL to the reference, Eq. (7), nats", "kl/.*", None),
+    ("Ratio, Eq. (3), and share clipped", "ratio_.*|clip_frac/.*|logp_gap", 2.0),
+    ("Texts and pictures an answer", "steps_per_answer", None),
+    ("Standard deviation in a group", "spread/.*", None),
     ("Shares, 0..1", "truncated|no_score|cut_texts|zero_spread|text_share|padding", 1.0),
     ("Norm of the gradient", "grad_norm", None),
     ("Seconds, stacked", "seconds/.*", None),
+    ("Seconds in all", "seconds", None),
+    ("Peak memory, GiB", "peak_gib", None),
     ("Loss, nats a decision", "loss.*", None))
 LEGEND = (
     "r_t, r_v and r_f are the text, visual and format rewards of Eq. (5), each 0..1. The form that is asked "
@@ -873,10 +904,10 @@ def group_html(sides: dict[str, dict], most: int = 1) -> str:
 
 
 def part_html(part: Part) -> str:
-    """A part as HTML. A number with a sign gets a bar."""
+    """A part as HTML. A number with a sign and two decimals gets a bar."""
     lines, tag = [], "th"
     for row in part.rows:
-        bars = [bar(float(cell), 2.0) if re.fullmatch(r"[+-][\d.]+", cell) else "" for cell in row]
+        bars = [bar(float(cell), 2.0) if re.fullmatch(r"[+-]\d+\.\d\d", cell) else "" for cell in row]
         lines.append("".join(f"<{tag}>{html.escape(c)}{b}</{tag}>" for c, b in zip(row, bars, strict=True)))
         tag = "td"
     words = "".join(f"<p>{html.escape(line)}</p>" for line in part.words.splitlines())
@@ -899,17 +930,18 @@ def chart(title: str, lines: dict[str, list[tuple[float, float]]], top: float | 
     first, last, low, high = min(xs), max(*xs, min(xs) + 1), min(0.0, *ys), top or max(ys)
     if stacked:
         high = max(sum(y for _, y in of) for of in zip(*lines.values()))
-    quarter = max((high - low) / 4, 1e-9)
+    quarter = max(high / 4, -low, 1e-9)                    # of the scale: a round number
     unit = 10 ** math.floor(math.log10(quarter))
-    high = low + 4 * unit * min(k for k in (1, 2, 2.5, 4, 5, 10) if k * unit >= 0.9999 * quarter)
+    quarter = unit * min(k for k in (1, 2, 2.5, 4, 5, 10) if k * unit >= 0.9999 * quarter)
+    low, high = -quarter * (low < 0), quarter * (4 - (low < 0))
 
     def at(x: float, y: float) -> str:
         share = (min(max(y, low), high) - low) / (high - low)
-        return f"{46 + 278 * (x - first) / (last - first):.1f},{150 - 140 * share:.1f}"
+        return f"{50 + 274 * (x - first) / (last - first):.1f},{150 - 140 * share:.1f}"
     for i in range(5):
         y, x = low + (high - low) * i / 4, round(first + (last - first) * i / 4)
         level, place = 150 - 35 * i, at(x, low).partition(",")[0]
-        body += (f'<path d="M46 {level}H324" style="stroke:var(--line)"/><text x="42" y="{level + 4}" '
+        body += (f'<path d="M50 {level}H324" style="stroke:var(--line)"/><text x="46" y="{level + 4}" '
                  f'text-anchor="end">{y:.3g}</text><text x="{place}" y="166" text-anchor="middle">{x}</text>')
     for i, (name, line) in enumerate(lines.items()):
         colour, every, wide = f"var(--c{i % 6})", math.ceil(len(line) / 200), max(1, len(line) // 16)
@@ -1006,6 +1038,8 @@ def headline(folder: Path) -> str:
         first, last = (of["greedy"]["story"][0] for of in (before, after))
         split = {"heldout": "held-out"}.get(after["split"], after["split"])
         words = f"greedy stories right: {first:.0%} → {last:.0%} on {after['prompts']} {split} prompts; "
+        if "seconds" in after:
+            seconds += f", evaluation {before['seconds'] + after['seconds']:.0f} s"
         seconds += f"; kept tasks {min(after['kept'].values()):.2f}"
     return f'<p class="headline">{html.escape(words + seconds)}</p>'
 

@@ -337,7 +337,9 @@ def before_and_after(run, prompts: list[str]) -> None:
                 visual_reward=run.visual_reward, reward_weights=run.reward_weights,
                 reward_device=run.reward_device, critic_quantize=run.critic_quantize,
                 critic_tiles=run.critic_tiles, device=run.device, rows=run.rows, out=str(folder))
+            began = time.perf_counter()
             results[name] = evaluate(open_model(model, config, run.quantize), config)
+            results[name]["seconds"] = round(time.perf_counter() - began, 1)
         print(rates_table(results))
         write_text(folder / "evaluation.json", json.dumps(results, indent=1))
     print(f"answers, curves and rates: {write_report(folder)}")
@@ -1163,7 +1165,8 @@ def ask_critic(critic: LlavaCritic, name: str, requests: list[JudgeRequest], fol
                ) -> dict[tuple[str, str], str]:
     """Ask our critic -> {(id, aspect): reply}.
 
-    replies.jsonl keeps the replies of each judge by its `name`; what is there is not asked again.
+    replies.jsonl keeps the replies of each judge by its `name`; what is there is not asked again. Questions
+    of similar length go together, whole batches between two writes.
     """
     def key(line: dict) -> tuple[str, str, str]:
         return line["judge"], line["id"], line["aspect"]
@@ -1171,8 +1174,9 @@ def ask_critic(critic: LlavaCritic, name: str, requests: list[JudgeRequest], fol
     def work(part: list[JudgeRequest]) -> list[dict]:
         return [{"id": request.id, "aspect": request.aspect, "judge": name, "reply": reply}
                 for request, reply in zip(part, critic_replies(critic, part), strict=True)]
+    requests = sorted(requests, key=lambda request: (len(request.pictures), len(request.message)))
     asked = {(name, request.id, request.aspect): request for request in requests}
-    lines = share_out(folder / "replies.jsonl", asked, key, critic.BATCH, work, f"judging {folder.name}")
+    lines = share_out(folder / "replies.jsonl", asked, key, 4 * critic.BATCH, work, f"judging {folder.name}")
     return {(id, aspect): line["reply"] for (of, id, aspect), line in lines.items() if of == name}
 
 

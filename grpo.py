@@ -10,7 +10,8 @@
 
     python grpo.py                          # two CPU cores: train a warm-up model if there is none, then GRPO
     torchrun --nproc_per_node=2 grpo.py     # two processes share the prompts of each update
-    python grpo.py --preset paper           # the paper's settings, QLoRA on VILA-U 7B (a GPU)
+    python grpo.py --preset paper --prompts FILE        # the paper's settings, QLoRA on VILA-U 7B (a GPU)
+    torchrun --nproc_per_node=8 --nnodes=4 grpo.py --preset paper-full --prompts FILE   # all of it (32 GPUs)
 """
 import itertools
 import math
@@ -99,7 +100,7 @@ class Config:
     eval_prompts: Natural = 96               # held-out prompts of the evaluation before and after; 0: none
     eval_sampling: Literal["rollouts", "published"] = "rollouts"    # published: as VILA-U and the paper do
     explain: bool = False                    # print one prompt's way through one update, and stop
-    preset: str = ""                         # paper: the paper's settings (PAPER); flags beside it win
+    preset: str = ""                         # paper: QLoRA on VILA-U 7B; paper-full: all of it, on 32 GPUs
 
 
 RAMP = 5                                     # updates until the learning rate is reached
@@ -118,6 +119,13 @@ PAPER = dict(
     prompts_per_update=8, micro_batch=2, lr=2e-5, kl=0.04, budget=1024,            # ours
     save_every=50, eval_prompts=32,                                                # ours
 )
+# --preset paper-full: the paper's own full fine-tune, without adapters and 4-bit weights.
+PAPER_FULL = PAPER | dict(
+    model="out/warmup-7b-full",                                   # of warmup.py --preset paper-full
+    lora_rank=0, quantize="none",                                 # paper
+    prompts_per_update=32, micro_batch=2, lr=1e-6,                # ours; the paper has 32 GPUs
+)
+PRESETS = {"paper": PAPER, "paper-full": PAPER_FULL}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -180,7 +188,13 @@ def advantages(answers: list, scores: list[Scores], config: Config) -> list[Tens
     credit "process": Eq. (6) of the step rewards.
     Choice: the format reward is given with the last token and belongs to text decisions alone, because no
     code can mend a tag.
+    Choice: exact zeros where all answers are the same, because there is nothing to compare. Eq. (6) alone
+    would train them on the fixed differences between their steps.
     """
+    contents = [(answer.layout, [(s.text, None if s.picture is None else s.picture.tobytes())
+                                 for s in answer.segments]) for answer in answers]
+    if all(content == contents[0] for content in contents):
+        return [torch.zeros(len(answer.step_of), 1) for answer in answers]
     r_t, r_v, r_f = config.reward_weights
     if config.credit == "outcome":
         values = outcome_advantages(torch.tensor(hybrid_rewards(scores, config.reward_weights)))
@@ -321,7 +335,7 @@ def rollout(policy: UnifiedModel, samples: list[Sample], config: Config, judges:
     scores = judge([s for s in samples for _ in range(G)], answers, *judges, config.credit)
     judged = time.perf_counter()
     groups = [slice(b, b + G) for b in range(0, len(answers), G)]
-    values = [compared(advantages(answers[g], scores[g], config), trajectories[g]) for g in groups]
+    values = [advantages(answers[g], scores[g], config) for g in groups]
     rewards = [r for g in groups for r in hybrid_rewards(scores[g], config.reward_weights)]
     tokens, is_image, mask, logp = as_batch(trajectories, policy.device)
     padded = torch.zeros(*tokens.shape[:2], 1)                                             # [B, T, 1]
@@ -336,21 +350,10 @@ def rollout(policy: UnifiedModel, samples: list[Sample], config: Config, judges:
            for part in ("text", "visual", "format")},
         "steps_per_answer": mean(len(a.segments) for a in answers),
         "truncated": mean(t.truncated for t in trajectories),
-        "text_share": (text.sum() / mask.sum()).item(),
         "no_score": mean(float(missing) for s in scores for missing in s.unscored),
         "cut_texts": mean(float(cut) for s in scores for cut in s.cut),
         "seconds/rollout": sampled - began, "seconds/reward": judged - sampled}
     return Rollout(samples, answers, scores, tokens, is_image, mask, logp, padded.to(policy.device), metrics)
-
-
-def compared(advantages: list[Tensor], trajectories: list) -> list[Tensor]:
-    """The advantages of a group, 0 where all its answers are the same, token for token.
-
-    Choice: there is nothing to compare then. Eq. (6) as printed would train such a group: it normalises the
-    fixed difference between texts and pictures.
-    """
-    same = all(torch.equal(t.tokens, trajectories[0].tokens) for t in trajectories)
-    return [torch.zeros_like(values) for values in advantages] if same else advantages
 
 
 def spread(values: list[float | None]) -> float | None:
@@ -360,9 +363,10 @@ def spread(values: list[float | None]) -> float | None:
 
 
 def mean(values) -> float:
-    """The mean of the values that are not None, 0 where there is none."""
+    """The mean of all processes' values that are not None, 0 where there is none."""
     values = [v for v in values if v is not None]
-    return sum(values) / max(1, len(values))
+    over_all = averaged({"sum": sum(values), "count": len(values)})
+    return over_all["sum"] / (over_all["count"] or 1)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -427,10 +431,13 @@ def update(policy: UnifiedModel, optimizer: torch.optim.Optimizer, batch: Rollou
     average_gradients(optimizer)
     norm = whole(torch.nn.utils.clip_grad_norm_(policy.policy_parameters(), 1.0))
     optimizer.step()
-    means = {f"{key}/{name}": sums[f"{key}/{name}"] / max(1, sums[f"count/{name}"])
+    sums = averaged(sums)
+    means = {f"{key}/{name}": sums[f"{key}/{name}"] / (sums[f"count/{name}"] or 1)
              for key in ("kl", "clip_frac") for name in ("text", "image")}
+    decisions = sums["count/text"] + sums["count/image"]
+    means["text_share"] = sums["count/text"] / decisions
     if epoch == 0:
-        means["logp_gap"] = sums["logp_gap"] / batch.mask.sum().item()
+        means["logp_gap"] = sums["logp_gap"] / decisions
     return {"loss": total, "grad_norm": norm.item(), "ratio_max": sums["ratio_max"], **means}
 
 
@@ -465,6 +472,9 @@ def check(config: Config, world: int = 1) -> None:
             "auto: with adapters the passes have the type of the frozen base")
     require(config, "explain", world == 1 or not config.explain, "one process, no torchrun")
     check_judges(config)
+    if config.preset and not config.prompts:
+        raise UserError(f"--preset {config.preset}: expected --prompts as well, a JSONL file or NAME=DIR,.. "
+                        f"of published data; without it the prompts would be the toy world's")
 
 
 def start_policy(config: Config, state: dict, device: torch.device) -> tuple[UnifiedModel, dict[str, Tensor]]:
@@ -518,7 +528,7 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> list[S
         now, before, done = time.perf_counter(), done, done + config.epochs_per_rollout
         metrics = averaged({**batch.metrics, **metrics, "seconds": now - began,
                             "seconds/reference": scored - sampled, "seconds/update": now - scored,
-                            "peak_gib": peak_gib(device)}, device)
+                            "peak_gib": peak_gib(device)})
         silent = silent + 1 if metrics["zero_spread"] == 1 else 0
         log(run, bar, done, metrics, silent)                                               # step 7
         if done // config.save_every > before // config.save_every or done == config.updates:
@@ -668,7 +678,8 @@ def explain(config: Config, device: torch.device) -> Path:
         """Print a part, and put it on the page, its rows replaced by pictures if there are any."""
         part = part._replace(title=f"{len(body) + 1}. {part.title}")
         print(part_text(part))
-        body.append(part_html(part._replace(rows=()) if pictures else part) + pictures)
+        words = part_html(part._replace(rows=()) if pictures else part)
+        body.append(f"<div>{words}{pictures}</div>" if pictures else words)
 
     def answer() -> tuple[Rollout, dict, list[list[str]]]:
         """The group's rollout, its record, and its answers as rows; the same random numbers every time."""
@@ -708,7 +719,7 @@ def judge_records(judges: tuple, most: int = 24) -> list[dict]:
 
 def main() -> None:
     """Warm-up model if there is none, training, evaluation before and after."""
-    config = parse_config(Config, presets={"paper": PAPER}, names={
+    config = parse_config(Config, presets=PRESETS, names={
         "prompts": PROMPT_READERS, "text_reward": judge_names("text"),
         "visual_reward": judge_names("visual")})
     rank, world, device = start_processes(config.device)

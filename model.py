@@ -899,6 +899,7 @@ def nf4_buffer(blocks: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(blocks, NF4_BLOCK, dtype=dtype, device=device)
 
 
+@torch.no_grad()
 def to_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Quantise a weight of n values in any shape -> bytes uint8 [n / 2], scales float32 [n / 64].
 

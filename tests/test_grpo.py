@@ -155,8 +155,8 @@ def test_answers_that_are_all_the_same_train_nothing_and_are_counted(tiny):
     settings = dict(normalise="all", step_discount=1.0)
     config, batch = one_rollout(tiny, temperature=1e-4, **settings)
     assert batch.metrics["zero_spread"] == 1 and batch.advantages.eq(0).all()
-    group = grpo.advantages(batch.answers[:4], batch.scores[:4], config)
-    assert any(values.abs().max() > 0.5 for values in group), "what the equation gives"
+    steps = process_advantages([scores.steps for scores in batch.scores[:4]], discount=1.0)
+    assert any(values.abs().max() > 0.5 for values in steps), "what the equation gives"
     config, batch = one_rollout(tiny, **settings)
     assert batch.metrics["zero_spread"] < 1 and batch.advantages.abs().max() > 0.5
 

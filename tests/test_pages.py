@@ -164,7 +164,7 @@ def test_the_worked_tables_are_eq4_and_eq6_by_hand(folder):
 
 def test_a_format_that_is_wrong_is_spelled_out(folder):
     wrong = answer_of([shapes.caption(STATES[1])], [STATES[1]], "wtVpvE")
-    record = sheet("x", [wrong])
+    record = sheet("x", [wrong, RIGHT])
     record["groups"][0]["answers"][0]["format"] = 0.0
     (folder / "samples" / "000000_before.json").write_text(json.dumps(record))
     assert "form wrong: words /think vis picture /vis end" in words(write_report(folder).read_text())
@@ -241,13 +241,14 @@ def test_sheets_keep_the_pictures_shape_and_put_before_beside_after(tmp_path):
 
 def test_explain_walks_one_prompt_through_one_update_and_leaves_the_run_alone(warm, tmp_path):
     out = tmp_path / "grpo"
-    settings = {**RUN, "group_size": 4, "updates": 1}
-    run("grpo.py", "--model", warm, "--out", out, *flags(settings))
-    before = {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in out.rglob("*") if p.is_file()}
-    printed = run("grpo.py", "--model", warm, "--out", out, "--explain", *flags(settings))
-    assert {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in before} == before
-    assert {p.name for p in out.iterdir()} - {p.name for p in {*before, *(p.parent for p in before)}} <= {
-        "explain.html", "policy", "samples"}
+    shutil.copytree(warm, out)
+
+    def files() -> dict:
+        return {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in out.rglob("*") if p.is_file()}
+    before = files()
+    printed = run("grpo.py", "--model", warm, "--out", out, "--explain", *flags({**RUN, "group_size": 4}))
+    after = files()
+    assert after.pop(out / "explain.html") and after == before, "a page is all that is written"
     titles = re.findall(r"^\d+\. (.*)$", printed, re.M)
     order = ("The prompt", "Eq. (5) and (4)", "The rewards r", "Normalised", "Eq. (6)", "How a step",
              "Eq. (2), (3), (7)", "The update", "The same prompt again")
@@ -259,5 +260,3 @@ def test_explain_walks_one_prompt_through_one_update_and_leaves_the_run_alone(wa
         assert clipped == "0.0%" and abs(float(kl)) < 1e-4
     for row in loss_before:
         assert " ".join(row) in page, "the page has the numbers that are printed"
-    logged = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])
-    assert logged["update"] == 1 and "grad_norm" in logged
