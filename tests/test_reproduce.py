@@ -305,6 +305,17 @@ def test_other_prompts_rate_a_run_again_without_training_it(runs, small, monkeyp
     assert command[1].endswith("evaluate.py") and "--prompts=4" in command and "--seed=2026" in command
 
 
+def test_a_base_model_that_fails_is_the_reason_of_all_its_runs(monkeypatch, tmp_path):
+    def fail(jobs, at_once, bar):
+        for job in jobs:
+            job.reason = "no space left" if job.commands else job.reason
+    monkeypatch.setattr(evaluate, "run_jobs", fail)
+    reproduce(Config(only=("warm-up", "process"), seeds="0", out=str(tmp_path)))
+    failed = json.loads((tmp_path / "reproduction.json").read_text())["failed"]
+    reason = f"its base model {tmp_path}/base/0: no space left"
+    assert failed == {"warm-up/0": reason, "process/0": reason}
+
+
 def test_the_table_of_a_row_without_runs_says_why():
     result = {"settings": asdict(Config()), "prompts_seed": 1, "machine": "", "claims": [], "judges": {},
               "rows": {"r_f": row_result("r_f", {}, Config())}, "failed": {"r_f/0": "no memory"}}
