@@ -59,10 +59,10 @@ from tqdm import tqdm
 
 import data
 import shapes
-from common import (COLUMNS, Count, Names, Natural, Naturals, NonNegative, NonNegatives, TopPs, UserError,
-                    Weights, add_line, chart, check_config, check_settings, end_processes, flag_of, fold,
-                    parse_config, pick_device, picture_html, process_count, process_rank, read_json,
-                    read_lines, read_metrics, read_picture, remove, require, run_main, shown,
+from common import (COLUMNS, Count, Names, Natural, Naturals, NonNegative, NonNegatives, Part, TopPs,
+                    UserError, Weights, add_line, chart, check_config, check_settings, end_processes, flag_of,
+                    fold, parse_config, part_html, pick_device, picture_html, process_count, process_rank,
+                    read_json, read_lines, read_metrics, read_picture, remove, require, run_main, shown,
                     start_processes, steps_html, wait_for_all, write_comparison, write_page, write_report,
                     write_text, write_whole)
 from data import (I2T_QUESTION, Broken, CodeCache, LeftOut, Question, Sample, fingerprint, keep_usable,
@@ -645,8 +645,9 @@ def reproduce(config: Config) -> None:
         "claims": claim_results(measured, seeds, config), "judges": judge_agreement(measured),
         "failed": {f"{row}/{number}": job.reason for (row, number), job in jobs.items() if job.reason}}
     write_text(out / "reproduction.json", json.dumps(result, indent=1))
-    write_text(out / "reproduction.md", reproduction_table(result))
-    print(reproduction_table(result))
+    table = "\n".join(map(markdown, reproduction_parts(result)))
+    write_text(out / "reproduction.md", table)
+    print(table)
     curves = {row: {seed: read_metrics(out / row / str(seed) / "metrics.jsonl") for seed in measured[row]}
               for row in rows if "updates" not in ROWS[row]}
     print(f"table, intervals and curves: {write_reproduction_page(out, result, curves)}")
@@ -712,37 +713,40 @@ def judge_agreement(measured: dict[str, dict]) -> dict:
             "mean_weak": float(b.mean()), "correlation": float(np.corrcoef(a, b)[0, 1]) if spread else None}
 
 
-def reproduction_table(result: dict) -> str:
-    """reproduction.json as markdown: rows, claims with their verdicts, judges, failures."""
-    settings = result["settings"]
-    number = "{:.3f} [{:.3f} {:.3f}]".format
-    lines = [f"{settings['prompts']} fresh prompts (seed {result['prompts_seed']}); GRPO seeds "
-             f"{settings['seeds']} on {settings['bases']} base models, {settings['updates']} updates; "
-             f"sampled at temperature 1 unless it says greedy; 95% intervals; {result['machine']}.", "",
-             f"| Row | differs by | runs | {' | '.join(MEASURES)} | paper: MMIE | paper: InterleavedBench |",
-             "|---" * (5 + len(MEASURES)) + "|"]
+def reproduction_parts(result: dict) -> list[Part]:
+    """reproduction.json as tables: rows, claims with their verdicts; judges and failures as sentences."""
+    settings, number = result["settings"], "{:.3f} [{:.3f} {:.3f}]".format
+    paper = ["paper: MMIE", "paper: InterleavedBench"]
+    rows, claims = [["row", "differs by", "runs", *MEASURES, *paper]], []
     for row, of in result["rows"].items():
         different = ", ".join(f"{name} {shown(value)}" for name, value in of["settings"].items())
-        cells = [number(*of["rates"][name]) for name in MEASURES if of["rates"]]
         reasons = [reason for run, reason in result["failed"].items() if run.startswith(f"{row}/")]
-        cells = cells or [f"failed: {reasons[0]}", *[""] * (len(MEASURES) - 1)]
-        cells = [row, different, str(len(of["runs"])), *cells, *map(paper_cell, of["paper"])]
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "| Claim | in | runs | difference | p, Holm | verdict | whose | paper: MMIE | paper: "
-              "InterleavedBench |", "|---" * 9 + "|"]
+        cells = [f"failed: {reasons[0]}", *[""] * (len(MEASURES) - 1)] if not of["rates"] else [
+            number(*of["rates"][name]) for name in MEASURES]
+        rows.append([row, different, str(len(of["runs"])), *cells, *map(paper_cell, of["paper"])])
+    claims.append(["claim", "in", "runs", "difference", "p, Holm", "verdict", "whose", *paper])
     for of in result["claims"]:
-        cells = [str(of["runs"]), "", "", "not measured"]
+        cells = ["", "", "not measured"]
         if of["runs"]:
-            cells[1:] = [number(*of["difference"]), f"{of['adjusted_p']:.4f}", of["verdict"]]
-        cells += [of["source"], *map(paper_cell, of["paper"])]
-        lines.append(f"| {' | '.join([of['claim'], of['measure'], *cells])} |")
+            cells = [number(*of["difference"]), f"{of['adjusted_p']:.4f}", of["verdict"]]
+        claims.append([of["claim"], of["measure"], str(of["runs"]), *cells, of["source"],
+                       *map(paper_cell, of["paper"])])
+    words = "".join(f"{run} failed: {reason}\n" for run, reason in result["failed"].items())
     if judges := result["judges"]:
-        words = "none" if judges["correlation"] is None else f"{judges['correlation']:.2f}"
-        lines += ["", f"rules-weak against rules, r_v of {judges['answers']} answers of the warm-up models: "
-                      f"correlation {words}, {judges['equal']:.0%} equal, mean {judges['mean_weak']:.2f} "
-                      f"against {judges['mean_true']:.2f}."]
-    lines += ["", *(f"- {run} failed: {reason}" for run, reason in result["failed"].items())]
-    return "\n".join(lines) + "\n"
+        words += (f"rules-weak against rules, r_v of {judges['answers']} answers of the warm-up models: "
+                  f"correlation {paper_cell(judges['correlation'])}, {judges['equal']:.0%} equal, mean "
+                  f"{judges['mean_weak']:.2f} against {judges['mean_true']:.2f}.\n")
+    made = (f"{settings['prompts']} fresh prompts (seed {result['prompts_seed']}); GRPO seeds "
+            f"{settings['seeds']} on {settings['bases']} base models, {settings['updates']} updates; sampled "
+            f"at temperature 1 unless it says greedy; 95% intervals; {result['machine']}.")
+    return [Part("Rows", made, rows), Part("Claims", words, claims)]
+
+
+def markdown(part: Part) -> str:
+    """A part as markdown."""
+    lines = [f"| {' | '.join(cells)} |" for cells in part.rows]
+    lines.insert(1, "|---" * len(part.rows[0]) + "|")
+    return "\n".join([f"## {part.title}", "", part.words, "", *lines, ""])
 
 
 def paper_cell(value: float | None) -> str:
@@ -760,7 +764,7 @@ def write_reproduction_page(out: Path, result: dict, curves: dict[str, dict[int,
     for row, runs in curves.items():
         lines = {f"seed {seed}": [(of["update"], of["reward"]) for of in run] for seed, run in runs.items()}
         body.append(chart(row, lines, 3.0, "update") if lines else "")
-    body.append(f"</div><pre>{html.escape(reproduction_table(result))}</pre>")
+    body += ["</div>", *map(part_html, reproduction_parts(result))]
     return write_page(out / "reproduction.html", "The paper's ablation, reproduced", body)
 
 
