@@ -764,7 +764,8 @@ def write_reproduction_page(out: Path, result: dict, curves: dict[str, dict[int,
     for row, runs in curves.items():
         lines = {f"seed {seed}": [(of["update"], of["reward"]) for of in run] for seed, run in runs.items()}
         body.append(chart(row, lines, 3.0, "update") if lines else "")
-    body += ["</div>", *map(part_html, reproduction_parts(result))]
+    body += ["</div><style>.part{display:block;max-width:none}</style>",
+             *map(part_html, reproduction_parts(result))]
     return write_page(out / "reproduction.html", "The paper's ablation, reproduced", body)
 
 
