@@ -37,8 +37,8 @@ from tqdm import tqdm
 
 from common import (Count, Natural, NonNegative, TopP, UserError, free_bytes, open_tensors, parse_config,
                     pick_device, picture_html, read_json, read_picture, read_tensor, reading, run_main,
-                    seeded, settle_folder, snapshot, total_bytes, write_page, write_text, write_tensors,
-                    write_whole)
+                    seeded, settled, snapshot, total_bytes, write_folder, write_page, write_text,
+                    write_tensors)
 from tokenizer import (IMAGE_END, IMAGE_PLACEHOLDER, IMAGE_START, THINK_END, THINK_START, VISION_NAMES,
                        Answer, Attention, Block, ImageTokenizer, Sequence, TextTokenizer, VisionConfig, pack,
                        pad, parse_answer, preprocess, to_pictures)
@@ -1158,8 +1158,7 @@ def checkpoint_folder(source: str) -> Path:
     source: a run directory (its policy/), a checkpoint directory, or a hub id, whose snapshot is fetched or
     found in the cache (HF_HOME and HF_HUB_OFFLINE are respected). Raises UserError where there is none.
     """
-    for folder in (Path(source) / "policy", Path(source)):
-        settle_folder(folder)
+    for folder in (settled(Path(source) / "policy"), settled(Path(source))):
         if (folder / "llm").is_dir() or (folder / "adapter.json").exists():
             return folder
     is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and not source.startswith("out/")
@@ -1296,8 +1295,7 @@ def save(model: UnifiedModel, folder: Path, state: dict | None = None,
     state (JSON) and tensors are what training needs to go on (where it was, the optimizer). They become
     training.json and training.safetensors.
     """
-    with write_whole(folder) as new:
-        new.mkdir()
+    with write_folder(folder) as new:
         if model.adapter:
             config = {"base": model.source, "quantize": model.quantize, **model.adapter}
             write_text(new / "adapter.json", json.dumps(config, indent=1))
@@ -1357,8 +1355,7 @@ def published_configs(model: UnifiedModel) -> dict[str, dict]:
 
 def load_training(folder: Path) -> tuple[dict, dict[str, Tensor]]:
     """The state and tensors that `save` wrote beside the weights, ({}, {}) where there are none."""
-    folder = Path(folder)
-    settle_folder(folder)
+    folder = settled(folder)
     if not (folder / "training.json").exists():
         return {}, {}
     with open_tensors(folder / "training.safetensors") as file:
