@@ -83,6 +83,7 @@ class Range(NamedTuple):
 
 Count = Annotated[int, Range(1, 10 ** 9)]
 Natural = Annotated[int, Range(0, 10 ** 9)]
+Seed = Annotated[int, Range(0, 2 ** 32 - 1)]
 Positive = Annotated[float, Range(1e-6, 1e6)]
 NonNegative = Annotated[float, Range(0, 1e6)]
 Share = Annotated[float, Range(0, 1)]
@@ -457,8 +458,8 @@ def check_replaceable(folder: Path) -> None:
     if folder.exists() and not folder.is_dir():
         raise UserError(f"{folder}: a file is there, expected a folder or nothing")
     if folder.is_dir() and not (folder / WRITTEN).is_file() and any(folder.iterdir()):
-        raise UserError(f"{folder}: holds {foreign(folder)[0]}, and only a checkpoint that was written here is "
-                        f"ever replaced: choose another folder")
+        raise UserError(f"{folder}: holds {foreign(folder)[0]}, and only checkpoints that were written here "
+                        f"are ever replaced: choose another folder")
 
 
 @contextmanager
@@ -522,13 +523,15 @@ def write_text(path: Path, text: str) -> None:
 HASHED, BLOCK = 2 ** 28, 2 ** 18     # bytes of a file that its hash covers at least, and how many in a row
 
 
-def hash_files(files: Iterable[Path], *more: object) -> str:
-    """A short hash of files' names, sizes and contents, whatever their folder is called, and of `more`.
+def hash_files(files: Iterable[Path], texts: Iterable[str] = ()) -> str:
+    """A short hash of files' names, sizes and contents, whatever their folder is called, and of texts.
 
     Choice: above HASHED bytes every n-th block counts, so that 15 GB take a second or two. Training moves
     nearly every weight, so other weights are found all the same.
     """
-    digest = hashlib.sha256(repr(more).encode())
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(f"{text!r}\n".encode())
     for path in files:
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode("utf-8", "replace"))
@@ -728,7 +731,7 @@ class Run:
         lines: how many lines of an earlier metrics.jsonl the checkpoint had seen; the rest is dropped.
         content: hashes of the weights and data that the run depends on, by flag.
         """
-        self.folder = Path(config.out)
+        self.folder, self.content = Path(config.out), content
         (self.folder / "samples").mkdir(parents=True, exist_ok=True)
         write_text(self.folder / "config.json", json.dumps(
             {"settings": asdict(config), "content": content, "command": " ".join(sys.argv),

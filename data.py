@@ -57,8 +57,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import shapes
-from common import (UserError, open_tensors, parse_config, read_picture, read_text, run_main, write_tensors,
-                    write_whole)
+from common import (Seed, UserError, hash_files, open_tensors, parse_config, read_picture, read_text,
+                    run_main, write_tensors, write_whole)
 from model import UnifiedModel
 from tokenizer import IMAGE_END, IMAGE_START, SPECIAL_TOKENS, THINK_END, THINK_START
 
@@ -70,7 +70,7 @@ class Config:
     data: str = ""                   # sources, NAME=DIR,NAME=DIR; empty: the toy world's samples
     prompts: bool = False            # read them as grpo.py --prompts does
     # -- run
-    seed: int = 0                    # of the toy world's samples
+    seed: Seed = 0                   # of the toy world's samples
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1054,6 +1054,16 @@ def keep_usable(samples: list[Sample], model: UnifiedModel, codes: CodeCache, le
                     detail = f"{length} positions" + (f" and an answer of {room}" if room else "")
                     raise Broken(f"longer than the decoder's context of {context}", detail)
                 yield sample
+
+
+MOST_HASHED = 10_000             # pictures that a hash of samples reads
+
+
+def hash_samples(samples: list[Sample]) -> str:
+    """A hash of samples: their texts and the content of their pictures, of very many pictures every n-th."""
+    pictures = [p for s in samples for p in s.prompt_pictures + s.answer_pictures]
+    return hash_files(pictures[::1 + len(pictures) // MOST_HASHED],
+                      (f"{s.kind} {s.prompt} {s.answer}" for s in samples))
 
 
 def row_of(sample: Sample, model: UnifiedModel, codes: CodeCache) -> tuple[Tensor, Tensor, Tensor]:

@@ -54,21 +54,23 @@ from tqdm import tqdm
 
 import data
 import shapes
-from common import (Count, Natural, NonNegative, TopP, UserError, Weights, add_line, check_config,
-                    check_settings, flag_of, parse_config, pick_device, picture_html, read_json, read_lines,
-                    read_picture, require, run_main, write_page, write_report, write_text, write_whole)
-from data import (I2T_QUESTION, Broken, CodeCache, LeftOut, Question, Sample, fingerprint, keep_usable,
+from common import (Count, Natural, NonNegative, Seed, TopP, UserError, Weights, add_line, check_config,
+                    check_content, check_settings, claim, flag_of, free_folder, hash_files, parse_config,
+                    pick_device, picture_html, read_json, read_lines, read_picture, require, run_main,
+                    write_page, write_report, write_text, write_whole)
+from data import (I2T_QUESTION, Broken, CodeCache, LeftOut, Question, Sample, hash_samples, keep_usable,
                   toy_prompt)
 from judges import LlavaCritic, strip_marks
-from model import Sampling, UnifiedModel, check_budget, check_memory, load
-from rewards import (check_judge, check_judges, format_reward, hybrid_rewards, judge, judge_names, make_judge,
-                     make_judges, own_text)
+from model import Sampling, UnifiedModel, check_budget, check_memory, checkpoint_hash, load
+from rewards import (check_judge, check_judges, format_reward, hybrid_rewards, judge, judge_content,
+                     judge_names, make_judge, make_judges, own_text)
 
 
 @dataclass
 class Config:
     # -- model
     model: str = "out/warmup"        # model to rate: run directory, checkpoint folder or hub id
+    base: str = ""                   # where the base of a model with adapters is now, if it was moved
     before: str = ""                 # --benchmark: a second model to compare with, say the warm-up model
     # -- toy world
     prompts: Count = 384             # fresh prompts
@@ -98,7 +100,7 @@ class Config:
     skip: Literal["both", "editing", "none"] = "both"    # tasks of interleavedbench without text aspects
     # -- run
     out: str = ""                    # folder of the results; empty: out/evaluate, out/ladder or out/BENCHMARK
-    seed: int = 7                    # of prompts and sampling
+    seed: Seed = 7                   # of prompts and sampling
     device: str = "auto"             # cpu, cuda, mps; auto takes the best there is
     preset: str = ""                 # paper: the paper's settings, see PAPER; flags beside it win
 
@@ -162,8 +164,8 @@ def answer_all(model: UnifiedModel, samples: list[Sample], config: Config, sampl
 def open_model(source: str, config: Config, quantize: str = "none") -> UnifiedModel:
     """Load a model to --device if its answers fit beside it. Raises UserError."""
     device = pick_device(config.device)
-    check_memory(source, config.budget, config.rows, device, quantize)
-    return load(source, device, quantize).eval()
+    check_memory(source, config.budget, config.rows, device, quantize, config.base)
+    return load(source, device, quantize, config.base).eval()
 
 
 def evaluate(model: UnifiedModel, config: Config) -> dict:
@@ -226,7 +228,7 @@ def before_and_after(run, prompts: list[str]) -> None:
     if run.eval_prompts and all(shapes.wanted_steps(prompt) for prompt in prompts):
         for name, model in (("before", run.model), ("after", run.out)):
             config = Config(
-                model=str(model), prompts=run.eval_prompts, edits=run.edits, temperature=run.temperature,
+                model=str(model), base=run.base, prompts=run.eval_prompts, edits=run.edits, temperature=run.temperature,
                 guidance=run.eval_guidance or run.guidance, budget=run.budget,
                 batch=min(Config.batch, 4 * run.micro_batch), text_reward=run.text_reward,
                 visual_reward=run.visual_reward, reward_weights=run.reward_weights,
@@ -234,8 +236,8 @@ def before_and_after(run, prompts: list[str]) -> None:
                 rows=run.rows)
             results[name] = evaluate(open_model(model, config, run.quantize), config)
         table = rates_table(results)
-        print(table)
         write_text(folder / "evaluation.json", json.dumps(results, indent=1))
+        print(table)
     print(f"answers, curves and rates: {write_report(folder, table)}")
 
 
@@ -254,19 +256,17 @@ PAPER_LADDER = {                     # rung -> the paper's MMIE and InterleavedB
 }
 
 
-def ladder(config: Config) -> None:
+def ladder(config: Config, folder: Path) -> None:
     """Train every rung from the same warm-up model with every seed, rate all, print one table.
 
-    The runs are OUT/RUNG-SEED. One that is finished is not trained again.
+    The runs are FOLDER/RUNG-SEED. One that is finished is not trained again.
     """
-    folder = Path(config.out or "out/ladder")
-    folder.mkdir(parents=True, exist_ok=True)
     results = {"warm-up": [evaluate(open_model(config.model, config), config)]}
     for rung, settings in LADDER.items():
         results[rung] = []
         for seed in config.seeds.split(","):
             out = folder / f"{re.sub('[^a-z]+', '_', rung).strip('_')}-{seed}"
-            flags = {"model": config.model, "out": out, "seed": seed, "updates": config.updates,
+            flags = {"model": config.model, "base": config.base, "out": out, "seed": seed, "updates": config.updates,
                      "edits": config.edits, "budget": config.budget, "eval_prompts": 0,
                      "device": config.device, **settings}
             command = [sys.executable, Path(__file__).with_name("grpo.py")]
@@ -275,10 +275,10 @@ def ladder(config: Config) -> None:
                 raise UserError(f"--ladder: grpo.py did not finish {out}, for the reason above")
             rung_config = replace(config, model=str(out))
             results[rung].append(evaluate(open_model(str(out), rung_config), rung_config))
+    write_text(folder / "evaluation.json", json.dumps(results, indent=1))
     print(f"mean (range) over GRPO seeds {config.seeds}; {config.prompts} {config.split} prompts, seed "
           f"{config.seed}; sampled at temperature {config.temperature}")
     print(ladder_table(results))
-    write_text(folder / "evaluation.json", json.dumps(results, indent=1))
     print(f"rates: {folder / 'evaluation.json'}")
 
 
@@ -621,12 +621,18 @@ def answer_questions(source: str, questions: list[Question], config: Config, fol
     short = BENCHMARKS[config.benchmark].SHORT
     if not short:
         check_budget(model, config.budget, source)
-    start_folder(folder, f"{source} (weights {fingerprint(model)[:16]})", config)
+    start_folder(folder, source, config)
     codes = CodeCache(model)
     questions = list(keep_usable(questions, model, codes, left_out, config.budget))
     if not questions:
         raise UserError(f"{source}: no question of {config.data} fits this model")
-    answers = {line["id"]: line for line in read_lines(folder / "answers.jsonl")}
+    lines = read_lines(folder / "answers.jsonl", "id", "answer", "layout", "truncated")
+    answers = {line["id"]: line for line in lines}
+    hashes = {question.id: hash_samples([question]) for question in questions}
+    for name, value in hashes.items():
+        if answers.get(name, {}).get("question", value) != value:
+            raise UserError(f"{folder / 'answers.jsonl'}: question {name} is not the one that was answered: "
+                            f"choose another --out, such as {free_folder(folder.parent)}")
     sampling = Sampling(config.temperature, config.top_k, config.top_p, config.guidance)
     if short:
         sampling = Sampling(0.0)                       # Choice: a short answer is right or wrong, so greedy
@@ -639,7 +645,8 @@ def answer_questions(source: str, questions: list[Question], config: Config, fol
             rows = model.generate(prompts, 1, config.budget, sampling, seeds, config.rows)
             for question, row, answer in zip(part, rows, model.read_answers(rows), strict=True):
                 segments = write_segments(answer, question.id, folder)
-                answers[question.id] = {"id": question.id, "answer": segments, "layout": answer.layout,
+                answers[question.id] = {"id": question.id, "question": hashes[question.id],
+                                        "answer": segments, "layout": answer.layout,
                                         "truncated": row.truncated}
                 add_line(folder / "answers.jsonl", answers[question.id])
                 bar.update()
@@ -650,11 +657,13 @@ def start_folder(folder: Path, model: str, config: Config) -> None:
     """Write the settings behind the answers to config.json. Raises UserError where others stand there."""
     names = ("benchmark", "data", "seed", "temperature", "top_k", "top_p", "guidance", "budget")
     settings = {"model": model, **{name: getattr(config, name) for name in names}}
-    file = folder / "config.json"
-    check_settings(folder, read_json(file)["settings"] if file.exists() else {}, settings)
+    file, content = folder / "config.json", {"model": checkpoint_hash(model)}
+    before = read_json(file) if file.exists() else {}
+    check_settings(folder.parent, before.get("settings", {}), settings, ("model", "data"))
+    check_content(folder.parent, before.get("content", {}), content)
     (folder / "answers").mkdir(parents=True, exist_ok=True)
-    content = {"settings": settings, "command": " ".join(sys.argv), "torch": torch.__version__}
-    write_text(file, json.dumps(content, indent=1))
+    write_text(file, json.dumps({"settings": settings, "content": content, "command": " ".join(sys.argv),
+                                 "torch": torch.__version__}, indent=1))
 
 
 def write_segments(answer, id: str, folder: Path) -> list[dict]:
@@ -683,14 +692,17 @@ def ask_critic(critic: LlavaCritic, name: str, requests: list[JudgeRequest], fol
 
     replies.jsonl keeps the replies of each judge by its `name`; what is there is not asked again.
     """
-    lines = read_lines(folder / "replies.jsonl")
-    replies = {(line["id"], line["aspect"]): line["reply"] for line in lines if line["judge"] == name}
+    lines = read_lines(folder / "replies.jsonl", "judge", "reply")
+    known = {(line["judge"], line.get("request")): line["reply"] for line in lines}
+    hashes = {(r.id, r.aspect): hash_files(r.pictures, r[:3]) for r in requests}
+    replies = {key: known[name, value] for key, value in hashes.items() if (name, value) in known}
     todo = [request for request in requests if (request.id, request.aspect) not in replies]
     with tqdm(total=len(requests), initial=len(requests) - len(todo), desc=f"judging {folder.name}") as bar:
         for start in range(0, len(todo), critic.BATCH):
             part = todo[start:start + critic.BATCH]
             for request, reply in zip(part, critic_replies(critic, part), strict=True):
-                line = {"id": request.id, "aspect": request.aspect, "judge": name, "reply": reply}
+                line = {"id": request.id, "aspect": request.aspect, "judge": name, "reply": reply,
+                        "request": hashes[request.id, request.aspect]}
                 add_line(folder / "replies.jsonl", line)
                 replies[request.id, request.aspect] = reply
                 bar.update()
@@ -712,7 +724,7 @@ def critic_replies(critic: LlavaCritic, requests: list[JudgeRequest]) -> list[st
 
 def small_picture(path: Path) -> Image.Image:
     """A picture file at the critic's size."""
-    picture = Image.open(path).convert("RGB")
+    picture = Image.fromarray(read_picture(path, "a picture to be judged"))
     picture.thumbnail((CRITIC_SIDE, CRITIC_SIDE))
     return picture
 
@@ -769,7 +781,8 @@ def judge_answers(benchmark: Benchmark, answer_sets: list[AnswerSet], config: Co
         if critic:
             requests = [request for question in of.questions
                         for request in benchmark.asks(question, of, config)]
-            of.replies = ask_critic(critic, f"{config.judge} {config.critic_quantize}", requests, of.folder)
+            name = f"{judge_content('text', config.judge)} {config.critic_quantize}"
+            of.replies = ask_critic(critic, name, requests, of.folder)
         score_replies(benchmark, of, config)
 
 
@@ -852,7 +865,7 @@ def write_answers_page(of: AnswerSet, title: str, table: str) -> Path:
     return write_page(of.folder / "answers.html", title, body)
 
 
-def run_benchmark(config: Config) -> None:
+def run_benchmark(config: Config, out: Path) -> None:
     """Answer the questions with --model (and --before), judge the answers, print and write the results."""
     benchmark, unread = BENCHMARKS[config.benchmark], LeftOut()
     questions = list(benchmark.read(Path(config.data), unread))
@@ -862,7 +875,6 @@ def run_benchmark(config: Config) -> None:
     replies = {}
     if config.judge.startswith("file:"):
         replies = read_replies(Path(config.judge.removeprefix("file:")))
-    out = Path(config.out or f"out/{config.benchmark}")
     models = {"before": config.before, "model": config.model}
     answer_sets = {name: answer_questions(model, questions, config, out / name)
                    for name, model in models.items() if model}
@@ -876,7 +888,6 @@ def run_benchmark(config: Config) -> None:
     reasons = {name: dict(Counter(unread.reasons()) + Counter(of.left_out.reasons()))
                for name, of in answer_sets.items()}
     table = header(benchmark, config, answer_sets, reasons) + "\n\n" + benchmark_table(benchmark, ours)
-    print(table)
     write_text(out / "results.json", json.dumps({
         "benchmark": config.benchmark, "data": config.data, "judge": config.judge, "skip": config.skip,
         "models": {name: of.model for name, of in answer_sets.items()}, "left_out": reasons,
@@ -885,8 +896,8 @@ def run_benchmark(config: Config) -> None:
         "paper": {name: dict(zip(benchmark.ROWS, values, strict=True))
                   for name, values in benchmark.PAPER.items()},
         "paper_other_metrics": benchmark.OTHER}, indent=1))
-    for name, of in answer_sets.items():
-        print(f"answers: {write_answers_page(of, f'{config.benchmark}, {name}', table)}")
+    pages = [write_answers_page(of, f"{config.benchmark}, {name}", table) for name, of in answer_sets.items()]
+    print(table, *(f"answers: {page}" for page in pages), sep="\n")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -923,17 +934,17 @@ def main() -> None:
     config = parse_config(Config, presets={"paper": PAPER}, names={
         "benchmark": BENCHMARKS, "text_reward": judge_names("text"), "visual_reward": judge_names("visual")})
     check(config)
-    if config.benchmark:
-        run_benchmark(config)
-    elif config.ladder:
-        ladder(config)
-    else:
-        file = Path(config.out or "out/evaluate") / "evaluation.json"
-        file.parent.mkdir(parents=True, exist_ok=True)
-        result = evaluate(open_model(config.model, config), config)
-        print(rates_table({Path(config.model).name: result}))
-        write_text(file, json.dumps(result, indent=1))
-        print(f"rates: {file}")
+    name = config.benchmark or ("ladder" if config.ladder else "evaluate")
+    with claim(config.out or f"out/{name}") as out:
+        if config.benchmark:
+            run_benchmark(config, out)
+        elif config.ladder:
+            ladder(config, out)
+        else:
+            result = evaluate(open_model(config.model, config), config)
+            write_text(out / "evaluation.json", json.dumps(result, indent=1))
+            print(rates_table({Path(config.model).name: result}))
+            print(f"rates: {out / 'evaluation.json'}")
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ import math
 import random
 import time
 from collections import Counter
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Literal
@@ -28,16 +29,17 @@ from torch import Tensor
 from tqdm import tqdm
 
 import warmup
-from common import (Count, LearningRate, Natural, NonNegative, Positive, Range, Run, Share, TopP, UserError,
-                    Weights, average_gradients, averaged, check_config, check_settings, optimizer_tensors,
-                    parse_config, peak_gib, require, restore_optimizer, run_main, start_processes)
-from data import (PROMPT_READERS, CodeCache, LeftOut, Sample, keep_usable, read_prompts, read_sources,
-                  toy_prompt)
+from common import (Count, LearningRate, Natural, NonNegative, Positive, Range, Run, Seed, Share, TopP,
+                    UserError, Weights, average_gradients, averaged, check_config, check_content,
+                    check_settings, claim, optimizer_tensors, parse_config, peak_gib, require,
+                    restore_optimizer, run_main, start_over, start_processes)
+from data import (PROMPT_READERS, CodeCache, LeftOut, Sample, hash_samples, keep_usable, read_prompts,
+                  read_sources, toy_prompt)
 from evaluate import before_and_after
-from model import (Sampling, UnifiedModel, as_batch, by_modality, check_budget, check_memory, load,
-                   load_training, prepare_training, restore, save, trainable_state, with_trainable)
-from rewards import (Scores, check_judges, check_rules, group_record, hybrid_rewards, judge, judge_names,
-                     make_judges)
+from model import (Sampling, UnifiedModel, as_batch, by_modality, check_budget, check_memory, checkpoint_hash,
+                   load, load_training, prepare_training, restore, save, trainable_state, with_trainable)
+from rewards import (Scores, check_judges, check_rules, group_record, hybrid_rewards, judge, judge_content,
+                     judge_names, make_judges)
 
 SPREAD = 1e-3         # a group whose rewards have a smaller standard deviation says nothing: exact zeros
 EPSILON = 1e-4        # added to the standard deviation in Eq. (4) and Eq. (6)
@@ -46,7 +48,8 @@ EPSILON = 1e-4        # added to the standard deviation in Eq. (4) and Eq. (6)
 @dataclass
 class Config:
     # -- data
-    model: str = "out/warmup"                # warm-up model and KL reference: run directory, folder or hub id
+    model: str = "out/warmup"                # warm-up model, KL reference: run directory, folder or hub id
+    base: str = ""                           # where the base of adapters in --model is now, if it was moved
     prompts: str = ""                        # JSONL file, or NAME=DIR,..; empty: the toy world's
     edits: Count = 3                         # edits that a toy prompt asks for
     # -- algorithm
@@ -55,7 +58,8 @@ class Config:
     group_size: Annotated[int, Range(2)] = 4  # G in Eq. (2): answers a prompt, compared with each other
     epochs_per_rollout: Count = 1            # updates on the same answers; the clip acts from the second on
     micro_batch: Count = 64                  # answers a forward pass; changes memory, never the gradient
-    lr: LearningRate = 2e-4                  # of Adam; reached after RAMP updates
+    lr: LearningRate = 2e-4                  # of Adam
+    ramp: Natural = 5                        # updates until --lr is reached; 0: at once
     clip: Share = 0.2                        # eps in Eq. (2)
     kl: NonNegative = 0.2                    # beta in Eq. (2)
     credit: Literal["process", "outcome"] = "process"    # process: Eq. (6); outcome: Eq. (4)
@@ -82,7 +86,7 @@ class Config:
     checkpointing: bool = False              # recompute layers in the backward pass: less memory, more time
     # -- run
     out: str = "out/grpo"                    # run directory
-    seed: int = 0                            # of prompts and sampling
+    seed: Seed = 0                           # of prompts and sampling
     device: str = "auto"                     # cpu, cuda, mps; auto takes the best there is
     save_every: Count = 10                   # updates between checkpoints
     resume: bool = True                      # go on from the last checkpoint; --no-resume starts over
@@ -91,8 +95,8 @@ class Config:
     preset: str = ""                         # paper: the paper's settings (PAPER); flags beside it win
 
 
-RAMP = 5                                     # updates until the learning rate is reached
-FREE = ("device", "reward_device", "save_every", "updates", "resume", "eval_prompts", "eval_guidance", "out",
+FREE = ("model", "base", "prompts", "text_reward", "visual_reward",            # compared by their content
+        "device", "reward_device", "save_every", "updates", "resume", "eval_prompts", "eval_guidance", "out",
         "rows", "micro_batch", "checkpointing", "preset")      # settings that may change when a run goes on
 
 # --preset paper: what the paper states is marked so. The rest is ours and fits one GPU (the QLoRA variant).
@@ -404,7 +408,7 @@ def check(config: Config, world: int = 1) -> None:
 
 def start_policy(config: Config, state: dict, device: torch.device) -> tuple[UnifiedModel, dict[str, Tensor]]:
     """Load the policy, where its last checkpoint left it, and the reference, its first parameters."""
-    policy = load(config.model, device, config.quantize)
+    policy = load(config.model, device, config.quantize, config.base)
     prepare_training(policy, config.lora_rank, config.lora_alpha, config.seed)
     reference = trainable_state(policy)
     if state:
@@ -420,13 +424,19 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> list[S
     state, tensors = load_training(folder / "policy") if config.resume else ({}, {})
     check_settings(folder, state.get("settings", {}), asdict(config), FREE)
     pool, left_out = read_pool(config)
-    check_memory(config.model, config.budget, config.rows, device, config.quantize)
+    content = {"model": checkpoint_hash(config.model), "prompts": hash_samples(pool),
+               "text_reward": judge_content("text", config.text_reward),
+               "visual_reward": judge_content("visual", config.visual_reward)}
+    check_content(folder, state.get("content", {}), content)
+    check_memory(config.model, config.budget, config.rows, device, config.quantize, config.base)
     policy, reference = start_policy(config, state, device)
     optimizer = torch.optim.Adam(policy.policy_parameters(), lr=config.lr, betas=(0.9, 0.95))
     restore_optimizer(optimizer, tensors)
     judges, codes = make_judges(config, device), CodeCache(policy)
     pool = ready_prompts(pool, left_out, policy, codes, config)
-    run = Run(config, state.get("lines", 0)) if rank == 0 else None
+    if rank == 0 and not config.resume:
+        start_over(folder)
+    run = Run(config, state.get("lines", 0), content) if rank == 0 else None
     first, silent = state.get("update", 0), 0
     if rank == 0:
         announce(config, first, pool, left_out)
@@ -445,7 +455,7 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> list[S
         compared = time.perf_counter()
         for epoch in range(config.epochs_per_rollout):
             for group in optimizer.param_groups:
-                group["lr"] = config.lr * min(1.0, (done + epoch + 1) / RAMP)
+                group["lr"] = config.lr * min(1.0, (done + epoch + 1) / max(1, config.ramp))
             metrics = update(policy, optimizer, batch, ref_logp, config)                   # steps 5 and 6
         now, before, done = time.perf_counter(), done, done + config.epochs_per_rollout
         metrics = averaged({**batch.metrics, **metrics, "seconds": now - began,
@@ -457,7 +467,7 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> list[S
             if done // config.save_every > before // config.save_every or done == config.updates:
                 title = f"Rollout of update {done}"
                 run.sample(f"{done:06d}", title, batch.records(3), judge_records(judges))
-                state = {"update": done, "lines": run.lines, "settings": asdict(config)}
+                state = {"update": done, "lines": run.lines, "settings": asdict(config), "content": content}
                 save(policy, folder / "policy", state, optimizer_tensors(optimizer))
     if rank == 0 and first < config.updates and config.eval_prompts:
         show(policy, run, config, pool, judges, "999999_after", "After GRPO: the same prompts")
@@ -509,16 +519,18 @@ def main() -> None:
         "visual_reward": judge_names("visual")})
     rank, world, device = start_processes(config.device)
     check(config, world)
-    if rank == 0 and config.model == Config.model and not warmup.is_done(Path(config.model)):
-        print(f"no warm-up model in {config.model} yet: training it first, once (2 minutes on two CPU cores)")
-        warmup.warm_up(warmup.Config(device=config.device))
-    if world > 1:
-        dist.barrier()
-    pool = train(config, rank, world, device)
-    if world > 1:
-        dist.destroy_process_group()
-    if rank == 0:
-        before_and_after(config, [sample.prompt for sample in pool])
+    with claim(config.out, config.resume) if rank == 0 else nullcontext():
+        if rank == 0 and config.model == Config.model and not warmup.is_done(Path(config.model)):
+            print(f"no warm-up model in {config.model} yet: training it first, once (2 minutes on two CPU "
+                  f"cores)")
+            warmup.warm_up(warmup.Config(device=config.device))
+        if world > 1:
+            dist.barrier()
+        pool = train(config, rank, world, device)
+        if world > 1:
+            dist.destroy_process_group()
+        if rank == 0:
+            before_and_after(config, [sample.prompt for sample in pool])
 
 
 if __name__ == "__main__":

@@ -35,10 +35,10 @@ from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from common import (Count, Natural, NonNegative, TopP, UserError, free_bytes, open_tensors, parse_config,
-                    pick_device, picture_html, read_json, read_picture, read_tensor, reading, run_main,
-                    seeded, settled, snapshot, total_bytes, write_folder, write_page, write_text,
-                    write_tensors)
+from common import (Count, Natural, NonNegative, Seed, TopP, UserError, check_replaceable, claim, foreign,
+                    free_bytes, hash_folder, open_tensors, parse_config, pick_device, picture_html, read_json,
+                    read_picture, read_tensor, reading, run_main, seeded, settled, snapshot, split_paths,
+                    total_bytes, write_folder, write_page, write_tensors, write_text)
 from tokenizer import (IMAGE_END, IMAGE_PLACEHOLDER, IMAGE_START, THINK_END, THINK_START, VISION_NAMES,
                        Answer, Attention, Block, ImageTokenizer, Sequence, TextTokenizer, VisionConfig, pack,
                        pad, parse_answer, preprocess, to_pictures)
@@ -375,6 +375,7 @@ class UnifiedModel(nn.Module):
         self.system_prompt = VICUNA
         self.configs: dict[str, dict] = {}               # the published config.json files, by folder
         self.source, self.quantize = "", "none"          # what the weights were loaded from, and how
+        self.content = ""                                # `checkpoint_hash` of the source
         self.adapter: dict | None = None                 # rank and alpha, if there are adapters
         self.rows = 0                                    # what `rows_that_fit` printed last
 
@@ -773,7 +774,8 @@ def row_bytes(decoder: DecoderConfig, positions: int, bytes_a_number: int) -> in
     return 2 * decoder.num_hidden_layers * heads * head_dim * positions * bytes_a_number
 
 
-def check_memory(source: str, budget: int, rows: int, device: torch.device, quantize: str = "none") -> None:
+def check_memory(source: str, budget: int, rows: int, device: torch.device, quantize: str = "none",
+                 base: str = "") -> None:
     """Refuse, before any weight is read, what the device cannot hold: `rows` (0: one) answers of `budget`.
 
     The estimate is a lower bound: keys and values in 16 bits beside the decoder's files, 4.5 bits a weight
@@ -783,7 +785,7 @@ def check_memory(source: str, budget: int, rows: int, device: torch.device, quan
     if (folder / "adapter.json").exists():
         with reading(folder / "adapter.json", "the file"):
             config = read_json(folder / "adapter.json")
-            folder, quantize = checkpoint_folder(config["base"]), config["quantize"]
+            folder, quantize = checkpoint_folder(base or config["base"]), config["quantize"]
     with reading(folder / "llm" / "config.json", "the file"):
         decoder = decoder_config(read_json(folder / "llm" / "config.json"))
     if budget >= decoder.context:
@@ -1168,17 +1170,24 @@ def checkpoint_folder(source: str) -> Path:
     return snapshot(source, "--model")
 
 
-def load(source: str | Path, device: str | torch.device = "cpu", quantize: str = "none") -> UnifiedModel:
+def checkpoint_hash(source: str | Path) -> str:
+    """A hash of a checkpoint's weights, configs and tokenizer; of adapters it covers their base."""
+    return hash_folder(checkpoint_folder(str(source)), ("", *NAMES))
+
+
+def load(source: str | Path, device: str | torch.device = "cpu", quantize: str = "none",
+         base: str = "") -> UnifiedModel:
     """A checkpoint in the published layout (hub id or folder) -> model.
 
     Sizes come from its config files and tensor shapes. Only needed tensors are read, one at a time, to
     `device`. They have the type they are stored in; with quantize "nf4" the decoder's linear layers have
-    4 bits. A folder of adapters brings its base, as it was quantised when they were trained.
+    4 bits. A folder of adapters brings its base, as it was quantised when they were trained; `base` names a
+    base that was moved since.
     Raises UserError, naming file, tensor and both shapes, for what is missing, unknown or misshaped.
     """
     folder = checkpoint_folder(str(source))
     if (folder / "adapter.json").exists():
-        return load_adapters(folder, device)
+        return load_adapters(folder, device, base)
     configs = {part: read_json(folder / part / "config.json") for part in ("", "llm", "vision_tower")}
     stored = stored_tensors(tensor_files(folder / "vision_tower"))
     with reading(folder, "one of its config.json files or its vision tensors"):
@@ -1187,6 +1196,7 @@ def load(source: str | Path, device: str | torch.device = "cpu", quantize: str =
     load_weights(model, folder, device, quantize)
     add_tokens(model, [THINK_START, THINK_END])
     model.source, model.quantize = str(Path(source).resolve() if Path(source).exists() else source), quantize
+    model.content = checkpoint_hash(source)
     return model
 
 
@@ -1236,15 +1246,23 @@ def load_weights(model: UnifiedModel, folder: Path, device: str | torch.device,
     model.vision.requires_grad_(False)
 
 
-def load_adapters(folder: Path, device: str | torch.device) -> UnifiedModel:
-    """adapter.json (base, quantize, rank, alpha) and adapter.safetensors -> the base with these adapters."""
+def load_adapters(folder: Path, device: str | torch.device, base: str) -> UnifiedModel:
+    """adapter.json (base, quantize, rank, alpha) and adapter.safetensors -> the base with these adapters.
+
+    Raises UserError where the base is not what the adapters were trained on.
+    """
     with reading(folder / "adapter.json", "the file"):
         config = read_json(folder / "adapter.json")
-        base, quantize, rank, alpha = config["base"], config["quantize"], config["rank"], config["alpha"]
+        base, quantize = base or config["base"], config["quantize"]
+        rank, alpha = config["rank"], config["alpha"]
     try:
         model = load(base, device, quantize)
     except UserError as error:
-        raise UserError(f"{folder / 'adapter.json'}: its base cannot be loaded: {error}") from None
+        raise UserError(f"{folder / 'adapter.json'}: its base cannot be loaded (--base FOLDER names one that "
+                        f"was moved): {error}") from None
+    if config.get("content", model.content) != model.content:
+        raise UserError(f"{folder}: these adapters were trained on other weights than those of {base}: "
+                        f"name their base with --base FOLDER")
     prepare_training(model, rank, alpha)
     load_adapter_weights(model, folder, device)
     return model
@@ -1297,7 +1315,8 @@ def save(model: UnifiedModel, folder: Path, state: dict | None = None,
     """
     with write_folder(folder) as new:
         if model.adapter:
-            config = {"base": model.source, "quantize": model.quantize, **model.adapter}
+            config = {"base": model.source, "content": model.content, "quantize": model.quantize,
+                      **model.adapter}
             write_text(new / "adapter.json", json.dumps(config, indent=1))
             write_tensors(trainable_state(model), new / "adapter.safetensors")
         else:
@@ -1369,6 +1388,7 @@ def load_training(folder: Path) -> tuple[dict, dict[str, Tensor]]:
 class Config:
     # -- model
     model: str = "out/warmup"    # run directory, checkpoint folder or hub id
+    base: str = ""               # where the base of a model with adapters is now, if it was moved
     quantize: Literal["none", "nf4"] = "none"    # nf4: the decoder's linear layers in 4 bits
     merge: str = ""              # write the model, adapters folded in, to this folder, and stop
     # -- prompt
@@ -1383,13 +1403,14 @@ class Config:
     guidance: NonNegative = 1.0  # for image codes; VILA-U and the paper draw with 3
     # -- run
     out: str = "out/answer"      # where answer.html and the PNGs go
-    seed: int = 0                # of the sampling
+    seed: Seed = 0               # of the sampling
     device: str = "auto"         # cpu, cuda, mps; auto takes the best there is
 
 
 def write_answer_page(prompt: str, pictures: list[np.ndarray], answer: Answer, folder: Path) -> Path:
     """Write the answer as answer.html, texts and pictures in turn, with the pictures beside it as PNGs."""
-    folder.mkdir(parents=True, exist_ok=True)
+    for earlier in (*folder.glob("prompt_[0-9]*.png"), *folder.glob("step_[0-9]*.png")):
+        earlier.unlink()
     body = []
     for i, picture in enumerate(pictures):
         Image.fromarray(picture).save(folder / f"prompt_{i}.png")
@@ -1404,35 +1425,59 @@ def write_answer_page(prompt: str, pictures: list[np.ndarray], answer: Answer, f
     return write_page(folder / "answer.html", prompt, body)
 
 
-def main() -> None:
-    """One answer to one prompt, printed and written to --out; or adapters folded into their base."""
-    config = parse_config(Config)
-    if config.merge:
-        model = load(config.model, pick_device(config.device), config.quantize)
-        if not model.adapter:
-            raise UserError(f"--merge {config.merge}: {config.model} has no adapters")
-        merge(model)
-        save(model, Path(config.merge))
-        print(f"a checkpoint in the published layout: {config.merge}")
-        return
-    pictures = [read_picture(Path(name), "--image") for name in config.image.split(",") if name]
+def write_merged(config: Config) -> None:
+    """--merge: fold the adapters of --model into their base and write the result as an ordinary model.
+
+    Raises UserError where the folder holds anything but an earlier result of this.
+    """
+    folder = Path(config.merge).resolve()
+    check_replaceable(folder)
+    if (folder / "training.json").exists() or foreign(folder):
+        name = "training.json" if (folder / "training.json").exists() else foreign(folder)[0]
+        raise UserError(f"--merge {config.merge}: holds {name}, which no merge wrote: choose another folder")
+    model = load(config.model, pick_device(config.device), config.quantize, config.base)
+    if not model.adapter:
+        raise UserError(f"--merge {config.merge}: {config.model} has no adapters")
+    if folder in (checkpoint_folder(config.model).resolve(), checkpoint_folder(model.source).resolve()):
+        raise UserError(f"--merge {config.merge}: it holds the adapters or their base: choose another")
+    rank = model.adapter["rank"]
+    merge(model)
+    save(model, folder)
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 2 ** 30
+    print(f"{config.merge}: {model.source} with the adapters of {config.model} (rank {rank}) folded in, "
+          f"{size:.2f} GiB in the published layout")
+
+
+def answer_prompt(config: Config, folder: Path) -> None:
+    """One answer to --prompt, written to the folder and printed."""
+    pictures = [read_picture(Path(name), "--image") for name in split_paths(config.image)]
     marks = config.prompt.count("<image>")
     if marks != len(pictures):
         raise UserError(f"--image: {len(pictures)} files, but {marks} <image> marks in --prompt")
-    model = load(config.model, pick_device(config.device), config.quantize).eval()
+    model = load(config.model, pick_device(config.device), config.quantize, config.base).eval()
     codes = list(model.encode_pictures(pictures)) if pictures else []
     prompt = model.prompt(config.prompt, codes, config.draw)
     sampling = Sampling(config.temperature, config.top_k, config.top_p, config.guidance)
     budget = max(1, min(config.budget, model.decoder.config.context - len(prompt)))
     trajectory, = model.generate([prompt], 1, budget, sampling, [(config.seed,)])
     answer, = model.read_answers([trajectory])
+    page = write_answer_page(config.prompt, pictures, answer, folder)
     for segment in answer.segments:
         if segment.picture is None:
             print(segment.text)
         else:
             print(f"[picture {segment.picture.shape[1]}x{segment.picture.shape[0]}]")
-    page = write_answer_page(config.prompt, pictures, answer, Path(config.out))
     print(f"{answer.layout}{' (cut by --budget)' if trajectory.truncated else ''}; {page}")
+
+
+def main() -> None:
+    """One answer to one prompt, written to --out and printed; or adapters folded into their base."""
+    config = parse_config(Config)
+    if config.merge:
+        write_merged(config)
+        return
+    with claim(config.out) as folder:
+        answer_prompt(config, folder)
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from torch import Tensor
 
 import judges
 import shapes
-from common import UserError, pick_device, png, read_picture, run_main
+from common import UserError, hash_folder, pick_device, png, read_picture, run_main
 from tokenizer import Answer, Segment
 
 # A judge gives None where it has no opinion, for example where a reply holds no score. None is no
@@ -173,6 +173,15 @@ def make_judge(part: str, spec: str, device: torch.device, quantize: str = "none
     judge_class = judges.JUDGES[part][name]
     options = {"quantize": quantize} if part == "text" else {}
     return judge_class(folder or judge_class.HUB, device, **options)
+
+
+def judge_content(part: str, spec: str) -> str:
+    """What a judge is, whatever its folder is called: its name and a hash of its weights."""
+    name, _, folder = spec.partition("=")
+    if name == "rules":
+        return name
+    folder = judges.judge_folder(folder or judges.JUDGES[part][name].HUB, f"{part} judge")
+    return f"{name} {hash_folder(folder)}"
 
 
 def make_judges(config, device: torch.device) -> tuple[TextJudge, VisualJudge]:

@@ -32,13 +32,13 @@ from torch import Tensor
 from tqdm import tqdm
 
 import shapes
-from common import (Count, LearningRate, Natural, Positive, Run, UserError, Weights, check_config,
-                    check_settings, optimizer_tensors, parse_config, pick_device, restore_optimizer, run_main,
-                    seeded, shown, write_report, write_text)
-from data import (I2T_QUESTION, KINDS, MARKS, PRETRAINING, READERS, CodeCache, LeftOut, Sample, keep_usable,
-                  parse_sources, read_sources, row_of, toy_i2t, toy_prompt, toy_story, toy_t2i)
-from model import (DecoderConfig, DepthConfig, UnifiedModel, by_modality, chat, load, load_training,
-                   prepare_training, save)
+from common import (Count, LearningRate, Natural, Positive, Run, Seed, UserError, Weights, check_config,
+                    check_content, check_settings, claim, optimizer_tensors, parse_config, pick_device,
+                    restore_optimizer, run_main, seeded, shown, write_report, write_text)
+from data import (I2T_QUESTION, KINDS, MARKS, PRETRAINING, READERS, CodeCache, LeftOut, Sample, hash_samples,
+                  keep_usable, parse_sources, read_sources, row_of, toy_i2t, toy_prompt, toy_story, toy_t2i)
+from model import (DecoderConfig, DepthConfig, UnifiedModel, by_modality, chat, checkpoint_hash, load,
+                   load_training, prepare_training, save)
 from rewards import RulesText, RulesVisual, group_record, judge
 from tokenizer import (BYTE, CONTROL, NORMAL, SPACE, SPECIAL_TOKENS, UNKNOWN, ImageTokenizer, TextTokenizer,
                        VisionConfig, pad, preprocess, to_pictures, write_field)
@@ -61,12 +61,13 @@ class Config:
     warmup_lr: LearningRate = 1e-3   # peak learning rate of stage 3 (AdamW)
     # -- adapters
     model: str = ""                  # folder or hub id to start stage 3 from; empty: all stages, from nothing
+    base: str = ""                   # where the base of a model with adapters is now, if it was moved
     lora_rank: Natural = 0           # of adapters on the decoder's linear layers; 0: train the whole policy
     lora_alpha: Positive = 16.0      # adapters are scaled by alpha / rank
     quantize: Literal["none", "nf4"] = "none"  # nf4: the frozen base in 4 bits (QLoRA)
     # -- run
     out: str = "out/warmup"          # run directory
-    seed: int = 0                    # of weights and data
+    seed: Seed = 0                   # of weights and data
     device: str = "auto"             # cpu, cuda, mps; auto takes the best there is
     micro_batch: Count = 48          # samples a forward pass; changes memory, never the gradient
     checkpointing: bool = False      # recompute layers in the backward pass: less memory, a third more time
@@ -83,7 +84,8 @@ PAPER = dict(
     micro_batch=2, checkpointing=True, save_every=100,     # ours
 )
 # Settings that may change when a run is resumed.
-FREE = ("device", "save_every", "out", "micro_batch", "checkpointing", "preset", "cache")
+FREE = ("model", "base", "data",     # compared by their content
+        "device", "save_every", "out", "micro_batch", "checkpointing", "preset", "cache")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -588,12 +590,20 @@ def train_decoder(model: UnifiedModel, run: Run, config: Config, stage: str, bat
 def checkpoint(model: UnifiedModel, run: Run, config: Config, stage: str, step: int,
                tensors: dict[str, Tensor]) -> tuple[str, int, dict[str, Tensor]]:
     """Save the model and where training is: `stage` has done `step` steps. Returns these and the tensors."""
-    state = {"stage": stage, "step": step, "lines": run.lines, "settings": asdict(config)}
+    state = {"stage": stage, "step": step, "lines": run.lines, "settings": asdict(config),
+             "content": run.content}
     save(model, run.folder / "policy", state, tensors)
     return stage, step, tensors
 
 
-def warm_up(config: Config) -> None:
+def warm_up(config: Config) -> Path:
+    """Train in a folder that no other run writes to, and write the report -> its path."""
+    with claim(config.out) as folder:
+        run_stages(config)
+        return write_report(folder)
+
+
+def run_stages(config: Config) -> None:
     """Run the stages that are still to be done, from the last checkpoint of the same settings.
 
     Raises UserError where the run directory belongs to other settings, or --data cannot be used.
@@ -603,15 +613,18 @@ def warm_up(config: Config) -> None:
     check_settings(folder, state.get("settings", {}), asdict(config), FREE)
     left_out = LeftOut()
     samples = read_sources(config.data, "--data", READERS, left_out) if config.data else {}
+    content = {"model": checkpoint_hash(config.model) if config.model else "",
+               "data": hash_samples(sum(samples.values(), []))}
+    check_content(folder, state.get("content", {}), content)
     if state:
-        model = load(folder / "policy", device)
+        model = load(folder / "policy", device, base=config.base)
     elif config.model:
-        model = load(config.model, device, config.quantize)
+        model = load(config.model, device, config.quantize, config.base)
     else:
         model = miniature(config.seed, folder / "text", some_texts(samples, config.seed)).to(device)
     prepare_training(model, config.lora_rank, config.lora_alpha, config.seed)
     model.decoder.checkpointing = config.checkpointing
-    run = Run(config, state.get("lines", 0))
+    run = Run(config, state.get("lines", 0), content)
     stage, step = state.get("stage", "warmup" if config.model else "tokenizer"), state.get("step", 0)
     if stage == "tokenizer":
         train_image_tokenizer(model, run, config, step, tensors)
@@ -644,9 +657,9 @@ def interleave(model: UnifiedModel, run: Run, config: Config, samples: dict[str,
         prompts = [toy_prompt(rng, config.edits, "heldout") for _ in range(PROMPTS)]
     sheet = partial(show, model, run, config, prompts[:PROMPTS], codes, judges)
     if start == 0:
-        sheet("before", "before the warm-up: it cannot interleave")
+        sheet("000000_before", "before the warm-up: it cannot interleave")
     train_decoder(model, run, config, "warmup", batch, codes, start, tensors)
-    sheet("after", "after the warm-up")
+    sheet("999999_after", "after the warm-up")
 
 
 def some_texts(samples: dict[str, list[Sample]], seed: int) -> list[str]:
@@ -702,8 +715,7 @@ def main() -> None:
     """Run the three stages and write the report."""
     config = parse_config(Config, presets={"paper": PAPER}, names={"data": READERS})
     check(config)
-    warm_up(config)
-    print(f"warm-up done: {write_report(Path(config.out))}")
+    print(f"warm-up done: {warm_up(config)}")
 
 
 if __name__ == "__main__":
