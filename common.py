@@ -400,7 +400,7 @@ def reading(path: Path, what: str):
         yield
     except UserError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise UserError(f"{path}: {what} lacks {error}") from None
 
 

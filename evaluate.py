@@ -120,19 +120,19 @@ LOW = 0.4                            # ours: temperature of the low arm
 # ------------------------------------------------------------------------------------------------------------
 # Rates in the toy world
 
-def rate_answer(prompt: str, answer) -> dict[str, float]:
+def rate_answer(sample: Sample, answer) -> dict[str, float]:
     """Compare one answer (tokenizer.Answer) with the true states of its prompt -> 0..1 for each of RATES."""
-    states = shapes.states_of_prompt(prompt)[1:]
-    texts = [shapes.parse_caption(s.text) for s in answer.segments if s.text is not None]
+    states = shapes.states_of_prompt(sample.prompt)[1:]
+    texts = [shapes.parse_caption(text) for text in answer.texts]
     places = [i for i, s in enumerate(answer.segments) if s.picture is not None]
-    captions = [shapes.parse_caption(own_text(answer.segments, i)) for i in places]
+    captions = [shapes.parse_caption(own_text(sample, answer.segments, i)) for i in places]
     pictures = [answer.segments[i].picture for i in places]
     scenes = shapes.recognise(np.stack(pictures)) if pictures else []
     steps = len(states)
     matches = [caption is not None and caption == scene
                for caption, scene in zip(captions, scenes, strict=True)]
     rates = {
-        "format": format_reward(answer.layout, steps),
+        "format": format_reward(answer.layout, answer.texts, steps),
         "text": sum(text == state for text, state in zip(texts, states)) / steps,
         "visual": min(1.0, sum(matches) / steps),
         "visual_true": sum(scene == state for scene, state in zip(scenes, states)) / steps,
@@ -173,15 +173,14 @@ def evaluate(model: UnifiedModel, config: Config) -> dict:
     judges = make_judges(config, model.device)
     rng = random.Random(f"evaluate/{config.seed}")
     samples = [toy_prompt(rng, config.edits, config.split) for _ in range(config.prompts)]
-    prompts = [sample.prompt for sample in samples]
     result = {}
     for arm, temperature in {"sampled": config.temperature, "low": LOW, "greedy": 0.0}.items():
         sampling = Sampling(temperature, config.top_k, config.top_p, config.guidance)
         answers = answer_all(model, samples, config, sampling, arm)
         # A part without a score takes the mean over all prompts, which leaves the column's mean as it is.
-        rewards = hybrid_rewards(judge(prompts, answers, *judges), config.reward_weights)
-        rates = [{**rate_answer(prompt, answer), "reward": reward}
-                 for prompt, answer, reward in zip(prompts, answers, rewards, strict=True)]
+        rewards = hybrid_rewards(judge(samples, answers, *judges, "outcome"), config.reward_weights)
+        rates = [{**rate_answer(sample, answer), "reward": reward}
+                 for sample, answer, reward in zip(samples, answers, rewards, strict=True)]
         result[arm] = {name: interval(np.array([r[name] for r in rates]), config.seed) for name in COLUMNS}
     return {**result, "kept": rate_single_tasks(model, config), "prompts": config.prompts,
             "seed": config.seed, "split": config.split, "edits": config.edits, "model": str(config.model)}
@@ -228,8 +227,8 @@ def before_and_after(run, prompts: list[str]) -> None:
     if run.eval_prompts and all(shapes.wanted_steps(prompt) for prompt in prompts):
         for name, model in (("before", run.model), ("after", run.out)):
             config = Config(
-                model=str(model), base=run.base, prompts=run.eval_prompts, edits=run.edits, temperature=run.temperature,
-                guidance=run.eval_guidance or run.guidance, budget=run.budget,
+                model=str(model), base=run.base, prompts=run.eval_prompts, edits=run.edits,
+                temperature=run.temperature, guidance=run.eval_guidance or run.guidance, budget=run.budget,
                 batch=min(Config.batch, 4 * run.micro_batch), text_reward=run.text_reward,
                 visual_reward=run.visual_reward, reward_weights=run.reward_weights,
                 reward_device=run.reward_device, critic_quantize=run.critic_quantize, device=run.device,
@@ -266,9 +265,9 @@ def ladder(config: Config, folder: Path) -> None:
         results[rung] = []
         for seed in config.seeds.split(","):
             out = folder / f"{re.sub('[^a-z]+', '_', rung).strip('_')}-{seed}"
-            flags = {"model": config.model, "base": config.base, "out": out, "seed": seed, "updates": config.updates,
-                     "edits": config.edits, "budget": config.budget, "eval_prompts": 0,
-                     "device": config.device, **settings}
+            flags = {"model": config.model, "base": config.base, "out": out, "seed": seed,
+                     "updates": config.updates, "edits": config.edits, "budget": config.budget,
+                     "eval_prompts": 0, "device": config.device, **settings}
             command = [sys.executable, Path(__file__).with_name("grpo.py")]
             command += [f"{flag_of(name)}={value}" for name, value in flags.items()]
             if subprocess.run(command).returncode:
@@ -808,8 +807,10 @@ def header(benchmark: Benchmark, config: Config, answer_sets: dict[str, AnswerSe
     for name, of in answer_sets.items():
         line = f"{name}: {of.model}, {len(of.questions)} answers"
         if benchmark.MOST:
-            share = fmean(format_reward(of.answers[q.id]["layout"]) for q in of.questions)
-            line += f", {share:.1%} of them well-formed"
+            forms = [format_reward(of.answers[q.id]["layout"],
+                                   [s["text"] for s in of.segments(q) if s["text"] is not None])
+                     for q in of.questions]
+            line += f", {fmean(forms):.1%} of them well-formed"
         lines.append(line)
         lines += [f"    {reason}: {count}" for reason, count in reasons[name].items()]
     return "\n".join(lines)

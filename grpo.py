@@ -37,7 +37,8 @@ from data import (PROMPT_READERS, CodeCache, LeftOut, Sample, hash_samples, keep
                   read_sources, toy_prompt)
 from evaluate import before_and_after
 from model import (Sampling, UnifiedModel, as_batch, by_modality, check_budget, check_memory, checkpoint_hash,
-                   load, load_training, prepare_training, restore, save, trainable_state, with_trainable)
+                   load, load_training, prepare_training, restore, save, trainable_state, unpacked,
+                   with_trainable)
 from rewards import (Scores, check_judges, check_rules, group_record, hybrid_rewards, judge, judge_content,
                      judge_names, make_judges)
 
@@ -83,6 +84,7 @@ class Config:
     lora_rank: Natural = 0                   # rank of the decoder's adapters; 0: train the whole policy
     lora_alpha: Positive = 16.0              # adapters are scaled by alpha / rank
     quantize: Literal["none", "nf4"] = "none"    # nf4: the frozen base in 4 bits (QLoRA)
+    unpack: bool = False                     # nf4: a full copy of the base in rollouts: faster, more memory
     checkpointing: bool = False              # recompute layers in the backward pass: less memory, more time
     # -- run
     out: str = "out/grpo"                    # run directory
@@ -97,7 +99,7 @@ class Config:
 
 FREE = ("model", "base", "prompts", "text_reward", "visual_reward",            # compared by their content
         "device", "reward_device", "save_every", "updates", "resume", "eval_prompts", "eval_guidance", "out",
-        "rows", "micro_batch", "checkpointing", "preset")      # settings that may change when a run goes on
+        "rows", "micro_batch", "unpack", "checkpointing", "preset")    # may change when a run goes on
 
 # --preset paper: what the paper states is marked so. The rest is ours and fits one GPU (the QLoRA variant).
 PAPER = dict(
@@ -305,10 +307,11 @@ def rollout(policy: UnifiedModel, samples: list[Sample], config: Config, judges:
     """Sample G answers to each prompt, judge them, and compare each with its group."""
     G, began = config.group_size, time.perf_counter()
     prompts = [policy.prompt(s.prompt, codes(s.prompt_pictures)) for s in samples]
-    trajectories = policy.generate(prompts, G, config.budget, sampling_of(config), seeds, config.rows)
+    with unpacked(policy) if config.unpack else nullcontext():
+        trajectories = policy.generate(prompts, G, config.budget, sampling_of(config), seeds, config.rows)
     answers = policy.read_answers(trajectories)
     sampled = time.perf_counter()
-    scores = judge([s.prompt for s in samples for _ in range(G)], answers, *judges)
+    scores = judge([s for s in samples for _ in range(G)], answers, *judges, config.credit)
     judged = time.perf_counter()
     groups = [slice(b, b + G) for b in range(0, len(answers), G)]
     values = [advantages(answers[g], scores[g], config) for g in groups]
@@ -325,7 +328,8 @@ def rollout(policy: UnifiedModel, samples: list[Sample], config: Config, judges:
         "steps_per_answer": mean(len(a.segments) for a in answers),
         "truncated": mean(t.truncated for t in trajectories),
         "text_share": (text.sum() / mask.sum()).item(),
-        "no_score": mean(float(r is None) for s in scores for r in s.steps),
+        "no_score": mean(float(missing) for s in scores for missing in s.unscored),
+        "cut_texts": mean(float(cut) for s in scores for cut in s.cut),
         "seconds/rollout": sampled - began, "seconds/reward": judged - sampled}
     return Rollout(samples, answers, scores, tokens, is_image, mask, logp, padded.to(policy.device), metrics)
 
@@ -409,6 +413,8 @@ def check(config: Config, world: int = 1) -> None:
 def start_policy(config: Config, state: dict, device: torch.device) -> tuple[UnifiedModel, dict[str, Tensor]]:
     """Load the policy, where its last checkpoint left it, and the reference, its first parameters."""
     policy = load(config.model, device, config.quantize, config.base)
+    require(config, "unpack", policy.quantize == "nf4" or not config.unpack,
+            f"a policy in 4 bits (--quantize nf4), but that of {config.model} is not")
     prepare_training(policy, config.lora_rank, config.lora_alpha, config.seed)
     reference = trainable_state(policy)
     if state:

@@ -30,7 +30,8 @@ from torch import Tensor
 
 from common import (UserError, parse_config, pick_device, read_json, read_picture, read_text, reading,
                     run_main, snapshot)
-from model import NAMES, Decoder, DecoderConfig, KVCache, Stored, fill, stored_tensors, tensor_files
+from model import (NAMES, Decoder, DecoderConfig, KVCache, Stored, decoder_config, fill, stored_tensors,
+                   tensor_files)
 from tokenizer import (CACHE_SIZE, SIGLIP_HEADS, Attention, Block, SiglipTower, TowerConfig, byte_pairs,
                        preprocess)
 
@@ -338,7 +339,7 @@ def read_pytorch(file: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
-        raise UserError(f"{file}: missing") from None
+        raise UserError(f"{file}: no such file") from None
     except Exception as error:               # not a zip, cut, or with more than tensors: torch's first line
         reason = str(error).splitlines()[0]
         raise UserError(f"{file}: not a whole PyTorch file of weights ({reason})") from None
@@ -786,8 +787,7 @@ LLAVA_NAMES = {     # prefixes in the published files -> here; {} is a number
     TOWER + "encoder.layers.{}.self_attn.": "tower.blocks.{}.attn.",
     TOWER + "encoder.layers.{}.mlp.": "tower.blocks.{}.",
 }
-LLAVA_NOT_NEEDED = re.compile(re.escape(TOWER) + r"(post_layernorm|head|embeddings\.position_ids)"
-                              r"|.*\.inv_freq$")
+LLAVA_NOT_NEEDED = re.compile(re.escape(TOWER) + r"(post_layernorm|head)")
 
 
 def load_llava(folder: Path, device: str | torch.device, quantize: str = "none") -> Llava:
@@ -808,12 +808,7 @@ def load_llava(folder: Path, device: str | torch.device, quantize: str = "none")
 
 def empty_llava(config: dict, shapes: dict[str, tuple], folder: Path) -> Llava:
     """The published config.json and the shapes of the tensors -> a model on the meta device."""
-    decoder = DecoderConfig(
-        hidden_size=config["hidden_size"], intermediate_size=config["intermediate_size"],
-        num_hidden_layers=config["num_hidden_layers"], num_attention_heads=config["num_attention_heads"],
-        vocab_size=config["vocab_size"], num_key_value_heads=config["num_key_value_heads"],
-        rms_norm_eps=config["rms_norm_eps"], rope_theta=config["rope_theta"],
-        context=config.get("tokenizer_model_max_length") or config["max_position_embeddings"], qkv_bias=True)
+    decoder = decoder_config(config, folder / "config.json", qkv_bias=True)
     width, _, patch_size, _ = shapes[TOWER + "embeddings.patch_embedding.weight"]
     vision = config.get("vision_config") or {}     # the published file only names its tower: ...-patch14-384
     tower = TowerConfig(
@@ -920,24 +915,21 @@ class LlavaCritic:
             replies += [self.text.decode(ids, skip_special=True) for ids in batch]
         return replies
 
-    def __call__(self, prompts: list[str], texts: list[list[str]]) -> list[list[float | None]]:
-        """r_t of each text: the published pointwise question about the answer's texts up to and with it.
+    def __call__(self, prompts: list[str], pictures: list[list[Picture]],
+                 texts: list[list[str]]) -> list[float | None]:
+        """r_t of n texts so far: the prompts, the pictures of each prompt, the texts of each answer so far.
 
-        Choice: the score / 100, at most 1, so that it lies in 0..1 like the other parts. Replies follow the
-        published generation settings, with their repetition penalty.
-        Choice: the critic reads texts alone. Pictures are the visual judge's part.
+        Choice: the score / 100, so that it lies in 0..1 like the other parts. Replies follow the published
+        generation settings, with their repetition penalty.
         """
-        questions = []
-        for prompt, texts_of in zip(prompts, texts, strict=True):
-            for k in range(len(texts_of)):
-                response = "\n".join(map(strip_marks, texts_of[:k + 1]))
-                questions.append(POINTWISE.format(question=strip_marks(prompt), response=response))
+        questions = [POINTWISE.format(question=strip_marks(prompt),
+                                      response="\n".join(map(strip_marks, texts_of)))
+                     for prompt, texts_of in zip(prompts, texts, strict=True)]
         replies = self.replies(questions, [()] * len(questions), repetition_penalty=self.repetition_penalty)
         points = [parse_score(reply) for reply in replies]
         scores = [None if p is None else min(p / 100, 1.0) for p in points]
         self.record.extend(zip(questions, replies, scores, strict=True))
-        rest = iter(scores)
-        return [[next(rest) for _ in texts_of] for texts_of in texts]
+        return scores
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -972,7 +964,7 @@ def main() -> None:
         if files or not config.question:
             raise UserError(f"--judge {name} scores a text: expected --question, and no --images")
         judge = JUDGES["text"][name](folder or JUDGES["text"][name].HUB, device, config.quantize)
-        judge([config.question], [[config.text]])
+        judge([config.question], [[]], [[config.text]])
         for _, reply, score in judge.record:
             print(f"{reply}\nr_t {'none' if score is None else round(score, 4)}")
     elif name in JUDGES["visual"]:

@@ -19,7 +19,9 @@ and `decision_logp`, which both call. Behind them come QLoRA, then loading and s
 """
 import html
 import json
+import math
 import re
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache, partial
@@ -65,6 +67,7 @@ class DecoderConfig:
     context: int = 4096                  # positions a sequence may have
     attention_bias: bool = False
     qkv_bias: bool = False               # on q, k and v alone, as in Qwen2
+    tied: bool = False                   # the file has no lm_head of its own, it is the embedding's copy
 
 
 @dataclass
@@ -378,6 +381,7 @@ class UnifiedModel(nn.Module):
         self.content = ""                                # `checkpoint_hash` of the source
         self.adapter: dict | None = None                 # rank and alpha, if there are adapters
         self.rows = 0                                    # what `rows_that_fit` printed last
+        self.register_buffer("unnamed", None, persistent=False)      # rows of lm_head that are no token's
 
     @property
     def device(self) -> torch.device:
@@ -424,7 +428,7 @@ class UnifiedModel(nn.Module):
         logp = torch.zeros(tokens.shape, device=tokens.device)
         text = mask[:, :, 0] & ~is_image                                                   # (B, T)
         if text.any():
-            chances = decision_logp(self.decoder.lm_head(before[text[:, 1:]]), sampling)   # (n, V)
+            chances = decision_logp(self.text_logits(before[text[:, 1:]]), sampling)   # (n, V)
             column = torch.zeros_like(mask)
             column[..., 0] = text
             logp = logp.masked_scatter(column, chances.gather(-1, tokens[text][:, :1]))
@@ -439,6 +443,11 @@ class UnifiedModel(nn.Module):
             chances = decision_logp(logits, sampling)                                      # (n, D, K)
             logp = logp.index_put((image,), chances.gather(-1, codes[..., None])[..., 0])
         return logp
+
+    def text_logits(self, states: Tensor) -> Tensor:
+        """States [n, C] -> logits [n, V] of the next token. Rows that are no token's have -inf."""
+        logits = self.decoder.lm_head(states)
+        return logits if self.unnamed is None else logits.index_fill(-1, self.unnamed, -torch.inf)
 
     def unconditional(self, codes: Tensor) -> Tensor:
         """VILA-U's unconditional branch: the prompt is the empty one, and every image starts afresh.
@@ -588,7 +597,7 @@ class UnifiedModel(nn.Module):
         tokens = torch.zeros(uniform.shape, dtype=torch.long, device=state.device)
         logp = torch.zeros(uniform.shape, device=state.device)
         if len(text):
-            chances = decision_logp(self.decoder.lm_head(state[text]), sampling)     # (n_text, V)
+            chances = decision_logp(self.text_logits(state[text]), sampling)     # (n_text, V)
             tokens[text, 0], logp[text, 0] = sample_index(chances, uniform[text, 0])
         if len(image):
             tokens[image], logp[image] = self.sample_codes(state[image], blank, uniform[image], sampling)
@@ -782,12 +791,10 @@ def check_memory(source: str, budget: int, rows: int, device: torch.device, quan
     with quantize "nf4". Raises UserError with the numbers.
     """
     folder = checkpoint_folder(source)
-    if (folder / "adapter.json").exists():
-        with reading(folder / "adapter.json", "the file"):
-            config = read_json(folder / "adapter.json")
-            folder, quantize = checkpoint_folder(base or config["base"]), config["quantize"]
+    if adapter := adapter_settings(folder, base):
+        folder, quantize = checkpoint_folder(adapter["base"]), adapter["quantize"]
     with reading(folder / "llm" / "config.json", "the file"):
-        decoder = decoder_config(read_json(folder / "llm" / "config.json"))
+        decoder = decoder_config(read_json(folder / "llm" / "config.json"), folder / "llm" / "config.json")
     if budget >= decoder.context:
         raise UserError(f"--budget {budget}: the decoder of {source} has a context of {decoder.context} "
                         f"positions, prompt included")
@@ -822,14 +829,25 @@ NF4 = torch.tensor([-1.0, -0.6961928009986877, -0.5250730514526367, -0.394917488
 
 @cache
 def nf4_tables(device: torch.device) -> tuple[Tensor, Tensor]:
-    """The bounds [15] between neighbouring values and the pairs [256, 2] that a byte stands for.
+    """The bounds [15] between neighbouring values and the pairs [256] that a byte stands for.
 
-    They are computed once a device.
+    A pair is two float32 values in the bits of one int64, so that a look-up moves both at once. They are
+    computed once a device.
     """
     with torch.inference_mode(False):
         bounds = (NF4[1:] + NF4[:-1]) / 2                      # a weight goes to the nearer of two values
-        pairs = torch.stack((NF4.repeat_interleave(16), NF4.repeat(16)), 1)
+        pairs = torch.stack((NF4.repeat_interleave(16), NF4.repeat(16)), 1).view(torch.int64)[:, 0]
         return bounds.to(device), pairs.to(device)
+
+
+@cache
+def nf4_buffer(blocks: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Memory [blocks, 64] for a weight that is used once and then forgotten, the same at every call.
+
+    On a CPU fresh memory costs more than the arithmetic that fills it.
+    """
+    with torch.inference_mode(False):                          # training fills the same memory later
+        return torch.empty(blocks, NF4_BLOCK, dtype=dtype, device=device)
 
 
 def to_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -850,30 +868,40 @@ def to_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
     return codes[:, 0] << 4 | codes[:, 1], scales
 
 
-def from_nf4(packed: Tensor, scales: Tensor, shape: tuple[int, int], dtype: torch.dtype) -> Tensor:
-    """The inverse of `to_nf4` -> weight [out, in]. Computed in float32, then rounded to `dtype`."""
-    weight = torch.empty(len(scales), NF4_BLOCK, dtype=dtype, device=packed.device)
+def from_nf4(packed: Tensor, scales: Tensor, shape: tuple[int, int], dtype: torch.dtype,
+             out: Tensor | None = None) -> Tensor:
+    """The inverse of `to_nf4` -> weight [out, in], in the memory of `out` [n / 64, 64] if there is one.
+
+    Computed in float32, then rounded to `dtype`. On a CPU a part at a time, which stays in its cache.
+    """
+    if out is None:
+        out = torch.empty(len(scales), NF4_BLOCK, dtype=dtype, device=packed.device)
     _, pairs = nf4_tables(packed.device)
-    for part, bytes_, scale in zip(weight.split(2 ** 16), packed.split(2 ** 21), scales.split(2 ** 16)):
-        part.copy_(pairs.index_select(0, bytes_.int()).view(-1, NF4_BLOCK).mul_(scale[:, None]))
-    return weight.view(shape)
+    n = 2 ** 14 if packed.device.type == "cpu" else len(scales)
+    for part, bytes_, scale in zip(out.split(n), packed.split(n * NF4_BLOCK // 2), scales.split(n)):
+        values = pairs.index_select(0, bytes_.int()).view(torch.float32).view(-1, NF4_BLOCK)
+        torch.mul(values, scale[:, None], out=part)
+    return out.view(shape)
 
 
 class NF4Product(torch.autograd.Function):
     """x W^T for a W in 4 bits.
 
-    The backward pass unpacks it again: only one layer's full weight exists at a time.
+    The backward pass unpacks it again: only one layer's full weight exists at a time, in `nf4_buffer`.
     """
 
     @staticmethod
     def forward(ctx, x: Tensor, packed: Tensor, scales: Tensor, shape: tuple[int, int]) -> Tensor:
         ctx.save_for_backward(packed, scales)
         ctx.shape = shape
-        return F.linear(x, from_nf4(packed, scales, shape, x.dtype))
+        out = nf4_buffer(len(scales), x.dtype, x.device)
+        return F.linear(x, from_nf4(packed, scales, shape, x.dtype, out))
 
     @staticmethod
     def backward(ctx, grad: Tensor):
-        return grad @ from_nf4(*ctx.saved_tensors, ctx.shape, grad.dtype), None, None, None
+        packed, scales = ctx.saved_tensors
+        out = nf4_buffer(len(scales), grad.dtype, grad.device)
+        return grad @ from_nf4(packed, scales, ctx.shape, grad.dtype, out), None, None, None
 
 
 class NF4Linear(nn.Module):
@@ -886,14 +914,35 @@ class NF4Linear(nn.Module):
         self.register_buffer("packed", packed)
         self.register_buffer("scales", scales)
         self.bias, self.dtype = bias, weight.dtype
+        self.full: Tensor | None = None                        # the whole weight, inside `unpacked`
 
     @property
     def weight(self) -> Tensor:
         return from_nf4(self.packed, self.scales, (self.out_features, self.in_features), self.dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = NF4Product.apply(x, self.packed, self.scales, (self.out_features, self.in_features))
+        if self.full is None:
+            y = NF4Product.apply(x, self.packed, self.scales, (self.out_features, self.in_features))
+        else:
+            y = F.linear(x, self.full)
         return y if self.bias is None else y + self.bias
+
+
+@contextmanager
+def unpacked(model: nn.Module):
+    """Keep every 4-bit weight of `model` unpacked as well inside a with-block, the packed ones beside it.
+
+    Each is then unpacked once instead of once a pass. The results are the same. It costs the memory of the
+    unpacked weights, 13 GB for the linear layers of a 7B decoder in bfloat16.
+    """
+    layers = [m for m in model.modules() if isinstance(m, NF4Linear)]
+    try:
+        for layer in layers:
+            layer.full = layer.weight
+        yield model
+    finally:
+        for layer in layers:
+            layer.full = None
 
 
 class LoRALinear(nn.Module):
@@ -1025,6 +1074,7 @@ class Stored(NamedTuple):
     file: Path
     shape: tuple[int, ...]
     read: Callable[[], Tensor]       # a fresh copy on the CPU
+    dtype: str = ""                  # as safetensors spells it: BF16
 
 
 def stored_tensors(files: list[Path]) -> dict[str, Stored]:
@@ -1033,8 +1083,9 @@ def stored_tensors(files: list[Path]) -> dict[str, Stored]:
     for file in files:
         with open_tensors(file) as tensors:
             for name in tensors.keys():
-                found[name] = Stored(file, tuple(tensors.get_slice(name).get_shape()),
-                                     partial(read_tensor, file, name, "cpu"))
+                part = tensors.get_slice(name)
+                found[name] = Stored(file, tuple(part.get_shape()), partial(read_tensor, file, name, "cpu"),
+                                     part.get_dtype())
     return found
 
 
@@ -1050,7 +1101,7 @@ def tensor_files(folder: Path) -> list[Path]:
         names = sorted(set(read_json(index)["weight_map"].values()))
     for name in names:
         if not (folder / name).exists():
-            raise UserError(f"{folder / name}: missing, but {index} names it")
+            raise UserError(f"{folder / name}: no such file, but {index} names it")
     return [folder / name for name in names]
 
 
@@ -1067,11 +1118,17 @@ def fill(model: nn.Module, stored: dict[str, Stored], names: dict[str, str], fol
          device: str | torch.device, dtype: torch.dtype | None = None, quantize: str = "none") -> None:
     """Read every stored tensor to its place in a model that may still be on the meta device, one at a time.
 
-    names: prefixes in the files -> prefixes here. dtype None: the type it is stored in. quantize "nf4": the
-    decoder's linear layers in 4 bits.
+    names: prefixes in the files -> prefixes here. dtype None: the type that most of the decoder is stored in.
+    quantize "nf4": the decoder's linear layers in 4 bits.
     Raises UserError, naming file and tensor, for one that is unknown, missing or misshaped.
     """
     missing = set(model.state_dict())
+    stored = {theirs: tensor for theirs, tensor in stored.items() if not BUFFERS.match(theirs)}
+    if dtype is None:
+        dtype = decoder_type(stored, names, folder)
+        if model.decoder.config.tied and EMBEDDING in stored:
+            stored["lm_head.weight"] = stored[EMBEDDING]
+        model.decoder.config.tied = False                      # from here on they are two layers
     for theirs, tensor in stored.items():
         ours = rename(theirs, names)
         if ours not in missing:
@@ -1084,6 +1141,23 @@ def fill(model: nn.Module, stored: dict[str, Stored], names: dict[str, str], fol
     if missing:
         theirs = rename(min(missing), {ours: theirs for theirs, ours in names.items()})
         raise UserError(f"{folder}: tensor {theirs} is missing ({len(missing)} in all)")
+
+
+BUFFERS = re.compile(r".*(\.inv_freq|_cached|position_ids|\.masked_bias)$")     # computed here, or not used
+EMBEDDING = "model.embed_tokens.weight"
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def decoder_type(stored: dict[str, Stored], names: dict[str, str], folder: Path) -> torch.dtype:
+    """The type that most of the decoder's numbers are stored in. Everything computes in it."""
+    counts = Counter()
+    for theirs, tensor in stored.items():
+        if (rename(theirs, names) or "").startswith("decoder."):
+            counts[tensor.dtype] += math.prod(tensor.shape)
+    name = max(counts, key=counts.get, default="F32")
+    if name not in FLOATS:
+        raise UserError(f"{folder}: the decoder is stored as {name}, expected {' or '.join(FLOATS)}")
+    return FLOATS[name]
 
 
 # What is quantised and adapted.
@@ -1161,12 +1235,13 @@ def checkpoint_folder(source: str) -> Path:
     found in the cache (HF_HOME and HF_HUB_OFFLINE are respected). Raises UserError where there is none.
     """
     for folder in (settled(Path(source) / "policy"), settled(Path(source))):
-        if (folder / "llm").is_dir() or (folder / "adapter.json").exists():
+        if (folder / "llm").is_dir() or adapter_settings(folder):
             return folder
     is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and not source.startswith("out/")
     if Path(source).exists() or not is_hub_id:
         raise UserError(f"--model {source}: no checkpoint there (expected the folders llm/, mm_projector/ "
-                        f"and vision_tower/, or a run directory that holds them in policy/)")
+                        f"and vision_tower/, or a run directory that holds them in policy/); python warmup.py "
+                        f"makes one in out/warmup")
     return snapshot(source, "--model")
 
 
@@ -1186,16 +1261,16 @@ def load(source: str | Path, device: str | torch.device = "cpu", quantize: str =
     Raises UserError, naming file, tensor and both shapes, for what is missing, unknown or misshaped.
     """
     folder = checkpoint_folder(str(source))
-    if (folder / "adapter.json").exists():
-        return load_adapters(folder, device, base)
+    if adapter := adapter_settings(folder, base):
+        return load_adapters(folder, device, **adapter)
     configs = {part: read_json(folder / part / "config.json") for part in ("", "llm", "vision_tower")}
     stored = stored_tensors(tensor_files(folder / "vision_tower"))
     with reading(folder, "one of its config.json files or its vision tensors"):
         model = empty_model(configs, {name: tensor.shape for name, tensor in stored.items()})
     model.text = TextTokenizer.from_folder(folder / "llm")              # small files first: they fail fast
     load_weights(model, folder, device, quantize)
-    add_tokens(model, [THINK_START, THINK_END])
-    model.source, model.quantize = str(Path(source).resolve() if Path(source).exists() else source), quantize
+    fit_vocabulary(model, folder)
+    model.source, model.quantize = str(folder.resolve() if Path(source).exists() else source), quantize
     model.content = checkpoint_hash(source)
     return model
 
@@ -1206,29 +1281,36 @@ def empty_model(configs: dict[str, dict], shapes: dict[str, tuple]) -> UnifiedMo
     head = tower["rqtransformer"]
     depth = DepthConfig(head["embed_dim"], head["head"]["n_layer"], head["head"]["block"]["n_head"])
     with torch.device("meta"):
-        model = UnifiedModel(decoder_config(configs["llm"]), depth,
+        model = UnifiedModel(decoder_config(configs["llm"], "llm/config.json"), depth,
                              VisionConfig.from_published(tower, shapes))
     model.configs, model.system_prompt = configs, configs[""].get("system_prompt", VICUNA)
     return model
 
 
-def decoder_config(llm: dict) -> DecoderConfig:
-    """The published llm/config.json -> the decoder's sizes."""
+def decoder_config(llm: dict, file: str | Path, **more) -> DecoderConfig:
+    """The published config of a LLaMA or Qwen2 decoder -> its sizes. `more`: fields that it does not state.
+
+    Raises UserError, naming `file`, for a way to scale rotary angles that is not implemented.
+    """
+    scaling = llm.get("rope_scaling") or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind not in ("default", "linear"):
+        raise UserError(f"{file}: rope_scaling of type {kind!r} is not implemented, expected linear or none")
     return DecoderConfig(
         hidden_size=llm["hidden_size"], intermediate_size=llm["intermediate_size"],
         num_hidden_layers=llm["num_hidden_layers"], num_attention_heads=llm["num_attention_heads"],
         vocab_size=llm["vocab_size"], num_key_value_heads=llm.get("num_key_value_heads"),
         rms_norm_eps=llm.get("rms_norm_eps", 1e-5), rope_theta=llm.get("rope_theta", 10000.0),
-        rope_factor=(llm.get("rope_scaling") or {}).get("factor", 1.0),
-        context=context_of(llm), attention_bias=llm.get("attention_bias", False))
+        rope_factor=float(scaling["factor"]) if kind == "linear" else 1.0, context=context_of(llm),
+        attention_bias=llm.get("attention_bias", False), tied=llm.get("tie_word_embeddings", False), **more)
 
 
 def context_of(llm: dict) -> int:
     """How many positions the decoder was trained for; VILA-U states it under its own key."""
     for key in ("tokenizer_model_max_length", "model_max_length"):
         if llm.get(key):
-            return llm[key]
-    return llm["max_position_embeddings"]
+            return int(llm[key])
+    return int(llm["max_position_embeddings"])
 
 
 def load_weights(model: UnifiedModel, folder: Path, device: str | torch.device,
@@ -1246,22 +1328,75 @@ def load_weights(model: UnifiedModel, folder: Path, device: str | torch.device,
     model.vision.requires_grad_(False)
 
 
-def load_adapters(folder: Path, device: str | torch.device, base: str) -> UnifiedModel:
-    """adapter.json (base, quantize, rank, alpha) and adapter.safetensors -> the base with these adapters.
+# How our names of trained tensors end -> how PEFT's do, behind LLaMA's name of the layer.
+PEFT = {"a": "lora_A.weight", "b": "lora_B.weight", "rows": "token_adapter.trainable_tokens_delta"}
+# Settings of PEFT that make more of an adapter than LoRALinear: each has to be off.
+NOT_READ = ("use_dora", "use_rslora", "alpha_pattern", "rank_pattern", "modules_to_save", "fan_in_fan_out")
 
-    Raises UserError where the base is not what the adapters were trained on.
+
+def peft_name(name: str) -> str:
+    """The name that PEFT gives to one of our trained tensors."""
+    path, _, leaf = rename(name, {ours: theirs for theirs, ours in NAMES["llm"].items()}).rpartition(".")
+    return f"base_model.model.{path}.{PEFT[leaf]}"
+
+
+def peft_config(model: UnifiedModel) -> dict:
+    """What adapter_config.json says about a model's adapters.
+
+    The base is the decoder's folder llm/, an ordinary LLaMA. The rows of <think> and </think> are PEFT's
+    trainable tokens: a base that lacks them needs `resize_token_embeddings` first.
     """
-    with reading(folder / "adapter.json", "the file"):
-        config = read_json(folder / "adapter.json")
-        base, quantize = base or config["base"], config["quantize"]
-        rank, alpha = config["rank"], config["alpha"]
+    layers = model.decoder.layers[0].named_modules()
+    return {"peft_type": "LORA", "task_type": "CAUSAL_LM", "base_model_name_or_path": f"{model.source}/llm",
+            "r": model.adapter["rank"], "lora_alpha": model.adapter["alpha"], "bias": "none",
+            "target_modules": [name.split(".")[1] for name, m in layers if isinstance(m, LoRALinear)],
+            "trainable_token_indices": added_ids(model), "inference_mode": True}
+
+
+def added_ids(model: UnifiedModel) -> dict[str, list[int]]:
+    """Which rows of the embedding and of lm_head are trained beside the adapters."""
+    return {"embed_tokens": model.decoder.embed.ids, "lm_head": model.decoder.lm_head.ids}
+
+
+def adapter_settings(folder: Path, base: str = "") -> dict | None:
+    """Base, quantize, rank, alpha and content of a folder of adapters in PEFT's layout; None for any other.
+
+    base: where the base is now, if it was moved. Ours have a base.json beside PEFT's files, {"quantize": how
+    the base was loaded, "content": its hash}. An adapter.json of earlier versions is read too.
+    Raises UserError for adapters that are not plain LoRA.
+    """
+    file, ours, earlier = (folder / name for name in ("adapter_config.json", "base.json", "adapter.json"))
+    if file.exists():
+        with reading(file, "the file"):
+            config = read_json(file)
+            more = [key for key in NOT_READ if config.get(key)]
+            if config["peft_type"] != "LORA" or more:
+                raise UserError(f"{file}: expected plain LoRA, found {more or config['peft_type']}")
+            about = {"quantize": "none", "content": "", **(read_json(ours) if ours.exists() else {})}
+            return {"base": base or config["base_model_name_or_path"].removesuffix("/llm"),
+                    "quantize": about["quantize"], "content": about["content"],
+                    "rank": int(config["r"]), "alpha": float(config["lora_alpha"])}
+    if earlier.exists():
+        with reading(earlier, "the file"):
+            config = read_json(earlier)
+            return {"base": base or config["base"], "content": "",
+                    **{key: config[key] for key in ("quantize", "rank", "alpha")}}
+    return None
+
+
+def load_adapters(folder: Path, device: str | torch.device, base: str, quantize: str, rank: int,
+                  alpha: float, content: str) -> UnifiedModel:
+    """The base as it was when adapters were trained, with the adapters of this folder.
+
+    Raises UserError where the base has another content than that.
+    """
     try:
         model = load(base, device, quantize)
     except UserError as error:
-        raise UserError(f"{folder / 'adapter.json'}: its base cannot be loaded (--base FOLDER names one that "
-                        f"was moved): {error}") from None
-    if config.get("content", model.content) != model.content:
-        raise UserError(f"{folder}: these adapters were trained on other weights than those of {base}: "
+        raise UserError(f"{folder}: the base of these adapters cannot be loaded (one that was moved is named "
+                        f"with --base FOLDER): {error}") from None
+    if content not in ("", model.content):
+        raise UserError(f"{folder}: these adapters were trained on other weights than those in {base} now: "
                         f"name their base with --base FOLDER")
     prepare_training(model, rank, alpha)
     load_adapter_weights(model, folder, device)
@@ -1269,17 +1404,25 @@ def load_adapters(folder: Path, device: str | torch.device, base: str) -> Unifie
 
 
 def load_adapter_weights(model: UnifiedModel, folder: Path, device: str | torch.device) -> None:
-    """Read adapter.safetensors to its place in a model that has such adapters.
+    """Read adapter_model.safetensors to its place in a model that has such adapters.
 
     Raises UserError where they differ.
     """
-    file = folder / "adapter.safetensors"
-    stored, wanted = stored_tensors([file]), set(trainable_state(model))
-    if stored.keys() != wanted:
-        name = sorted(stored.keys() ^ wanted)[0]
-        raise UserError(f"{file}: tensor {name} is {'missing' if name in wanted else 'unknown'}")
+    trained = [name for name, p in model.named_parameters() if p.requires_grad]
+    file, names = folder / "adapter_model.safetensors", {peft_name(name): name for name in trained}
+    if (folder / "adapter_config.json").exists():
+        ids = read_json(folder / "adapter_config.json").get("trainable_token_indices")
+        if ids != added_ids(model):
+            raise UserError(f"{folder / 'adapter_config.json'}: trainable_token_indices is {ids}, but the "
+                            f"ids of {THINK_START} and {THINK_END} in the base are {added_ids(model)}")
+    else:                                                                # earlier versions: our own names
+        file, names = folder / "adapter.safetensors", {name: name for name in trained}
+    stored = stored_tensors([file])
+    if stored.keys() != names.keys():
+        name = sorted(stored.keys() ^ names.keys())[0]
+        raise UserError(f"{file}: tensor {name} is {'missing' if name in names else 'unknown'}")
     for name, tensor in stored.items():
-        assign(model, name, tensor.read().to(device), f"{file}: tensor {name}")
+        assign(model, names[name], tensor.read().float().to(device), f"{file}: tensor {name}")
 
 
 def restore(model: UnifiedModel, folder: Path) -> None:
@@ -1290,35 +1433,47 @@ def restore(model: UnifiedModel, folder: Path) -> None:
         load_weights(model, folder, model.device)
 
 
-def add_tokens(model: UnifiedModel, tokens: list[str]) -> None:
-    """Add the special tokens that the checkpoint lacks.
+def fit_vocabulary(model: UnifiedModel, folder: Path) -> None:
+    """Bring tokenizer, embedding and lm_head to one size; the special tokens that are missing are added.
 
-    Choice: their embedding and lm_head rows start as the mean row, as VILA-U does for its own.
+    Tables may be padded: new tokens take the rows behind the last token, and rows that are no token's are
+    never sampled. Raises UserError for a token without a row, and for a tokenizer without VILA-U's tokens.
+    Choice: new rows start as the mean of the tokens' rows, as VILA-U's own do.
     """
-    new = [token for token in tokens if not model.text.knows(token)]
-    if not new:
-        return
-    model.text.add(new)
+    text, decoder = model.text, model.decoder
+    size, rows = text.vocab_size, decoder.config.vocab_size
+    if size > rows:
+        token = next(text.piece(i) for i in range(rows, size) if text.has(i))
+        raise UserError(f"{folder / 'llm'}: the tokenizer has {size} ids, but the embedding has {rows} rows: "
+                        f"{token} has none")
+    for token in ("<s>", "</s>", IMAGE_START, IMAGE_END):
+        if not text.knows(token):
+            raise UserError(f"{folder / 'llm'}: the tokenizer has no {token}")
+    new = [token for token in (THINK_START, THINK_END) if not text.knows(token)]
+    text.add(new)
     with torch.no_grad():
-        for layer in (model.decoder.embed, model.decoder.lm_head):
-            mean = layer.weight.float().mean(0, keepdim=True).to(layer.weight.dtype)
-            layer.weight = nn.Parameter(torch.cat((layer.weight, mean.expand(len(new), -1))))
-    model.decoder.config.vocab_size += len(new)
+        for layer in (decoder.embed, decoder.lm_head) if new else ():
+            mean = layer.weight[:size].float().mean(0, keepdim=True).to(layer.weight.dtype)
+            parts = layer.weight[:size], mean.expand(len(new), -1), layer.weight[text.vocab_size:]
+            layer.weight = nn.Parameter(torch.cat(parts))
+    decoder.config.vocab_size = len(decoder.embed.weight)
+    unnamed = [i for i in range(decoder.config.vocab_size) if not text.has(i)]
+    model.unnamed = torch.tensor(unnamed, device=model.device) if unnamed else None
 
 
 def save(model: UnifiedModel, folder: Path, state: dict | None = None,
          tensors: dict[str, Tensor] | None = None) -> None:
-    """Write a checkpoint, whole or not at all: the published layout, or the adapters alone if there are any.
+    """Write a checkpoint, whole or not at all: the published layout, or the adapters alone, in PEFT's.
 
     state (JSON) and tensors are what training needs to go on (where it was, the optimizer). They become
     training.json and training.safetensors.
     """
     with write_folder(folder) as new:
         if model.adapter:
-            config = {"base": model.source, "content": model.content, "quantize": model.quantize,
-                      **model.adapter}
-            write_text(new / "adapter.json", json.dumps(config, indent=1))
-            write_tensors(trainable_state(model), new / "adapter.safetensors")
+            write_text(new / "adapter_config.json", json.dumps(peft_config(model), indent=1))
+            write_text(new / "base.json", json.dumps({"quantize": model.quantize, "content": model.content}))
+            write_tensors({peft_name(name): value for name, value in trainable_state(model).items()},
+                          new / "adapter_model.safetensors")
         else:
             write_published(model, new)
         if state is not None:
@@ -1356,7 +1511,8 @@ def published_configs(model: UnifiedModel) -> dict[str, dict]:
     """A model's sizes as the published config files state them, by folder."""
     d, k, v = model.decoder.config, model.depth_config, model.vision_config
     llm = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu",
-           **{f: x for f, x in asdict(d).items() if f not in ("rope_factor", "context", "qkv_bias")},
+           **{f: x for f, x in asdict(d).items() if f not in ("rope_factor", "context", "qkv_bias", "tied")},
+           "tie_word_embeddings": False,
            "rope_scaling": {"type": "linear", "factor": d.rope_factor} if d.rope_factor != 1 else None,
            "max_position_embeddings": d.context, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     tower = {"model_type": "rqvaesigliptransformer_model", "hidden_size": v.width,

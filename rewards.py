@@ -15,9 +15,12 @@ sum (`hybrid_rewards`), Eq. (6) on the steps.
     python rewards.py           # score one right and three wrong answers and print the parts
 """
 import argparse
+import math
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from numbers import Real
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Callable
 
 import numpy as np
@@ -31,23 +34,32 @@ from tokenizer import Answer, Segment
 
 # A judge gives None where it has no opinion, for example where a reply holds no score. None is no
 # information, it is never a 0. A judge gets a whole batch at once, so that a learned one can use its
-# device well.
-#   TextJudge     prompts, the texts of each answer -> a score for each text
-#   VisualJudge   texts, pictures                   -> a score for each picture
-TextJudge = Callable[[list[str], list[list[str]]], list[list[float | None]]]
-VisualJudge = Callable[[list[str], list[np.ndarray]], list[float | None]]
+# device well. Pictures of prompts are arrays; pictures of answers too.
+#   TextJudge     prompts, the pictures of each prompt, the texts of each answer up to the judged one
+#                 -> a score for each of these answers so far
+#   VisualJudge   texts, pictures -> a score for each picture
+Score = float | None
+TextJudge = Callable[[list[str], list[list[np.ndarray]], list[list[str]]], list[Score]]
+VisualJudge = Callable[[list[str], list[np.ndarray]], list[Score]]
 
 
 # ------------------------------------------------------------------------------------------------------------
 # r_f, r_t, r_v: one function or class each
 
-def format_reward(layout: str, steps: int | None = None) -> float:
+def visible(text: str | None) -> bool:
+    """Whether a text has a character that a reader sees."""
+    return any(c.isprintable() and not c.isspace() for c in text or "")
+
+
+def format_reward(layout: str, texts: list[str], steps: int | None = None) -> float:
     """r_f: 1 for <think>text</think><vis>IMAGE</vis> again and again, then </s>; else 0.
 
-    layout: `Answer.layout`. Choice: where the prompt says how many steps it wants, another number of steps is
-    malformed too. Otherwise an answer that stops early would lose nothing.
+    layout: `Answer.layout`; texts: of the answer's text steps. A text without a visible character breaks the
+    form.
+    Choice: where the prompt says how many steps it wants, another number of steps is malformed too. Otherwise
+    an answer that stops early would lose nothing.
     """
-    well_formed = re.fullmatch(r"(TwtVpv)+E", layout) is not None
+    well_formed = re.fullmatch(r"(TwtVpv)+E", layout) is not None and all(map(visible, texts))
     return float(well_formed and steps in (None, layout.count("TwtVpv")))
 
 
@@ -59,20 +71,21 @@ def agreement(named: shapes.Scene | None, true: shapes.Scene | None) -> float:
 class RulesText:
     """r_t in the toy world: the k-th text against the k-th state that the words of the prompt lead to.
 
-    It has no opinion on prompts that are not the toy world's.
+    It needs no pictures, and it has no opinion on prompts that are not the toy world's.
     """
+    own_step = True              # a score is about the last text alone, not about the text so far
 
-    def __call__(self, prompts: list[str], texts: list[list[str]]) -> list[list[float | None]]:
-        """prompts [B], the texts of each answer -> a score 0..1 or None for each text."""
-        return [self.score(prompt, texts_of) for prompt, texts_of in zip(prompts, texts)]
+    def __call__(self, prompts: list[str], pictures: list, texts: list[list[str]]) -> list[Score]:
+        """prompts [n], pictures (not looked at), texts up to the judged one -> n scores 0..1 or None."""
+        return [self.score(prompt, so_far) for prompt, so_far in zip(prompts, texts)]
 
-    def score(self, prompt: str, texts: list[str]) -> list[float | None]:
-        """One answer. A text beyond the last true state scores 0."""
-        steps = shapes.wanted_steps(prompt)
-        if steps is None:
-            return [None] * len(texts)
-        true = [*shapes.states_of_prompt(prompt)[1:], *[None] * len(texts)]
-        return [agreement(shapes.parse_caption(text), state) for text, state in zip(texts, true)]
+    def score(self, prompt: str, texts: list[str]) -> Score:
+        """The last of an answer's texts so far. A text beyond the last true state scores 0."""
+        if shapes.wanted_steps(prompt) is None:
+            return None
+        true = shapes.states_of_prompt(prompt)[1:]
+        state = true[len(texts) - 1] if len(texts) <= len(true) else None
+        return agreement(shapes.parse_caption(texts[-1]), state)
 
 
 class RulesVisual:
@@ -90,10 +103,12 @@ class RulesVisual:
 @dataclass
 class Scores:
     """The rewards of one answer. `steps` holds r_t or r_v of every segment, in the answer's order."""
-    text: float | None
-    visual: float | None
+    text: Score
+    visual: Score
     format: float
-    steps: list[float | None]
+    steps: list[Score]                                     # None: without a score, or nobody was asked
+    unscored: list[bool] = field(default_factory=list)     # of each step in question: it got no score
+    cut: list[bool] = field(default_factory=list)          # of each judged picture: its text was cut to fit
 
 
 def hybrid_rewards(group: list[Scores],
@@ -111,35 +126,106 @@ def hybrid_rewards(group: list[Scores],
     return totals
 
 
-def own_text(segments: list[Segment], i: int) -> str:
-    """The text that a picture was generated for: the segment before it, "" if that is a picture too."""
+def own_text(sample, segments: list[Segment], i: int) -> str:
+    """The text that the picture at i was generated for: the segment before it, "" if that is a picture too.
+
+    For a text-to-image prompt (kind "t2i") it is the prompt.
+    """
+    if sample.kind == "t2i":
+        return sample.prompt
     return (segments[i - 1].text or "") if i else ""
 
 
-def judge(prompts: list[str], answers: list[Answer], text_judge: TextJudge | None,
-          visual_judge: VisualJudge | None) -> list[Scores]:
-    """All parts of Eq. (5) for each answer; a judge that is None has no opinion on anything.
+def judge(samples: list, answers: list[Answer], text_judge: TextJudge | None,
+          visual_judge: VisualJudge | None, credit: str = "process") -> list[Scores]:
+    """All parts of Eq. (5) for each answer; a part without a judge is None.
 
-    r_t and r_v are means over steps. If the prompt says how many steps it wants, missing ones count as 0;
+    samples: the `data.Sample` that each answer belongs to.
+    credit: "process" asks the text judge once a text step, about the text so far; "outcome" once an answer,
+    about the whole text.
+    r_v is the mean over pictures. If the prompt says how many steps it wants, missing ones count as 0;
     otherwise the mean is over the steps that are there.
+
+    Choice: r_t is the score of the whole text under both credits, so the reward in the log is the one that
+    Eq. (4) trains on. The last step's text so far is the whole text. The rules judge each step's own text
+    alone (`own_step`), so for them it is the mean over steps, as in r_v.
     """
-    texts = [[s.text for s in answer.segments if s.text is not None] for answer in answers]
-    pairs = [(own_text(answer.segments, i), s.picture) for answer in answers
-             for i, s in enumerate(answer.segments) if s.picture is not None]
-    text_scores = text_judge(prompts, texts) if text_judge else [[None] * len(row) for row in texts]
-    visual_scores = [None] * len(pairs)
-    if visual_judge:
-        visual_scores = visual_judge([text for text, _ in pairs], [picture for _, picture in pairs])
-    of_text, of_picture = iter(sum(text_scores, [])), iter(visual_scores)
+    own_step = getattr(text_judge, "own_step", False)
+    texts = ask_text(samples, answers, text_judge, own_step or credit == "process") if text_judge else {}
+    pictures = ask_visual(samples, answers, visual_judge) if visual_judge else {}
+    cuts = getattr(visual_judge, "cuts", lambda text: False)
     scores = []
-    for prompt, answer in zip(prompts, answers):
-        steps = [next(of_text if s.text is not None else of_picture) for s in answer.segments]
-        wanted = shapes.wanted_steps(prompt)
-        kinds = [s.text is not None for s in answer.segments]
-        text = mean_reward([r for r, is_text in zip(steps, kinds) if is_text], wanted)
-        visual = mean_reward([r for r, is_text in zip(steps, kinds) if not is_text], wanted)
-        scores.append(Scores(text, visual, format_reward(answer.layout, wanted), steps))
+    for n, (sample, answer) in enumerate(zip(samples, answers, strict=True)):
+        segments, wanted = answer.segments, shapes.wanted_steps(sample.prompt)
+        r_t, r_v = ({i: r for (m, i), r in part.items() if m == n} for part in (texts, pictures))
+        whole = [r for i, r in r_t.items() if visible(segments[i].text)]
+        text = mean_reward(list(r_t.values()), wanted) if own_step or not whole else whole[-1]
+        scores.append(Scores(
+            text=text if text_judge else None,
+            visual=mean_reward(list(r_v.values()), wanted) if visual_judge else None,
+            format=format_reward(answer.layout, answer.texts, wanted),
+            steps=[(r_t | r_v).get(i) for i in range(len(segments))],
+            unscored=[r is None for r in (r_t | r_v).values()],
+            cut=[cuts(own_text(sample, segments, i)) for i in r_v]))
     return scores
+
+
+Place = tuple[int, int]          # answer, segment
+
+
+def ask_text(samples: list, answers: list[Answer], text_judge: TextJudge,
+             every_step: bool) -> dict[Place, Score]:
+    """Ask about every text so far, or once an answer about the whole text.
+
+    Choice: a text without a visible character earns 0, and nobody is asked.
+    """
+    empty, asked = {}, []
+    for n, answer in enumerate(answers):
+        texts = {(n, i): visible(s.text) for i, s in enumerate(answer.segments) if s.text is not None}
+        empty |= {place: 0.0 for place, there in texts.items() if not there}
+        steps = [place for place, there in texts.items() if there]
+        asked += steps if every_step else steps[-1:]
+    pictures = {id(sample): read_pictures(sample) for sample in samples}
+    so_far = [[s.text for s in answers[n].segments[:i + 1] if s.text is not None] for n, i in asked]
+    return empty | ask("text judge", text_judge, asked, [samples[n].prompt for n, _ in asked],
+                       [pictures[id(samples[n])] for n, _ in asked], so_far)
+
+
+def ask_visual(samples: list, answers: list[Answer], visual_judge: VisualJudge) -> dict[Place, Score]:
+    """Ask about every picture, given its own text.
+
+    Choice: a picture without a text of its own earns 0, and nobody is asked.
+    """
+    texts = {(n, i): own_text(samples[n], answer.segments, i) for n, answer in enumerate(answers)
+             for i, s in enumerate(answer.segments) if s.picture is not None}
+    asked = [place for place, text in texts.items() if visible(text)]
+    pictures = [answers[n].segments[i].picture for n, i in asked]
+    return dict.fromkeys(texts, 0.0) | ask("visual judge", visual_judge, asked,
+                                           [texts[place] for place in asked], pictures)
+
+
+def ask(part: str, judge: Callable, places: list[Place], *columns: list) -> dict[Place, Score]:
+    """Call a judge with its columns, one entry a place -> the score of each place, a float or None.
+
+    Raises UserError, naming judge and answer, where the scores are not as many, or one is no finite number.
+    """
+    if not places:
+        return {}
+    scores, who = judge(*columns), f"{part} {getattr(judge, '__name__', type(judge).__name__)}"
+    if not isinstance(scores, (list, tuple)) or len(scores) != len(places):
+        found = f"{len(scores)} scores" if isinstance(scores, (list, tuple)) else f"{scores!r:.60}"
+        raise UserError(f"{who}: found {found}, expected a list of {len(places)}, one for each step of "
+                        f"{len({n for n, _ in places})} answers from {columns[0][0]!r:.100} on")
+    for (n, i), score, asked in zip(places, scores, columns[0]):
+        if score is not None and not (isinstance(score, Real) and math.isfinite(score)):
+            raise UserError(f"{who}: found {score!r:.60}, expected a finite number or None, for step {i + 1} "
+                            f"of answer {n + 1}, asked with {asked!r:.100}")
+    return {place: None if score is None else float(score) for place, score in zip(places, scores)}
+
+
+def read_pictures(sample) -> list[np.ndarray]:
+    """The pictures of a prompt (a `data.Sample`); those that are files are read."""
+    return [read_picture(p, "a prompt") if isinstance(p, Path) else p for p in sample.prompt_pictures]
 
 
 def mean_reward(rewards: list[float | None], wanted: int | None) -> float | None:
@@ -235,8 +321,7 @@ def group_record(sample, answers: list[Answer], scores: list[Scores],
                  for s, reward in zip(answer.segments, score.steps)]
         records.append({"steps": steps, "layout": answer.layout, "text": score.text, "visual": score.visual,
                         "format": score.format})
-    pictures = [read_picture(p, "a prompt") if isinstance(p, Path) else p for p in sample.prompt_pictures]
-    return {"prompt": sample.prompt, "pictures": [png(p) for p in pictures], "answers": records}
+    return {"prompt": sample.prompt, "pictures": [png(p) for p in read_pictures(sample)], "answers": records}
 
 
 def main() -> None:
@@ -244,6 +329,7 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__, usage="python rewards.py",
                             formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     prompt = "paint it blue, move it to center. <BEGIN> a red circle at top left <image>"
+    sample = SimpleNamespace(prompt=prompt, prompt_pictures=[], kind="interleaved")
     right = shapes.states_of_prompt(prompt)[1:]
     texts, good = [shapes.caption(scene) for scene in right], "TwtVpvTwtVpvE"
     for name, captions, scenes, layout in [("right", texts, right, good),
@@ -253,7 +339,7 @@ def main() -> None:
         segments = [segment for text, scene in zip(captions, scenes)
                     for segment in (Segment(0, 0, text=text), Segment(0, 0, picture=shapes.render(scene)))]
         answer = Answer(layout, segments, torch.zeros(0), torch.zeros(0))
-        scores, = judge([prompt], [answer], RulesText(), RulesVisual())
+        scores, = judge([sample], [answer], RulesText(), RulesVisual())
         print(f"{name:18} r_t {scores.text:.2f}  r_v {scores.visual:.2f}  r_f {scores.format:.0f}  "
               f"r {hybrid_rewards([scores])[0]:.2f}")
 

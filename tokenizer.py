@@ -239,8 +239,9 @@ class TextTokenizer:
             self.pieces, scores, self.types = parse_sentencepiece(self.model_bytes)
             self.bytes = {int(p[3:5], 16): i for i, p in enumerate(self.pieces) if self.types[i] == BYTE}
         except FileNotFoundError:
-            raise UserError(f"{model_file}: missing (the text tokenizer)") from None
-        except (ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
+            raise UserError(f"{model_file}: no such file (the text tokenizer; python warmup.py makes a "
+                            f"checkpoint that has one)") from None
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
             raise UserError(f"{model_file}: not a whole SentencePiece BPE model ({error})") from None
         self.rank = {piece: (-scores[i], i) for i, piece in enumerate(self.pieces)
                      if self.types[i] in (NORMAL, USER_DEFINED, UNUSED)}
@@ -265,6 +266,8 @@ class TextTokenizer:
         """
         file, config = (Path(folder) / name for name in ("added_tokens.json", "tokenizer_config.json"))
         added = read_json(file) if file.exists() else {}
+        if not all(isinstance(i, int) and 0 <= i < 2 ** 31 for i in added.values()):
+            raise UserError(f"{file}: expected {{token: id}}")
         entries = read_json(config).get("added_tokens_decoder", {}) if config.exists() else {}
         with reading(config, "added_tokens_decoder"):
             plain = {entry["content"] for entry in entries.values() if not entry.get("special", True)}
@@ -273,7 +276,7 @@ class TextTokenizer:
     def save(self, folder: Path) -> None:
         """Write what from_folder reads."""
         (Path(folder) / "tokenizer.model").write_bytes(self.model_bytes)
-        (Path(folder) / "added_tokens.json").write_text(json.dumps(self.added))
+        (Path(folder) / "added_tokens.json").write_text(json.dumps(self.added), encoding="utf-8")
 
     def add(self, tokens: list[str]) -> None:
         """Add special tokens behind the last id."""
@@ -290,6 +293,10 @@ class TextTokenizer:
     def knows(self, token: str) -> bool:
         """Whether this is a special or added token."""
         return token in self.ids
+
+    def has(self, i: int) -> bool:
+        """Whether an id belongs to a piece or token."""
+        return i in self.names or i < len(self.pieces)
 
     def id(self, token: str) -> int:
         """The id of a special or added token."""
@@ -780,6 +787,11 @@ class Answer:
     segments: list[Segment]
     step_of: Tensor                       # [T] index of a position's segment; len(segments): in none
     is_image: Tensor                      # [T] bool
+
+    @property
+    def texts(self) -> list[str]:
+        """The texts alone, in order."""
+        return [segment.text for segment in self.segments if segment.text is not None]
 
 
 def parse_answer(tokens: Tensor, is_image: Tensor, text: TextTokenizer) -> Answer:

@@ -684,7 +684,7 @@ def show(model: UnifiedModel, run: Run, config: Config, prompts: list[Sample], c
     budget = min(config.edits * (model.vision_config.positions + STEP_ROOM), room)
     trajectories = model.generate(rows, 1, budget, seeds=[(0, index) for index in range(len(rows))])
     answers = model.read_answers(trajectories)
-    scores = judge([sample.prompt for sample in prompts], answers, *judges)
+    scores = judge(prompts, answers, *judges)
     groups = [group_record(prompt, [answer], [score])
               for prompt, answer, score in zip(prompts, answers, scores, strict=True)]
     run.sample(name, title, groups)

@@ -560,7 +560,7 @@ def test_grpo_goes_through_the_prompts_of_every_source(samples_folder):
 
 def test_grpo_takes_the_prompt_side_of_published_data(warm, samples_folder, tmp_path, capsys):
     def judges(*_):
-        return (lambda prompts, texts: [[0.3 * len(text) % 1 for text in answer] for answer in texts],
+        return (lambda prompts, pictures, texts: [0.3 * len(so_far[-1]) % 1 for so_far in texts],
                 lambda texts, pictures: [p.mean() / 255 for p in pictures])
     stories = samples_folder / "jsonl" / "stories.jsonl"
     config = grpo.Config(model=str(warm), out=str(tmp_path / "g"), text_reward="llava-critic",

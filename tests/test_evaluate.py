@@ -16,7 +16,7 @@ import common
 import evaluate
 import shapes
 from common import UserError
-from data import LeftOut, Question
+from data import LeftOut, Question, Sample
 from evaluate import (ASPECTS, BENCHMARKS, LADDER, MMIE, PAPER_LADDER, AnswerSet, Config, InterleavedBench,
                       JudgeRequest, TextToImage, find_score, rate_answer)
 from judges import LlavaCritic
@@ -66,8 +66,8 @@ def answer_of(*steps: tuple[shapes.Scene, shapes.Scene], layout: str = "TwtVpvTw
     (answer_of((BLUE, BLUE), *[(CENTRE, CENTRE)] * 3, layout="TwtVpv" * 4 + "E"), (0, 1, 1, 1, 0)),
     (answer_of(layout="E"), (0, 0, 0, 0, 0))])
 def test_rates_of_an_answer_by_hand(answer, rates):
-    assert tuple(rate_answer(PROMPT, answer).values()) == rates
-    assert tuple(rate_answer(PROMPT, answer)) == evaluate.RATES
+    assert tuple(rate_answer(Sample(PROMPT, []), answer).values()) == rates
+    assert tuple(rate_answer(Sample(PROMPT, []), answer)) == evaluate.RATES
 
 
 def test_an_interval_holds_the_mean_and_narrows_with_more_prompts():

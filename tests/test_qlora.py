@@ -12,7 +12,7 @@ import grpo
 import warmup
 from common import UserError, parse_config
 from model import (LINEAR, LoRALinear, NF4Linear, Sampling, from_nf4, load, load_training, merge,
-                   prepare_training, save, to_nf4, trainable_state, with_trainable)
+                   prepare_training, save, to_nf4, trainable_state, unpacked, with_trainable)
 from tokenizer import THINK_END, THINK_START
 
 FOLDER = ROOT / "tests" / "fixtures" / "vila_u_tiny"
@@ -40,14 +40,34 @@ def test_nf4_by_hand():
     assert values == pytest.approx([2, -2, 2 * 0.2461123, 2 * 0.0795803])
 
 
-def test_a_4_bit_layer_computes_and_differentiates_like_its_dense_twin():
-    layer = NF4Linear(torch.randn(32, 64), torch.randn(32))
+def test_4_bit_layers_compute_and_differentiate_like_their_dense_twins():
+    """Two of one size: they are unpacked into the same memory."""
+    layers = [NF4Linear(torch.randn(64, 64), torch.randn(64)) for _ in range(2)]
     x, twin_x = (torch.ones(5, 64).requires_grad_() for _ in range(2))
-    y, twin = layer(x), F.linear(twin_x, layer.weight, layer.bias)
+    y, twin = x, twin_x
+    for layer in layers:
+        y, twin = layer(y), F.linear(twin, layer.weight, layer.bias)
     assert torch.equal(y, twin)
     y.square().sum().backward()
     twin.square().sum().backward()
     assert torch.equal(x.grad, twin_x.grad) and x.grad.abs().sum() > 0
+
+
+def test_an_unpacked_base_gives_the_same_answers_and_is_packed_again_afterwards():
+    model = load(FOLDER, quantize="nf4")
+    prepare_training(model, 2, 4.0)
+    prompts, budget = [model.prompt("a"), model.prompt("b", draw=True)], model.vision_config.positions + 2
+    packed = model.generate(prompts, 2, budget)
+    layers = [m for m in model.modules() if isinstance(m, NF4Linear)]
+    with pytest.raises(KeyError), unpacked(model):
+        assert layers and all(torch.equal(layer.full, layer.weight) for layer in layers)
+        for layer in layers:
+            layer.packed = None                                # not read while its copy is there
+        full = model.generate(prompts, 2, budget)
+        raise KeyError
+    assert all(layer.full is None for layer in layers), "the copies are freed, after an error too"
+    for a, b in zip(packed, full):
+        assert torch.equal(a.tokens, b.tokens) and torch.equal(a.logp, b.logp)
 
 
 def some_batch(model):
@@ -101,7 +121,8 @@ def test_adapters_start_as_the_base_are_trained_alone_and_come_back(tmp_path, qu
     assert torch.equal(model.log_probs(*batch), after)
     save(model, tmp_path / "policy", {"step": 3})
     names = {f.name for f in (tmp_path / "policy").iterdir()}
-    assert names == {"adapter.json", "adapter.safetensors", "training.json", "training.safetensors"}
+    assert names == {"adapter_config.json", "adapter_model.safetensors", "base.json", "training.json",
+                     "training.safetensors"}
     again = load(tmp_path)
     assert torch.equal(again.log_probs(*batch), after)
     assert same(trainable_state(again), trainable_state(model))
@@ -173,8 +194,10 @@ def test_both_scripts_run_with_qlora_resume_and_merge(warm, tmp_path, monkeypatc
     states = [{**trainable_state(load(tmp_path / name)), **load_training(tmp_path / name / "policy")[1]}
               for name in ("whole", "cut")]
     assert same(*states) and metrics(tmp_path / "whole") == metrics(tmp_path / "cut")
-    record = json.loads((tmp_path / "whole" / "policy" / "adapter.json").read_text())
-    assert record["base"] == str(warm.resolve()) and record["quantize"] == "nf4" and record["rank"] == 4
+    record, base = (json.loads((tmp_path / "whole" / "policy" / name).read_text())
+                    for name in ("adapter_config.json", "base.json"))
+    assert record["base_model_name_or_path"] == str(warm.resolve() / "policy" / "llm")
+    assert record["r"] == 4 and base == {"quantize": "nf4"}
     run("model.py", "--model", tmp_path / "whole", "--merge", tmp_path / "merged")
     merged, adapted = load(tmp_path / "merged"), load(tmp_path / "whole")
     logp, expected = merged.log_probs(*some_batch(merged)), adapted.log_probs(*some_batch(adapted))
@@ -197,6 +220,7 @@ def test_the_papers_preset_fills_in_and_flags_beside_it_win():
 
 @pytest.mark.parametrize("arguments, said", [
     (["grpo.py", "--quantize", "nf4", "--model", FOLDER, "--budget", "40"], "--lora-rank"),
+    (["grpo.py", "--unpack", "--model", FOLDER, "--budget", "40"], "--unpack"),
     (["grpo.py", "--quantize", "int8"], "--quantize int8"),
     (["grpo.py", "--lora-rank", "-1"], "--lora-rank -1"),
     (["warmup.py", "--lora-rank", "4"], "--model"),
@@ -213,11 +237,17 @@ def test_damaged_adapters_are_refused(tmp_path):
     model = load(FOLDER)
     prepare_training(model, 2, 4.0)
     save(model, tmp_path / "policy")
-    file, record = tmp_path / "policy" / "adapter.safetensors", tmp_path / "policy" / "adapter.json"
+    file, record = (tmp_path / "policy" / name for name in ("adapter_model.safetensors",
+                                                            "adapter_config.json"))
     whole, text = file.read_bytes(), record.read_text()
-    for spoil, expected in ((lambda: file.write_bytes(whole[:-9]), "adapter.safetensors"),
+    think = model.text.id(THINK_START)
+    for spoil, expected in ((lambda: file.write_bytes(whole[:-9]), "adapter_model.safetensors"),
                             (file.unlink, "missing"),
-                            (lambda: record.write_text(text.replace('"rank": 2', '"rank": 3')), "shape"),
+                            (lambda: record.write_text(text.replace('"r": 2', '"r": 3')), "shape"),
+                            (lambda: record.write_text(text.replace('"LORA"', '"IA3"')), "IA3"),
+                            (lambda: record.write_text(text.replace('"r": 2', '"r": 2, "use_dora": true')),
+                             "use_dora"),
+                            (lambda: record.write_text(text.replace(str(think), "1")), "trainable_token"),
                             (lambda: record.write_text(text.replace("vila_u_tiny", "gone")), "base"),
                             (lambda: record.write_text("{}"), "lacks"),
                             (lambda: record.write_text("{"), "not JSON")):

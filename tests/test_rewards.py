@@ -4,10 +4,12 @@ import pytest
 import torch
 
 import shapes
+from data import Sample
 from rewards import RulesText, RulesVisual, Scores, format_reward, hybrid_rewards, judge
 from tokenizer import Answer, Segment
 
 PROMPT = "paint it blue, move it to center. <BEGIN> a red circle at top left <image>"
+SAMPLE = Sample(PROMPT, [shapes.render(shapes.states_of_prompt(PROMPT)[0])])
 NONE = torch.zeros(0, dtype=torch.long)
 STATES = shapes.states_of_prompt(PROMPT)[1:]
 
@@ -22,7 +24,7 @@ def answer(texts=None, scenes=None, layout=None) -> Answer:
 
 
 def score(a: Answer):
-    return judge([PROMPT], [a], RulesText(), RulesVisual())[0]
+    return judge([SAMPLE], [a], RulesText(), RulesVisual())[0]
 
 
 def test_a_right_answer_gets_everything():
@@ -51,8 +53,7 @@ def test_breaking_a_tag_changes_only_the_format_reward():
     ("TwtVpvTwtVpvE", 1), ("TwtVpvE", 0), ("TwtVpvTwtVpv", 0), ("TwtVpTwtVpvE", 0), ("TtVpvTwtVpvE", 0),
     ("VpvTwtVpvTwtE", 0), ("wTwtVpvTwtVpvE", 0), ("TwtVpvTwtVpvwE", 0), ("TwtVpvTwtVpvTwtVpvE", 0), ("E", 0)])
 def test_format_reward_by_layout(layout, good):
-    a = Answer(layout, [None] * (2 * layout.count("Vp")), NONE, NONE)
-    assert format_reward(a.layout, 2) == good
+    assert format_reward(layout, ["a text"] * layout.count("w"), 2) == good
 
 
 def test_a_missing_step_scores_zero():
@@ -74,9 +75,9 @@ def test_noise_and_empty_boards_are_no_scene():
 
 
 def test_an_opinionless_judge_is_no_reward_and_not_zero():
-    s = judge([PROMPT], [answer()], lambda prompts, texts: [[None, 1.0]], RulesVisual())[0]
+    s = judge([SAMPLE], [answer()], lambda *asked: [None, 1.0], RulesVisual())[0]
     assert s.steps[0] is None and s.text == 1.0
-    silent = judge([PROMPT], [answer()], lambda prompts, texts: [[None, None]], RulesVisual())[0]
+    silent = judge([SAMPLE], [answer()], lambda *asked: [None, None], RulesVisual())[0]
     assert silent.text is None
 
 

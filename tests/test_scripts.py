@@ -39,7 +39,7 @@ def one_rollout(warm, settings: dict):
     settings = {**RUN, "prompts_per_update": 4, "group_size": 4, "kl": 0.1, **settings}
     config = grpo.Config(model=str(warm), **settings)
     policy, reference = load(warm), load(warm)
-    judges = (lambda prompts, answers: [[0.3 * len(text) % 1 for text in texts] for texts in answers],
+    judges = (lambda prompts, pictures, texts: [0.3 * len(so_far[-1]) % 1 for so_far in texts],
               lambda texts, pictures: [p.mean() / 255 for p in pictures])
     prompts = grpo.next_prompts(config, 0, [])
     batch = grpo.rollout(policy, prompts, config, judges, data.CodeCache(policy), SEEDS)
