@@ -281,7 +281,7 @@ def pick_device(name: str, flag: str = "--device") -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.empty(1, device=name)
+        torch.empty(1, device=name).item()
         return torch.device(name)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"{flag} {name}: not usable here ({str(error).splitlines()[0]})") from None
@@ -327,6 +327,12 @@ def average_gradients(optimizer: torch.optim.Optimizer) -> None:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
             dist.all_reduce(p.grad)
             p.grad /= dist.get_world_size()
+
+
+def check_finite(what: str, value: float, flag: str = "--lr") -> None:
+    """Stop training before an update that would break the weights. Raises UserError."""
+    if not math.isfinite(value):
+        raise UserError(f"{what} became {value}: lower {flag}; the last good checkpoint is intact")
 
 
 def peak_gib(device: torch.device) -> float:
@@ -536,7 +542,7 @@ def hash_files(files: Iterable[Path], texts: Iterable[str] = ()) -> str:
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode("utf-8", "replace"))
         with open(path, "rb") as file:
-            for start in range(0, size, BLOCK * -(-size // HASHED)):
+            for start in range(0, size, BLOCK * max(1, -(-size // HASHED))):
                 file.seek(start)
                 digest.update(file.read(BLOCK))
     return digest.hexdigest()[:16]

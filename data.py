@@ -242,6 +242,8 @@ def records(file: Path, left_out: LeftOut) -> Iterator[tuple[int, object]]:
                 with left_out.guard(file, number):
                     if line.strip():
                         yield number, parse_json(line)
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file") from None
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error})") from None
 
@@ -677,6 +679,9 @@ def read_jsonl(path: Path, left_out: LeftOut, with_steps: bool = True) -> Iterat
         origin = (path, line, id_of(record))
         with left_out.guard(*origin):
             prompt = need(record, "prompt", str)
+            for key in record.keys() - {"prompt", "images", "steps", "id"}:
+                left_out.add(*origin, f"unknown key {key!r}, expected prompt, images, steps or id",
+                             verdict="noted")
             if not prompt.strip():
                 raise Broken("the prompt is empty")
             names = [] if record.get("images") is None else need(record, "images", list)
@@ -714,14 +719,14 @@ PROMPT_READERS = READERS | {                                 # for RL
 def parse_sources(text: str, flag: str) -> list[tuple[str, Path]]:
     """NAME=DIR,NAME=DIR -> (name, path) each. Raises UserError for an unknown name or path."""
     sources = []
-    for part in text.split(","):
+    for part in re.split(r",(?=\w+=)", text):                           # a path may have commas
         name, _, path = part.partition("=")
         if name not in READERS:
             near = difflib.get_close_matches(name, READERS, 1)
             raise UserError(f"{flag} {part}: expected NAME=DIR with NAME one of {', '.join(READERS)}"
                             + (f"; did you mean {near[0]}?" if near else ""))
         if not path or not Path(path).exists():
-            raise UserError(f"{flag} {part}: there is no {path or 'path'}")
+            raise UserError(f"{flag} {part}: no such file or folder")
         sources.append((name, Path(path)))
     return sources
 

@@ -845,7 +845,7 @@ PAGE = 200                           # answers that a page shows
 def question_html(question: Question, of: AnswerSet) -> str:
     """One question, its answer and the judge's replies as HTML. Pictures stay files beside the page."""
     def picture(path: Path) -> str:
-        return picture_html(quote(os.path.relpath(path, of.folder)), path.name)
+        return picture_html(quote(Path(os.path.relpath(path, of.folder)).as_posix()), path.name)
     steps = ""
     for segment in of.segments(question):
         image = picture(of.folder / segment["image"]) if segment["image"] else ""
@@ -908,7 +908,8 @@ def check(config: Config) -> None:
     """Refuse settings that cannot work before anything is loaded. Raises UserError."""
     check_config(config)
     check_judges(config)
-    require(config, "seeds", re.fullmatch(r"\d+(,\d+)*", config.seeds), "whole numbers separated by commas")
+    seeds = re.fullmatch(r"\d{1,9}(,\d{1,9})*", config.seeds)
+    require(config, "seeds", seeds, "whole numbers separated by commas")
     require(config, "benchmark", config.benchmark in ("", *BENCHMARKS), " or ".join(BENCHMARKS))
     if not config.benchmark:
         for name in ("data", "judge", "before"):
@@ -916,7 +917,8 @@ def check(config: Config) -> None:
         return
     if not config.data:
         raise UserError(f"--benchmark {config.benchmark}: expected its files at --data as well")
-    require(config, "data", Path(config.data).exists(), "a path that exists")
+    if not Path(config.data).exists():
+        raise UserError(f"--data {config.data}: no such file or folder")
     if not config.judge:
         return
     kind, from_file = config.judge.partition("=")[0], config.judge.startswith("file:")

@@ -31,7 +31,7 @@ from tqdm import tqdm
 import warmup
 from common import (Count, LearningRate, Natural, NonNegative, Positive, Range, Run, Seed, Share, TopP,
                     UserError, Weights, average_gradients, averaged, check_config, check_content,
-                    check_settings, claim, optimizer_tensors, parse_config, peak_gib, require,
+                    check_finite, check_settings, claim, optimizer_tensors, parse_config, peak_gib, require,
                     restore_optimizer, run_main, start_over, start_processes)
 from data import (PROMPT_READERS, CodeCache, LeftOut, Sample, hash_samples, keep_usable, read_prompts,
                   read_sources, toy_prompt)
@@ -372,9 +372,7 @@ def update(policy: UnifiedModel, optimizer: torch.optim.Optimizer, batch: Rollou
         loss, ratio, kl = grpo_loss(logp, batch.old_logp[part], ref_logp[part], values, weights[part],
                                     config.clip, config.kl)
         loss = loss.sum() / B                               # 1/G of Eq. (2), over all groups of the update
-        if not loss.isfinite():
-            raise UserError(f"the loss became {loss.item()}: stopped before the update; the last good "
-                            f"checkpoint is intact (lower --lr, or raise --kl)")
+        check_finite("the loss", loss.item())
         loss.backward()
         total += loss.item()
         with torch.no_grad():
@@ -386,6 +384,7 @@ def update(policy: UnifiedModel, optimizer: torch.optim.Optimizer, batch: Rollou
                 sums[f"clip_frac/{name}"] += clipped[of_kind].sum().item()
     average_gradients(optimizer)
     norm = torch.nn.utils.clip_grad_norm_(policy.policy_parameters(), 1.0)
+    check_finite("the gradient", norm.item())
     optimizer.step()
     means = {f"{key}/{name}": sums[f"{key}/{name}"] / max(1, sums[f"count/{name}"])
              for key in ("kl", "clip_frac") for name in ("text", "image")}

@@ -29,7 +29,7 @@ from PIL import Image
 from torch import Tensor
 
 from common import (UserError, parse_config, pick_device, read_json, read_picture, read_text, reading,
-                    run_main, snapshot)
+                    run_main, snapshot, split_paths)
 from model import (NAMES, Decoder, DecoderConfig, KVCache, Stored, decoder_config, fill, stored_tensors,
                    tensor_files)
 from tokenizer import (CACHE_SIZE, SIGLIP_HEADS, Attention, Block, SiglipTower, TowerConfig, byte_pairs,
@@ -958,7 +958,7 @@ def main() -> None:
     """Print a reward for every picture of --images, or llava-critic's reply about --text and its score."""
     config = parse_config(Config, names={"judge": [name for part in JUDGES.values() for name in part]})
     name, _, folder = config.judge.partition("=")
-    files = [Path(file) for file in config.images.split(",") if file]
+    files = [Path(file) for file in split_paths(config.images)]
     device = pick_device(config.device)
     if name in JUDGES["text"]:
         if files or not config.question:

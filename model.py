@@ -186,6 +186,9 @@ class Decoder(nn.Module):
         cache, and row b's t-th input stands at positions[b, t].
         """
         if positions is None:
+            if x.shape[1] > self.config.context:
+                raise UserError(f"a row of {x.shape[1]} positions exceeds the decoder's context of "
+                                f"{self.config.context}: shorten the prompt, or lower --edits")
             positions = torch.arange(x.shape[1], device=x.device)[None]
         rotary = self.rotary(positions)
         for i, layer in enumerate(self.layers):
@@ -315,6 +318,7 @@ def sample_index(logp: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     mass = logp.exp().cumsum(-1)
     target = uniform * (1 - 2 ** -22) * mass[:, -1]                  # below the whole mass after rounding too
     index = torch.searchsorted(mass, target[:, None], right=True)    # the first whose mass exceeds the target
+    index = index.clamp(max=logp.shape[-1] - 1)                      # beyond it for NaN: see `generate`
     return index[:, 0], logp.gather(-1, index)[:, 0]
 
 
@@ -480,7 +484,7 @@ class UnifiedModel(nn.Module):
         another order. That can move a decision whose random number lies within rounding of a boundary.)
         rows: answers in the KV cache at a time (0: as many as fit the device's free memory).
         Raises UserError where a prompt and its budget exceed the decoder's context, or where the budget is
-        too small for the image that a prompt opens.
+        too small for the image that a prompt opens, or where a probability is not finite.
         """
         N, D = self.vision_config.positions, self.vision_config.depth
         context = self.decoder.config.context
@@ -501,6 +505,9 @@ class UnifiedModel(nn.Module):
             part, index = prompts[first:places[-1] + 1], torch.tensor(places) - first
             columns = self.sample_rows(part, index, torch.stack(uniforms), sampling)
             columns = [column.cpu().clone() for column in columns]
+            if not columns[1].isfinite().all():
+                raise UserError("sampling met a probability that is not finite: the weights are broken "
+                                "(lower --lr), or --temperature is too close to 0")
             for p, tokens, logp, mode, truncated in zip(places, *columns):
                 n = int((mode != ENDED).sum())
                 is_image = mode[:n] == IMAGE
@@ -1240,8 +1247,8 @@ def checkpoint_folder(source: str) -> Path:
     is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and not source.startswith("out/")
     if Path(source).exists() or not is_hub_id:
         raise UserError(f"--model {source}: no checkpoint there (expected the folders llm/, mm_projector/ "
-                        f"and vision_tower/, or a run directory that holds them in policy/); python warmup.py "
-                        f"makes one in out/warmup")
+                        f"and vision_tower/, or a run directory that holds them in policy/); python "
+                        f"warmup.py makes one in out/warmup")
     return snapshot(source, "--model")
 
 
@@ -1300,7 +1307,7 @@ def decoder_config(llm: dict, file: str | Path, **more) -> DecoderConfig:
         hidden_size=llm["hidden_size"], intermediate_size=llm["intermediate_size"],
         num_hidden_layers=llm["num_hidden_layers"], num_attention_heads=llm["num_attention_heads"],
         vocab_size=llm["vocab_size"], num_key_value_heads=llm.get("num_key_value_heads"),
-        rms_norm_eps=llm.get("rms_norm_eps", 1e-5), rope_theta=llm.get("rope_theta", 10000.0),
+        rms_norm_eps=float(llm.get("rms_norm_eps", 1e-5)), rope_theta=float(llm.get("rope_theta", 10000.0)),
         rope_factor=float(scaling["factor"]) if kind == "linear" else 1.0, context=context_of(llm),
         attention_bias=llm.get("attention_bias", False), tied=llm.get("tie_word_embeddings", False), **more)
 

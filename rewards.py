@@ -302,7 +302,7 @@ def check_judge(flag: str, part: str, spec: str) -> None:
     if name not in judge_names(part):
         raise UserError(f"{flag} {spec}: expected {' or '.join(judge_names(part))}")
     if folder and not Path(folder).exists() and folder.count("/") != 1:
-        raise UserError(f"{flag} {spec}: there is no {folder}")
+        raise UserError(f"{flag} {spec}: no such file or folder")
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -56,6 +56,8 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, kv_heads: int | None = None, bias: bool = True,
                  out_bias: bool = True, context_width: int | None = None):
         super().__init__()
+        if heads < 1 or width % heads:
+            raise ValueError(f"a width that is a multiple of the number of heads, {width} and {heads}")
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads or heads, width // heads
         self.q_proj = nn.Linear(width, heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(context_width or width, self.kv_heads * self.head_dim, bias=bias)

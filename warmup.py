@@ -33,8 +33,8 @@ from tqdm import tqdm
 
 import shapes
 from common import (Count, LearningRate, Natural, Positive, Run, Seed, UserError, Weights, check_config,
-                    check_content, check_settings, claim, optimizer_tensors, parse_config, pick_device,
-                    restore_optimizer, run_main, seeded, shown, write_report, write_text)
+                    check_content, check_finite, check_settings, claim, optimizer_tensors, parse_config,
+                    pick_device, restore_optimizer, run_main, seeded, shown, write_report, write_text)
 from data import (I2T_QUESTION, KINDS, MARKS, PRETRAINING, READERS, CodeCache, LeftOut, Sample, hash_samples,
                   keep_usable, parse_sources, read_sources, row_of, toy_i2t, toy_prompt, toy_story, toy_t2i)
 from model import (DecoderConfig, DepthConfig, UnifiedModel, by_modality, chat, checkpoint_hash, load,
@@ -568,10 +568,9 @@ def train_decoder(model: UnifiedModel, run: Run, config: Config, stage: str, bat
         samples = batch(step)
         model.zero_grad()
         metrics = add_gradients(model, samples, codes, config)
-        if not math.isfinite(metrics["loss"]):
-            raise UserError(f"{stage}: the loss became {metrics['loss']} at step {step}: lower {flag}; "
-                            f"the last good checkpoint is intact")
+        check_finite(f"{stage}, step {step}: the loss", metrics["loss"], flag)
         norm = torch.nn.utils.clip_grad_norm_(model.policy_parameters(), 1.0)
+        check_finite(f"{stage}, step {step}: the gradient", norm.item(), flag)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = optimizer.defaults["lr"] * schedule(step, steps)
@@ -624,6 +623,11 @@ def run_stages(config: Config) -> None:
         model = miniature(config.seed, folder / "text", some_texts(samples, config.seed)).to(device)
     prepare_training(model, config.lora_rank, config.lora_alpha, config.seed)
     model.decoder.checkpointing = config.checkpointing
+    stories = [toy_story(random.Random(i), config.edits) for i in range(0 if config.data else 16)]
+    longest = max((len(row_of(story, model, CodeCache(model))[0]) for story in stories), default=0)
+    if longest > model.decoder.config.context:
+        raise UserError(f"--edits {config.edits}: a story of {longest} positions exceeds the decoder's "
+                        f"context of {model.decoder.config.context}")
     run = Run(config, state.get("lines", 0), content)
     stage, step = state.get("stage", "warmup" if config.model else "tokenizer"), state.get("step", 0)
     if stage == "tokenizer":
