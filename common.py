@@ -34,19 +34,23 @@ import shutil
 import textwrap
 import threading
 import time
+from collections import Counter
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, fields
+from dataclasses import Field, asdict, fields
+from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from typing import Annotated, Iterable, Literal, NamedTuple, get_args, get_origin
+from statistics import fmean, pstdev
+from typing import Annotated, Callable, Iterable, Literal, NamedTuple, get_args, get_origin
+from urllib.parse import quote
 
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 
 try:
@@ -67,10 +71,14 @@ class UserError(ValueError):
 # Flags: one dataclass of settings per script, its fields are the command line
 
 class Range(NamedTuple):
-    """The numbers that a flag takes: low..high, or more than `low` where it is `open`."""
+    """The numbers that a flag takes: low..high, or more than `low` where it is `open`.
+
+    pair: two numbers as well as one, as a tuple: the first for text tokens, the second for image codes.
+    """
     low: float
     high: float = math.inf
     open: bool = False
+    pair: bool = False
 
     def holds(self, value: float) -> bool:
         above = value > self.low if self.open else value >= self.low
@@ -78,7 +86,8 @@ class Range(NamedTuple):
 
     def __str__(self) -> str:
         low = f"more than {self.low:g}" if self.open else f"at least {self.low:g}"
-        return low if self.high == math.inf else f"{low} and at most {self.high:g}"
+        limits = low if self.high == math.inf else f"{low} and at most {self.high:g}"
+        return limits + ", or two of them as TEXT,IMAGE" * self.pair
 
 
 Count = Annotated[int, Range(1, 10 ** 9)]
@@ -87,9 +96,13 @@ Seed = Annotated[int, Range(0, 2 ** 32 - 1)]
 Positive = Annotated[float, Range(1e-6, 1e6)]
 NonNegative = Annotated[float, Range(0, 1e6)]
 Share = Annotated[float, Range(0, 1)]
-TopP = Annotated[float, Range(0, 1, open=True)]
 LearningRate = Annotated[float, Range(0, 1, open=True)]
 Weights = tuple[float, float, float]
+Names = tuple[str, ...]                      # a flag that takes one or more words
+Naturals = Annotated[int, Range(0, 10 ** 9, pair=True)]
+Positives = Annotated[float, Range(1e-6, 1e6, pair=True)]
+NonNegatives = Annotated[float, Range(0, 1e6, pair=True)]
+TopPs = Annotated[float, Range(0, 1, open=True, pair=True)]
 
 
 def parse_weights(text: str) -> Weights:
@@ -111,6 +124,23 @@ def split_paths(text: str) -> list[str]:
         paths.append(next((name for name in names if os.path.exists(name)), parts[0]))
         parts = parts[paths[-1].count(",") + 1:]
     return [path for path in paths if path]
+
+
+def parse_numbers(number: type, text: str) -> float | tuple[float, float]:
+    """'0.9' -> 0.9 and '0.9,1' -> (0.9, 1.0). Raises ArgumentTypeError for anything else."""
+    try:
+        first, *more = map(number, text.split(","))
+    except ValueError:
+        first, more = None, [None, None]
+    if len(more) > 1:
+        words = "whole numbers" if number is int else "numbers"
+        raise argparse.ArgumentTypeError(f"{text!r}: expected one or two {words}, X or TEXT,IMAGE")
+    return (first, *more) if more else first
+
+
+def plain_type(f: Field):
+    """The annotation of a setting; of one that may be None, `X | None`, it is X."""
+    return get_args(f.type)[0] if f.default is None else f.type
 
 
 def flag_of(name: str) -> str:
@@ -136,10 +166,12 @@ def check_config(config) -> None:
     """
     for f in fields(config):
         value = getattr(config, f.name)
-        if get_origin(f.type) is Annotated:
-            kind, limits = get_args(f.type)
+        if get_origin(plain_type(f)) is Annotated:
+            kind, limits = get_args(plain_type(f))
             words = f"a {'whole ' * (kind is int)}number, {limits}"
-            require(config, f.name, isinstance(value, (int, kind)) and limits.holds(value), words)
+            values = value if limits.pair and isinstance(value, tuple) and len(value) == 2 else (value,)
+            fits = all(isinstance(v, (int, kind)) and limits.holds(v) for v in values)
+            require(config, f.name, fits or value is f.default is None, words)
         elif get_origin(f.type) is Literal:
             require(config, f.name, value in get_args(f.type), " or ".join(get_args(f.type)))
         elif f.type == Weights:
@@ -180,15 +212,21 @@ def make_parser(Config, names: dict[str, Iterable[str]]) -> argparse.ArgumentPar
             options = {"action": argparse.BooleanOptionalAction}
         elif get_origin(f.type) is Literal:
             options = {"type": str, "metavar": "|".join(c or "''" for c in get_args(f.type))}
-        elif get_origin(f.type) is Annotated:
-            options = {"type": get_args(f.type)[0], "metavar": "N" if get_args(f.type)[0] is int else "X"}
+        elif get_origin(plain_type(f)) is Annotated:
+            kind, limits = get_args(plain_type(f))
+            letter = "N" if kind is int else "X"
+            options = {"type": kind, "metavar": letter}
+            if limits.pair:
+                options = {"type": partial(parse_numbers, kind), "metavar": f"{letter}[,{letter}]"}
         elif f.type == Weights:
             options = {"type": parse_weights, "metavar": "X,X,X"}
+        elif f.type == Names:
+            options |= {"type": str, "nargs": "+"}
         elif f.type in (int, float):
             options["metavar"] = "N" if f.type is int else "X"
         if f.name in names:
             text += f"; {', '.join(names[f.name])}"
-        if f.default != "":
+        if f.default not in ("", None, ()):
             text += f" [{shown(f.default)}]"
         section.add_argument(flag_of(f.name), default=f.default, help=text.replace("%", "%%"), **options)
     return parser
@@ -251,23 +289,33 @@ def run_main(main) -> None:
     try:
         main()
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        leave(f"error: {error}", 2)
     except torch.OutOfMemoryError as error:
-        print(f"error: out of memory ({str(error).split('. ')[0]}): lower --rows, --micro-batch, --batch or "
-              f"--budget; what was saved before is intact", file=sys.stderr)
-        sys.exit(2)
+        leave(f"error: out of memory ({str(error).split('. ')[0]}): lower --rows, --micro-batch, --batch or "
+              f"--budget; what was saved before is intact", 2)
     except OSError as error:
         if not error.filename and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
             raise
         reason = f"{error.filename or 'a file'}: {(error.strerror or 'cannot be used').lower()}"
-        print(f"error: {reason}; what was saved before is intact", file=sys.stderr)
-        sys.exit(2)
+        leave(f"error: {reason}; what was saved before is intact", 2)
     except KeyboardInterrupt as stop:
-        print(": ".join(["interrupted", *map(str, stop.args)]), file=sys.stderr)
-        sys.exit(130)
+        leave(": ".join(["interrupted", *map(str, stop.args)]), 130)
+    except RuntimeError as error:
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error):
+            raise
+        leave(f"error: another process has ended or cannot be reached ({str(error).splitlines()[0][:120]}); "
+              f"the same command goes on from the last checkpoint, if there is one", 1)
     finally:
         signal.signal(signal.SIGINT, signal.SIG_IGN)                   # while Python shuts down
+
+
+def leave(sentence: str, code: int) -> None:
+    """End the script with one sentence; of several processes the first that fails prints its own."""
+    if first_to_fail():
+        print(sentence, file=sys.stderr, flush=True)
+    if dist.is_initialized():
+        os._exit(code)                   # without torch's clean-up, which may wait for the other processes
+    sys.exit(code)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -287,46 +335,120 @@ def pick_device(name: str, flag: str = "--device") -> torch.device:
         raise UserError(f"{flag} {name}: not usable here ({str(error).splitlines()[0]})") from None
 
 
+# The longest that a process waits for another, which may still be asking a judge or sampling an evaluation.
+# torchrun ends all processes as soon as one of them fails, whatever this is.
+PATIENCE = timedelta(hours=6)
+
+
 def start_processes(name: str) -> tuple[int, int, torch.device]:
     """--device -> rank, world size, device.
 
-    Under torchrun this joins torch's process group: nccl on GPUs, gloo elsewhere.
+    Under torchrun this joins torch's process group: nccl on GPUs, gloo elsewhere. Only rank 0 prints from
+    then on. Raises UserError where the processes cannot meet.
     """
-    device = pick_device(name)
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    device, world = pick_device(name), int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1:
         return 0, 1, device
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}", "a process of torchrun has --device")
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    return dist.get_rank(), dist.get_world_size(), device
+    if not dist.is_initialized():
+        try:
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=PATIENCE)
+        except (RuntimeError, ValueError) as error:
+            where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+            raise UserError(f"the {world} processes cannot meet at {where}: is the port in use? "
+                            f"({str(error).splitlines()[0]})") from None
+        if dist.get_rank() > 0:
+            sys.stdout = open(os.devnull, "w")
+    return dist.get_rank(), world, device
 
 
-def averaged(metrics: dict, world: int, device: torch.device) -> dict:
-    """Metrics of one process -> those over all processes: means, but the maximum of what ends in _max."""
-    if world == 1:
+def process_rank() -> int:
+    """This process's number, 0 without torchrun."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def process_count() -> int:
+    """How many processes train together, 1 without torchrun."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def wait_for_all() -> None:
+    """Go on when all processes have come here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def summed(value: Tensor) -> Tensor:
+    """The sum of a tensor over all processes, in its place."""
+    if dist.is_initialized():
+        dist.all_reduce(value)
+    return value
+
+
+def end_processes() -> None:
+    """Leave torch's process group; rank 0 goes on alone."""
+    wait_for_all()
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def note_processes(state: dict) -> None:
+    """Print that a run goes on with another number of processes than its checkpoint was written by."""
+    before, now = state.get("processes", process_count()), process_count()
+    if before != now:
+        print(f"the checkpoint was written by {before} processes, {now} go on: same prompts and answers, "
+              f"sums in another order")
+
+
+def first_to_fail() -> bool:
+    """Is this the first process of the run that fails? The others need no sentence of their own."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return True
+    try:                                             # torchrun's own table of keys
+        address, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
+        store = dist.TCPStore(address, port, timeout=timedelta(seconds=10))
+        return store.add("failed/" + os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), 1) == 1
+    except (KeyError, ValueError, RuntimeError):
+        return True
+
+
+def averaged(metrics: dict, device: torch.device) -> dict:
+    """Metrics of one process -> those over all processes: means, but the maxima of *_max and peak_gib."""
+    if not dist.is_initialized():
         return metrics
-    values = torch.tensor(list(metrics.values()), device=device)
-    everyone = [torch.zeros_like(values) for _ in range(world)]
+    values = torch.tensor(list(metrics.values()), dtype=torch.float32, device=device)
+    everyone = [torch.zeros_like(values) for _ in range(dist.get_world_size())]
     dist.all_gather(everyone, values)
     merged = torch.stack(everyone)                                                         # (world, metrics)
-    return {name: (merged[:, i].max() if name.endswith("_max") else merged[:, i].mean()).item()
+    return {name: (merged[:, i].max() if name.endswith(("_max", "peak_gib")) else merged[:, i].mean()).item()
             for i, name in enumerate(metrics)}
 
 
 def average_gradients(optimizer: torch.optim.Optimizer) -> None:
     """Replace the gradients of an optimizer's parameters by their means over all processes.
 
-    A parameter without a gradient here may have one elsewhere: perhaps no picture was sampled here.
-    Its gradient here counts as 0.
+    A parameter without a gradient gets 0: no picture was sampled, perhaps in this process alone. Gradients of
+    sharded parameters are averaged already.
     """
-    if not dist.is_initialized():
-        return
     for group in optimizer.param_groups:
         for p in group["params"]:
             p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            dist.all_reduce(p.grad)
-            p.grad /= dist.get_world_size()
+            if not isinstance(p, DTensor):
+                p.grad = summed(p.grad) / process_count()
+
+
+def whole(value: Tensor) -> Tensor:
+    """Gather a sharded tensor; all processes call this together. Any other tensor is returned as it is."""
+    return value.full_tensor() if isinstance(value, DTensor) else value
+
+
+def sharded_like(value: Tensor, p: Tensor) -> Tensor:
+    """A whole tensor -> this process's shard of it where `p`, of the same shape, is sharded."""
+    if not isinstance(p, DTensor) or value.shape != p.shape:
+        return value
+    return distribute_tensor(value.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
 
 
 def check_finite(what: str, value: float, flag: str = "--lr") -> None:
@@ -410,8 +532,8 @@ def reading(path: Path, what: str):
         raise UserError(f"{path}: {what} lacks {error}") from None
 
 
-def read_lines(path: Path, *needed: str) -> list[dict]:
-    """The JSON lines of a log of our own, [] where there is none. `needed`: keys that each line has.
+def read_lines(path: Path, key: Callable[[dict], object] = dict) -> list[dict]:
+    """The JSON lines of a log of our own, [] where there is none. `key` takes from a line what it must hold.
 
     Half a line, left by a kill, and any other broken one are taken out of the file, with one warning.
     """
@@ -419,7 +541,8 @@ def read_lines(path: Path, *needed: str) -> list[dict]:
     for text in path.read_bytes().splitlines() if path.exists() else ():
         try:
             line = json.loads(text)
-            lines.append({**line, **{key: line[key] for key in needed}})
+            key(line)
+            lines.append(line)
         except (ValueError, RecursionError, TypeError, KeyError):
             broken += 1
     if broken:
@@ -578,12 +701,36 @@ def read_tensor(path: Path, name: str, device: str | torch.device) -> Tensor:
         return file.get_tensor(name).to(device, copy=True)
 
 
+# safetensors' names of the types
+DTYPES = {torch.float64: "F64", torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16",
+          torch.int64: "I64", torch.int32: "I32", torch.uint8: "U8", torch.bool: "BOOL"}
+
+
 def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
-    """Write a safetensors file. Raises UserError where the disk does not take it."""
+    """Write a safetensors file, one tensor after the other.
+
+    The format is a length of 8 bytes, a JSON header with every tensor's place, then the tensors' bytes.
+    Sharded tensors are gathered one at a time, by all processes together; rank 0 writes.
+    Raises UserError where the disk does not take it.
+    """
+    names = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))     # so all are aligned
+    header, end = {"__metadata__": {"format": "pt"}}, 0
+    for name in names:
+        start, end = end, end + tensors[name].numel() * tensors[name].element_size()
+        header[name] = {"dtype": DTYPES[tensors[name].dtype], "shape": list(tensors[name].shape),
+                        "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
     try:
-        save_file(tensors, path, metadata={"format": "pt"})
-    except SafetensorError as error:                # a full disk, say: the caller's folder is not replaced
-        raise UserError(f"{path}: cannot be written ({error}); what was saved before is intact") from None
+        with open(path if process_rank() == 0 else os.devnull, "wb") as file:
+            file.write(len(text).to_bytes(8, "little") + text)
+            for name in names:
+                value = whole(tensors[name].detach())
+                if process_rank() == 0:
+                    file.write(value.cpu().contiguous().flatten().view(torch.uint8).numpy())
+    except OSError as error:             # a full disk, say: the caller's folder is not replaced
+        reason = error.strerror
+        raise UserError(f"{path}: cannot be written ({reason}); what was saved before is intact") from None
 
 
 def snapshot(source: str, where: str) -> Path:
@@ -663,7 +810,8 @@ def free_folder(folder: Path) -> Path:
 LOCK = "run.lock"                # in every folder that results go to; empty unless a run is alive
 BEAT, DEAD = 15, 60              # seconds between signs of life, and without one until a run counts as dead
 GOES_ON = {"policy*/training.json": "the same command goes on from the last checkpoint",
-           "*/answers.jsonl": "the same command goes on behind the last answer"}
+           "*/answers*.jsonl": "the same command goes on behind the last answer",
+           "rates_*.jsonl": "the same command goes on behind the last answer"}
 
 
 @contextmanager
@@ -676,6 +824,9 @@ def claim(out: str | Path, resume: bool = True):
     OSError where nothing can be written.
     """
     folder = Path(out)
+    if process_rank() > 0:
+        yield folder
+        return
     file, names = folder / LOCK, {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     if names and LOCK not in names and not {"config.json", "metrics.jsonl"} <= names:
         raise UserError(f"--out {folder}: holds {min(names)}, which no run wrote: choose a new or an empty "
@@ -731,18 +882,21 @@ class Run:
     """A run directory: config.json (settings, versions), metrics.jsonl, policy/, samples/."""
 
     def __init__(self, config, lines: int = 0, content: dict | None = None):
-        """Make the folder, write config.json and open metrics.jsonl.
+        """Make the folder, write config.json and open metrics.jsonl. Of several processes only rank 0 writes.
 
         config: a settings dataclass with a field `out`.
         lines: how many lines of an earlier metrics.jsonl the checkpoint had seen; the rest is dropped.
         content: hashes of the weights and data that the run depends on, by flag.
         """
-        self.folder, self.content = Path(config.out), content
+        self.folder, self.lines, self.writes = Path(config.out), lines, process_rank() == 0
+        self.content = content
+        if not self.writes:
+            return
         (self.folder / "samples").mkdir(parents=True, exist_ok=True)
         write_text(self.folder / "config.json", json.dumps(
             {"settings": asdict(config), "content": content, "command": " ".join(sys.argv),
-             "python": platform.python_version(),
-             "torch": torch.__version__, "threads": torch.get_num_threads()}, indent=1))
+             "python": platform.python_version(), "torch": torch.__version__,
+             "threads": torch.get_num_threads(), "processes": process_count()}, indent=1))
         self.metrics = self.folder / "metrics.jsonl"
         earlier = read_metrics(self.metrics)[:lines]
         write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in earlier))
@@ -750,19 +904,25 @@ class Run:
 
     def log(self, **metrics) -> None:
         """Append one flat object, floats rounded to six places."""
+        self.lines += self.writes
+        if not self.writes:
+            return
         line = {k: round(v, 6) if isinstance(v, float) else v for k, v in metrics.items()}
         add_line(self.metrics, line)
-        self.lines += 1
 
     def sample(self, name: str, title: str, groups: list[dict], judged: list[dict] = ()) -> None:
         """Keep answers for people: samples/NAME.json for the report, samples/NAME.png as a sheet.
 
-        groups: `rewards.group_record` of each prompt.
+        groups: `rewards.group_record` of each prompt. A sheet *after.png has those of *before.json beside it.
         judged: questions to a learned judge and its replies.
         """
-        file = self.folder / "samples" / f"{name}.json"
+        if not self.writes:
+            return
+        file, earlier = self.folder / "samples" / f"{name}.json", []
         write_text(file, json.dumps({"title": title, "groups": groups, "judged": list(judged)}))
-        draw_sheet(groups, file.with_suffix(".png"))
+        for before in file.parent.glob("*before.json") if name.endswith("after") else ():
+            earlier = read_json(before)["groups"]
+        draw_sheet(groups, file.with_suffix(".png"), earlier)
 
 
 def start_over(folder: Path) -> None:
@@ -786,16 +946,20 @@ def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
 
 def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
     """Put the tensors of `optimizer_tensors` back; others are passed over."""
-    state = optimizer.state_dict()
+    state, trained = optimizer.state_dict(), [p for group in optimizer.param_groups for p in group["params"]]
     for name, value in tensors.items():
         if name.startswith("optimizer."):
             _, i, key = name.split(".")
-            state["state"].setdefault(int(i), {})[key] = value
+            state["state"].setdefault(int(i), {})[key] = sharded_like(value, trained[int(i)])
     optimizer.load_state_dict(state)
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Something to look at: sheets (PNG) and pages (HTML)
+# Something to look at. Answers and groups are those of `rewards.group_record`
+
+SIDE = 96            # pixels on the screen that the shorter side of a picture has at least
+LETTERS = {"T": "think", "w": "words", "t": "/think", "V": "vis", "p": "picture", "v": "/vis", "E": "end"}
+
 
 def png(picture: np.ndarray) -> str:
     """uint8 [H, W, 3] -> a base64 PNG of at most 256 pixels a side, for JSON and HTML."""
@@ -805,108 +969,408 @@ def png(picture: np.ndarray) -> str:
     return base64.b64encode(data.getvalue()).decode()
 
 
-def draw_sheet(groups: list[dict], path: Path, size: int = 72) -> None:
-    """A PNG with one row an answer: the parts of its reward, then its texts and pictures in turn."""
-    rows = [(group, answer) for group in groups for answer in group["answers"]]
-    columns = max((len(a["steps"]) for _, a in rows), default=1)
-    sheet = Image.new("RGB", (200 + columns * (size + 60), max(1, len(rows)) * (size + 26)), "white")
-    pen = ImageDraw.Draw(sheet)
+def enlarged(source: str | Path) -> Image.Image:
+    """A base64 PNG or a picture file, enlarged by a whole number until its shorter side has SIDE pixels."""
+    image = Image.open(source if isinstance(source, Path) else io.BytesIO(base64.b64decode(source)))
+    zoom = math.ceil(SIDE / min(image.size))
+    return image.resize((image.width * zoom, image.height * zoom), Image.NEAREST)
 
-    def paste(data: str, x: int, y: int) -> None:
-        picture = Image.open(io.BytesIO(base64.b64decode(data)))
-        sheet.paste(picture.resize((size, size), Image.NEAREST), (x, y))
-    for row, (group, answer) in enumerate(rows):
-        top = row * (size + 26)
-        pen.text((4, top), group["prompt"][:180], fill="gray")
-        if group["pictures"]:
-            paste(group["pictures"][0], 4, top + 16)
-        parts = [f"{k} {answer[k]:.2f}" for k in ("text", "visual", "format") if answer[k] is not None]
-        pen.multiline_text((size + 12, top + 18), "\n".join([*parts, answer["layout"]]), fill="black")
-        for i, step in enumerate(answer["steps"]):
-            x = 200 + i * (size + 60)
-            if step["picture"]:
-                paste(step["picture"], x, top + 16)
-            else:
-                pen.multiline_text((x, top + 20), textwrap.fill(step["text"], 18), fill="black")
+
+def pairs(steps: list[dict]) -> list[list[dict]]:
+    """Steps -> each text together with the picture that follows it."""
+    found = []
+    for step in steps:
+        if found and step["picture"] and not found[-1][-1]["picture"]:
+            found[-1].append(step)
+        else:
+            found.append([step])
+    return found
+
+
+def parts_of(answer: dict) -> str:
+    """The parts of an answer's reward, and its form: in words where it is not as the prompt asks."""
+    parts = {"r_t": answer["text"], "r_v": answer["visual"], "r_f": answer["format"]}
+    words = ", ".join(f"{name} {value:.2f}" for name, value in parts.items() if value is not None)
+    form = " ".join(LETTERS[letter] for letter in answer["layout"])
+    return f"{words}; form {'as asked' if answer['format'] else f'wrong: {form}'}"
+
+
+def draw_sheet(groups: list[dict], path: Path, earlier: list[dict] = ()) -> None:
+    """A PNG: each prompt and below it an answer a row. `earlier` answers to the same prompts stand left."""
+    sides = [earlier, groups] if len(earlier) == len(groups) else [groups]
+    lengths = [len(pairs(a["steps"])) for side in sides for group in side for a in group["answers"]]
+    half, rows = max([3, *lengths]), []              # columns of one side; rows of cells
+    for of in zip(*sides):
+        # column, columns of room, text, picture
+        rows.append([(0, half * len(sides), of[0]["prompt"], None)])
+        rows.append([(i, 1, "", p) for i, p in enumerate(of[0]["pictures"])])
+        for answers in itertools.zip_longest(*(group["answers"] for group in of)):
+            places = [(n * half, answer) for n, answer in enumerate(answers) if answer]
+            rows.append([(left, half, parts_of(answer), None) for left, answer in places])
+            rows.append([(left + i, 1, step["text"] or "", step["picture"]) for left, answer in places
+                         for i, pair in enumerate(pairs(answer["steps"])) for step in pair])
+    rows = [[(column, room, text, p and enlarged(p)) for column, room, text, p in row] for row in rows]
+    cell = 24 + max([p.width for row in rows for *_, p in row if p], default=SIDE)
+    rows = [[(8 + column * cell, textwrap.wrap(text, room * cell // 8), p) for column, room, text, p in row]
+            for row in rows]
+    words = [18 * max([len(lines) for _, lines, _ in row], default=0) for row in rows]     # heights of rows
+    pictures = [max([p.height for *_, p in row if p], default=0) for row in rows]
+    tops = list(itertools.accumulate((6 + a + b for a, b in zip(words, pictures)), initial=6))
+    sheet = Image.new("RGB", (half * len(sides) * cell + 8, tops[-1]), "white")
+    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    for row, top, down in zip(rows, tops, words):
+        for x, lines, picture in row:
+            pen.multiline_text((x, top), "\n".join(lines), fill="#1c1c1c", font=font)
+            if picture:
+                sheet.paste(picture, (x, top + down))
     sheet.save(path)
 
 
-STYLE = """body{font:14px/1.45 system-ui,sans-serif;max-width:1100px;margin:2em auto;padding:0 1em;color:#222}
-h1{font-size:1.5em}h2{font-size:1.15em;margin-top:2em}pre{background:#f6f6f6;padding:.8em;overflow:auto;font-size:12px}
-.curves{display:flex;flex-wrap:wrap;gap:12px}figure{margin:0}figcaption{font-size:12px;color:#555}
-.answer{display:flex;flex-wrap:wrap;gap:10px;border-top:1px solid #ddd;padding:8px 0;align-items:flex-start}
-.step{max-width:150px;font-size:13px}
-.step img,.prompt img{width:144px;image-rendering:pixelated;border:1px solid #ccc}
-.note{color:#777;font-size:11px}.parts{width:130px;color:#555;font-size:12px}.prompt{margin-top:1.2em;font-weight:600}
-.group{margin-bottom:1em}"""
+# ------------------------------------------------------------------------------------------------------------
+# Pages (HTML): pieces from small to large
+
+STYLE = """
+:root{--page:#fff;--ink:#1c1c1c;--soft:#555;--line:#bbb;--card:#f5f5f3;--good:#176b2c;--bad:#b3261e;
+--c0:#1f5fa8;--c1:#b3470a;--c2:#1c7a3d;--c3:#8a3d9e;--c4:#7a5b00;--c5:#555;color-scheme:light dark}
+@media screen and (prefers-color-scheme:dark){:root{--page:#16181b;--ink:#ececec;--soft:#b8b8b8;--line:#555;
+--card:#22262a;--good:#7bd88f;--bad:#ff9d94;--c0:#8ab8f5;--c1:#f5a66b;--c2:#7bd88f;--c3:#d9a3ea;--c4:#e3c562;
+--c5:#bbb}}
+body{font:16px/1.4 system-ui,sans-serif;max-width:1120px;margin:1.5em auto;padding:0 12px;color:var(--ink);
+background:var(--page);overflow-wrap:break-word}h1{font-size:1.5em}h2{font-size:1.3em;margin:1.6em 0 .4em}
+h3{font-size:1.05em;margin:.8em 0 .2em}p{margin:.4em 0;max-width:75ch}.headline{font-size:1.3em}
+figure{margin:0;max-width:336px}figcaption,table,.note{font-size:13px}.note svg{float:left;margin:5px 5px 0 0}
+pre{white-space:pre-wrap;background:var(--card);padding:.8em;font-size:13px}.wide{overflow-x:auto}
+pre.wide{white-space:pre}.row{display:flex;flex-wrap:wrap;gap:12px 26px;align-items:start}
+.answer .row{gap:10px 6px}.note{white-space:nowrap}.soft{white-space:normal}
+.part{display:inline-block;vertical-align:top;max-width:500px;margin-right:40px}
+svg{display:block;font-size:12px}svg text{fill:currentColor}td svg{display:inline;margin-left:4px}
+table{border-collapse:collapse;margin:.4em 0}
+td,th{padding:2px 6px;text-align:left;vertical-align:top;border-top:1px solid var(--line)}
+.group{background:var(--card);padding:2px 12px 12px;margin:14px 0;border-radius:6px}
+.sides{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,480px),1fr));gap:4px 20px}
+.answer{border-top:1px solid var(--line);padding:6px 0}
+.pair{min-width:150px;max-width:258px;width:min-content;break-inside:avoid}
+img{display:block;image-rendering:pixelated;max-width:100%;height:auto;
+border:1px solid var(--line);margin:3px 0}
+.right{color:var(--good)}.wrong,.missing{color:var(--bad)}summary{cursor:pointer;margin:.4em 0}"""
+COLUMNS = {          # of an evaluation -> what it counts
+    "format": "well-formed, with as many steps as asked", "text": "the text names the true state",
+    "visual": "the picture shows what its own text says", "visual_true": "the picture shows the true state",
+    "story": "all texts and pictures right, well-formed", "reward": "Eq. (5), the sum of three parts"}
+ARMS = {"sampled": "Sampled as in training", "greedy": "Greedy", "low": "Sampled at a low temperature"}
+CHARTS = (           # title with the unit, metrics, top of the scale (None: their largest value)
+    ("Reward and its parts, 0..1", "reward.*", 1.0),
+    ("KL to the reference, Eq. (7), nats a decision", "kl/.*", None),
+    ("Ratio, Eq. (3), and share outside the clip", "ratio_.*|clip_frac/.*", 2.0),
+    ("Length of an answer, texts and pictures", "steps_per_answer", None),
+    ("Standard deviation of a group's rewards", "spread/.*", None),
+    ("Shares, 0..1", "truncated|no_score|cut_texts|zero_spread|text_share|padding", 1.0),
+    ("Norm of the gradient", "grad_norm", None),
+    ("Seconds, stacked", "seconds/.*", None),
+    ("Loss, nats a decision", "loss.*", None))
+LEGEND = (
+    "r_t, r_v and r_f are the text, visual and format rewards of Eq. (5), each 0..1. The form that is asked "
+    "for: think, words, /think, vis, picture, /vis for every step, then end. Right and wrong compare with "
+    "the true answer; a picture's reward compares it with its own text. An advantage is a step's mean.")
+
+
+class Part(NamedTuple):
+    """A piece of a page or of a print-out: a title, sentences, rows of plain cells with the header first."""
+    title: str
+    words: str = ""
+    rows: list[list[str]] = ()
 
 
 def write_page(path: Path, title: str, body: list[str]) -> Path:
     """Write one HTML file that opens offline; `body` holds HTML, the title is escaped here."""
-    head = f"<!doctype html><meta charset='utf-8'><title>{html.escape(title)}</title><style>{STYLE}</style>"
-    write_text(path, "\n".join([head, f"<h1>{html.escape(title)}</h1>", *body]))
+    title = html.escape(title)
+    head = ('<!doctype html><html lang="en"><meta charset="utf-8">'
+            '<meta name="viewport" content="width=device-width,initial-scale=1">'
+            f'<title>{title}</title><style>{STYLE}</style>')
+    write_text(path, "\n".join([head, f"<h1>{title}</h1>", *body]))
     return path
 
 
-def curve(name: str, values: list[float], width: int = 250, height: int = 90) -> str:
-    """One metric as inline SVG with its first, lowest, highest and last value."""
-    low, high, last = min(values), max(values), max(1, len(values) - 1)
-    span = (high - low) or 1
-    line = " ".join(f"{4 + i * (width - 8) / last:.1f},{height - 4 - (y - low) / span * (height - 8):.1f}"
-                    for i, y in enumerate(values))
-    style = "background:#fafafa;border:1px solid #ddd"
-    return (f'<figure><svg width="{width}" height="{height}" style="{style}">'
-            f'<polyline points="{line}" fill="none" stroke="#2563a8" stroke-width="1.5"/></svg><figcaption>'
-            f'{html.escape(name)}: {values[0]:.3g} → {values[-1]:.3g} (min {low:.3g}, max {high:.3g})'
-            f'</figcaption></figure>')
+def fold(title: str, *body: str) -> str:
+    """HTML that is shown when its title is clicked, "" without a body."""
+    return f"<details><summary>{html.escape(title)}</summary>{''.join(body)}</details>" if any(body) else ""
 
 
-def picture_html(source: str, alt: str) -> str:
-    """An <img> of a file beside the page, or of a base64 PNG."""
-    source = source if "." in source else f"data:image/png;base64,{source}"
-    return f'<img alt="{html.escape(alt)}" loading="lazy" src="{source}">'
+def picture_html(source: str | Path, alt: str, folder: Path = Path()) -> str:
+    """An <img> of a base64 PNG, or of a file by its path from `folder`, where the page lies."""
+    link = f"data:image/png;base64,{source}"
+    if isinstance(source, Path):
+        link = quote(os.path.relpath(source, folder))
+    width = min(256, enlarged(source).width)
+    return f'<img alt="{html.escape(alt)}" width="{width}" loading="lazy" src="{link}">'
 
 
-def answer_html(answer: dict) -> str:
-    """Text, picture, text, picture, as a person reads them; under each its reward and advantage."""
-    parts = "<br>".join(f"{k} {answer[k]:.2f}" for k in ("text", "visual", "format") if answer[k] is not None)
-    cells = [f'<div class="parts">{parts}<br><span class="note">{html.escape(answer["layout"])}</span></div>']
-    for step in answer["steps"]:
-        inside = picture_html(step["picture"], "picture") if step["picture"] else html.escape(step["text"])
-        notes = [f"{k} {step[k]:.2f}" for k in ("reward", "advantage") if step[k] is not None]
-        cells.append(f'<div class="step">{inside}<div class="note">{" · ".join(notes)}</div></div>')
-    return f'<div class="answer">{"".join(cells)}</div>'
+def bar(value: float, top: float) -> str:
+    """A small bar from the middle, to the right where positive, to the left where negative, full at `top`."""
+    length = 17 * min(1.0, abs(value) / top)
+    x, colour = (17.5, "--c0") if value >= 0 else (17.5 - length, "--c1")
+    return (f'<svg width="35" height="10" aria-hidden="true"><path d="M17.5 0V10" stroke="currentColor"/>'
+            f'<rect x="{x:.1f}" y="2" width="{length:.1f}" height="6" style="fill:var({colour})"/></svg>')
 
 
-def sheet_html(sheet: dict) -> list[str]:
-    """One file of samples/: prompts with their answers, and what a learned judge was asked."""
-    body = [f"<h2>{html.escape(sheet['title'])}</h2>"]
-    for group in sheet["groups"]:
-        start = "".join("<br>" + picture_html(p, "picture of the prompt") for p in group["pictures"])
-        body.append(f'<div class="group"><div class="prompt">{html.escape(group["prompt"])}{start}</div>'
-                    + "".join(map(answer_html, group["answers"])) + "</div>")
-    judged = [f"[score: {'none' if j['score'] is None else j['score']}]\n{j['question']}\n--> {j['reply']}"
-              for j in sheet["judged"]]
-    if judged:
-        text = html.escape("\n".join(judged))
-        body.append(f"<details><summary>what the text judge was asked last, and its replies</summary>"
-                    f"<pre>{text}</pre></details>")
+def steps_html(steps: list[dict], folder: Path = Path()) -> str:
+    """Texts and pictures in turn, each text with its picture; below each its mark, reward and advantage."""
+    cells = ""
+    for pair in pairs(steps):
+        cells += '<div class="pair">'
+        for step in pair:
+            cells += html.escape(step["text"] or "")
+            if step["picture"]:
+                cells += picture_html(step["picture"], f"picture: {pair[0]['text'] or 'no text'}", folder)
+            if step.get("right") is not None:
+                mark = ("wrong", "✗ wrong"), ("right", "✓ right")
+                cells += '<div class="note {}">{}</div>'.format(*mark[step["right"]])
+            for name, top, form in (("reward", 1.0, ".2f"), ("advantage", 2.0, "+.2f")):
+                if step.get(name) is not None:
+                    cells += f'<div class="note">{bar(step[name], top)}{name} {step[name]:{form}}</div>'
+        cells += "</div>"
+    return f'<div class="row">{cells}</div>'
+
+
+def group_html(sides: dict[str, dict], most: int = 1) -> str:
+    """One prompt, its true answer, and below them the answers of each side (name -> group) side by side.
+
+    Answers beyond the first `most` are folded.
+    """
+    group = next(iter(sides.values()))
+    start = "".join(picture_html(p, "picture of the prompt") for p in group["pictures"])
+    body = f'<h3>{html.escape(group["prompt"])}</h3><div class="row">{start}'
+    if group["truth"]:
+        body += f'<div>The true answer:{steps_html(group["truth"])}</div>'
+    body += '</div><div class="sides">'
+    for name, of in sides.items():
+        answers = [f'<div class="answer"><div class="note soft">answer {n}: {html.escape(parts_of(answer))}'
+                   f'</div>{steps_html(answer["steps"])}</div>' for n, answer in enumerate(of["answers"], 1)]
+        rest = fold(f"{len(answers) - most} more answers to this prompt", *answers[most:])
+        body += f'<div><h3>{name}</h3><div class="sides">{"".join(answers[:most])}</div>{rest}</div>'
+    return f'<div class="group">{body}</div></div>'
+
+
+def part_html(part: Part) -> str:
+    """A part as HTML. A number with a sign gets a bar."""
+    lines, tag = [], "th"
+    for row in part.rows:
+        bars = [bar(float(cell), 2.0) if re.fullmatch(r"[+-][\d.]+", cell) else "" for cell in row]
+        lines.append("".join(f"<{tag}>{html.escape(c)}{b}</{tag}>" for c, b in zip(row, bars, strict=True)))
+        tag = "td"
+    words = "".join(f"<p>{html.escape(line)}</p>" for line in part.words.splitlines())
+    table = f'<div class="wide"><table><tr>{"<tr>".join(lines)}</table></div>' if lines else ""
+    return f'<div class="part"><h3>{html.escape(part.title)}</h3>{words}{table}</div>'
+
+
+def part_text(part: Part) -> str:
+    """A part as plain text, its columns aligned."""
+    widths = [max(map(len, column)) for column in itertools.zip_longest(*part.rows, fillvalue="")]
+    rows = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip() for row in part.rows]
+    return "\n".join(["", part.title, *textwrap.wrap(part.words, 100), *rows])
+
+
+def chart(title: str, lines: dict[str, list[tuple[float, float]]], top: float | None, across: str) -> str:
+    """Named lines of points (x, y) on one pair of axes as inline SVG: thin the values, thick their mean over
+    an eighth of the line. `top` is the highest y of a fixed scale. "stacked" in the title draws areas."""
+    stacked, body, keys, below = "stacked" in title, "", "", Counter()
+    xs, ys = zip(*(point for line in lines.values() for point in line), strict=True)
+    first, last, low, high = min(xs), max(*xs, min(xs) + 1), min(0.0, *ys), top or max(ys)
+    if stacked:
+        high = max(sum(y for _, y in of) for of in zip(*lines.values()))
+    quarter = max((high - low) / 4, 1e-9)
+    unit = 10 ** math.floor(math.log10(quarter))
+    high = low + 4 * unit * min(k for k in (1, 2, 2.5, 4, 5, 10) if k * unit >= 0.9999 * quarter)
+
+    def at(x: float, y: float) -> str:
+        share = (min(max(y, low), high) - low) / (high - low)
+        return f"{46 + 278 * (x - first) / (last - first):.1f},{150 - 140 * share:.1f}"
+    for i in range(5):
+        y, x = low + (high - low) * i / 4, round(first + (last - first) * i / 4)
+        level, place = 150 - 35 * i, at(x, low).partition(",")[0]
+        body += (f'<path d="M46 {level}H324" style="stroke:var(--line)"/><text x="42" y="{level + 4}" '
+                 f'text-anchor="end">{y:.3g}</text><text x="{place}" y="166" text-anchor="middle">{x}</text>')
+    for i, (name, line) in enumerate(lines.items()):
+        colour, every, wide = f"var(--c{i % 6})", math.ceil(len(line) / 200), max(1, len(line) // 16)
+        means = [(line[n][0], fmean(y for _, y in line[max(0, n - wide):n + wide + 1]))
+                 for n in range(len(line))]
+        if stacked:
+            edge = [at(x, below[x]) for x, _ in line[::every]]
+            below.update(dict(line))
+            edge += [at(x, below[x]) for x, _ in reversed(line[::every])]
+            body += f'<polygon points="{" ".join(edge)}" style="fill:{colour}"/>'
+        for points, style in ((line, "1;opacity:.5"), (means, "2.5")) if not stacked else ():
+            path = " ".join(at(*point) for point in points[::every])
+            body += f'<polyline points="{path}" style="fill:none;stroke:{colour};stroke-width:{style}"/>'
+        ends = f"{line[0][1]:.3g} → {line[-1][1]:.3g}"
+        keys += f'<br><b style="color:{colour}">▬</b> {html.escape(name)}: {ends}'
+    title, words = html.escape(title), html.escape(f"by {across}: {', '.join(lines)}")
+    return (f'<figure><b>{title}</b><svg width="336" height="184" role="img" aria-label="{title} {words}">'
+            f'{body}<text x="185" y="182" text-anchor="middle">{across}</text></svg>'
+            f'<figcaption>first → last{keys}</figcaption></figure>')
+
+
+def curves_html(runs: dict[str, list[dict]]) -> str:
+    """Charts of one run's metrics in groups; of several runs (name -> lines) one a metric, overlaid."""
+    body, stages = "", {}                                  # stages: stage -> metric -> run -> points
+    for run, lines in runs.items():
+        for m in lines:
+            across = "step" if "step" in m else "update"
+            metrics = stages.setdefault((m.get("stage", ""), across), {})
+            for name, value in m.items():
+                if name not in (across, "stage") and value is not None:
+                    metrics.setdefault(name, {}).setdefault(run, []).append((m[across], value))
+    for (stage, across), metrics in stages.items():
+        zeros = [name for name, of in metrics.items() if not any(y for line in of.values() for _, y in line)]
+        names, charts = [name for name in metrics if name not in zeros], []
+        for title, pattern, top in (*CHARTS, *((name, re.escape(name), None) for name in names)):
+            group = [name for name in names if re.fullmatch(pattern, name)]
+            names = [name for name in names if name not in group]          # each stands in one chart
+            if group and len(runs) == 1:
+                charts.append(chart(title, {n: of for n in group for of in metrics[n].values()}, top, across))
+            else:
+                charts += [chart(name, metrics[name], top, across) for name in group]
+        body += f'<h3>{html.escape(stage)}</h3><div class="row">{"".join(charts)}</div>'
+        body += f"<p>Zero all the time: {html.escape(', '.join(zeros))}.</p>" if zeros else ""
     return body
 
 
-def write_report(folder: Path, table: str = "") -> Path:
-    """Write a run directory's report.html: settings, the evaluation's `table`, curves, samples in order."""
-    metrics = read_metrics(folder / "metrics.jsonl")
-    settings = html.escape(json.dumps(read_json(folder / "config.json"), indent=1))
-    body = [f"<details><summary>how this run was made</summary><pre>{settings}</pre></details>"]
-    if table:
-        body.append(f"<h2>Evaluation</h2><pre>{html.escape(table)}</pre>")
-    for stage in dict.fromkeys(m.get("stage", "grpo") for m in metrics):
-        lines = [m for m in metrics if m.get("stage", "grpo") == stage]
-        last = {k: v for k, v in lines[-1].items() if k not in ("step", "stage")}
-        names = [k for k, v in last.items() if isinstance(v, (int, float))]
-        curves = [curve(k, [m[k] for m in lines if m.get(k) is not None]) for k in names]
-        body.append(f'<h2>{html.escape(stage)}</h2><div class="curves">{"".join(curves)}</div>')
-    for file in sorted((folder / "samples").glob("*.json")):
-        body += sheet_html(read_json(file))
-    return write_page(folder / "report.html", folder.name, body)
+def rates_html(results: dict[str, dict]) -> str:
+    """Evaluations by name -> for each arm a picture of the means with 95% intervals, and the table."""
+    cards = ""
+    for arm, title in ARMS.items():
+        body, rows, y = "", [["rate", "", "mean", "95% interval"]], 0
+        for rate, meaning in COLUMNS.items():
+            top = 1.0 if rate != "reward" else 3.0
+            body += f'<text y="{y + 14}"><tspan font-weight="700">{rate}</tspan> {meaning}</text>'
+            for i, (name, result) in enumerate(results.items()):
+                y, (mean, low, high) = y + 18, result[arm][rate]
+                x, left, right = (92 + 190 * value / top for value in (mean, low, high))
+                body += (f'<text x="86" y="{y + 14}" text-anchor="end">{html.escape(name[-13:])}</text>'
+                         f'<path d="M92 {y + 10}h190" style="stroke:var(--line)"/>'
+                         f'<g style="color:var(--c{i % 6})" fill="currentColor" stroke="currentColor">'
+                         f'<path d="M{left:.1f} {y + 10}H{right:.1f}" stroke-width="3"/>'
+                         f'<circle cx="{x:.1f}" cy="{y + 10}" r="4"/></g>'
+                         f'<text x="290" y="{y + 14}">{mean:.3f}</text>')
+                rows.append([rate, name, f"{mean:.3f}", f"{low:.3f}–{high:.3f}"])
+            y += 28
+        words = f"{title}: rates with their intervals, the numbers of the table below"
+        cards += (f'<figure><b>{title}</b><svg width="336" height="{y}" role="img" aria-label="{words}">'
+                  f'{body}</svg>{part_html(Part("", rows=rows))}</figure>')
+    single = "; ".join(f"{name}: " + ", ".join(f"{task} {share:.2f}" for task, share in of["kept"].items())
+                       for name, of in results.items())
+    return (f'<p>A grey line runs from 0 to 1 (reward: to 3).</p><div class="row">{cards}</div>'
+            f"<p>Kept tasks, greedy (t2i: text to image, i2t: image to text): {html.escape(single)}.</p>")
+
+
+def read_run(folder: Path) -> list[dict]:
+    """The metrics of a run's folder, the reward as the mean of its parts by weight, in 0..1."""
+    lines, _, _ = read_text(folder / "metrics.jsonl").rpartition("\n")          # half a line may follow
+    lines, settings = list(map(json.loads, lines.splitlines())), read_json(folder / "config.json")["settings"]
+    if not lines:
+        raise UserError(f"{folder / 'metrics.jsonl'}: no line of metrics")
+    total = sum(settings.get("reward_weights", [1]))
+    for line in lines:
+        if "reward" in line:
+            line["reward, mean of its parts"] = line.pop("reward") / total
+    return lines
+
+
+def headline(folder: Path) -> str:
+    """What came out of a run, in words and numbers."""
+    lines, file, words = read_run(folder), folder / "evaluation.json", ""
+    seconds = f"{lines[-1].get('update', len(lines))} updates, {sum(line['seconds'] for line in lines):.0f} s"
+    if file.exists():
+        before, after = (read_json(file)[name] for name in ("before", "after"))
+        first, last = (of["greedy"]["story"][0] for of in (before, after))
+        split = {"heldout": "held-out"}.get(after["split"], after["split"])
+        words = f"greedy stories right: {first:.0%} → {last:.0%} on {after['prompts']} {split} prompts; "
+        seconds += f"; kept tasks {min(after['kept'].values()):.2f}"
+    return f'<p class="headline">{html.escape(words + seconds)}</p>'
+
+
+def settings_html(runs: dict[str, Path]) -> str:
+    """How a run was made: settings, machine, versions. Of several runs only what differs."""
+    columns = [{**config["settings"], **{k: v for k, v in config.items() if k != "settings"}}
+               for config in (read_json(folder / "config.json") for folder in runs.values())]
+    rows = [[key, *(str(column.get(key, "-")) for column in columns)]
+            for key in dict.fromkeys(key for column in columns for key in column)]
+    rows = [row for row in rows if len(row) == 2 or len(set(row[1:])) > 1]
+    return part_html(Part("", "", [["", *runs], *rows]))
+
+
+def section(title: str, file: Path, make: Callable[[], str]) -> str:
+    """A titled piece of a page. Where a run's folder lacks what it needs, a sentence says what."""
+    try:
+        with reading(file, "the file"):
+            body = make()
+    except (UserError, OSError) as error:
+        body = f'<p class="missing">{html.escape(f"This cannot be shown. {error}")}</p>'
+    return (f"<h2>{html.escape(title)}</h2>" if title else "") + body
+
+
+def answers_html(samples: Path) -> str:
+    """The same prompts before and after, side by side, or what there is of the two."""
+    sheets = {side: read_json(file) for side in ("before", "after") for file in samples.glob(f"*{side}.json")}
+    if not sheets:
+        raise UserError(f"{samples}: no answers, *before.json and *after.json")
+    groups = zip(*(sheet["groups"] for sheet in sheets.values()), strict=True)
+    return f"<p>{LEGEND}</p>" + "".join(group_html(dict(zip(sheets, of))) for of in groups)
+
+
+def worked_html(samples: Path) -> str:
+    """Of the first sheet the group whose step rewards differ most, and how its advantages came about."""
+    def spread(group: dict) -> float:
+        return pstdev([step["reward"] or 0.0 for answer in group["answers"] for step in answer["steps"]])
+    file = min(samples.glob("*.json"), default=samples / "000000_before.json")
+    group = max(read_json(file)["groups"], key=spread)
+    parts = "".join(part_html(Part(*part)) for part in group["worked"])
+    return group_html({"": group}, 99) + parts
+
+
+def rollouts_html(samples: Path) -> str:
+    """The latest rollouts, and what a learned text judge was asked, folded."""
+    body = ""
+    for file in sorted(samples.glob("*[0-9].json"))[-3:]:
+        sheet = read_json(file)
+        asked = ""
+        for j in sheet["judged"]:
+            score = "none" if j["score"] is None else j["score"]
+            asked += "".join(picture_html(p, "picture of the question") for p in j.get("pictures", ()))
+            words = html.escape(f"{j['question']}\n--> {j['reply']}")
+            asked += f"<pre>[score: {score}]\n{words}</pre>"
+        body += fold(sheet["title"], *(group_html({"": group}) for group in sheet["groups"]),
+                     fold("what the text judge was asked last, and its replies", asked))
+    return body
+
+
+def write_report(folder: Path) -> Path:
+    """Write a run directory's report.html. What the directory lacks is named on the page."""
+    samples, metrics, settings = folder / "samples", folder / "metrics.jsonl", folder / "config.json"
+    rates, warm_up = folder / "evaluation.json", metrics.exists() and '"stage"' in read_text(metrics)
+    made = section("", settings, lambda: settings_html({folder.name: folder}))
+    body = [section("", metrics, lambda: headline(folder)), fold("how this run was made", made),
+            section("The same prompts before and after", samples, lambda: answers_html(samples))]
+    if not warm_up:
+        body += [section("Rates before and after", rates, lambda: rates_html(
+                    {name: read_json(rates)[name] for name in ("before", "after")})),
+                 section("One group in numbers: Eq. (4) to (6)", samples, lambda: worked_html(samples))]
+    body += [section("Curves", metrics, lambda: curves_html({"": read_run(folder)})),
+             section("Rollouts", samples, lambda: rollouts_html(samples))]
+    return write_page(folder / "report.html", f"Report: {folder}", body)
+
+
+def write_comparison(runs: dict[str, Path], folder: Path) -> Path:
+    """Write compare.html: rates of several runs side by side, their curves overlaid, settings that differ."""
+    body, rates, lines = [], {}, {}
+    for name, run in runs.items():
+        def read(name=name, run=run) -> str:
+            lines[name] = read_run(run)
+            rates[name] = read_json(run / "evaluation.json")["after"]
+            return headline(run)
+        body.append(section(name, run, read))
+    runs = {name: run for name, run in runs.items() if (run / "config.json").exists()}
+    body += [section("Settings that differ", folder, lambda: settings_html(runs)),
+             section("Rates after training", folder, lambda: rates_html(rates)),
+             section("Curves", folder, lambda: curves_html(lines))]
+    return write_page(folder / "compare.html", "Runs compared", body)

@@ -57,8 +57,8 @@ from torch import Tensor
 from tqdm import tqdm
 
 import shapes
-from common import (Seed, UserError, hash_files, open_tensors, parse_config, read_picture, read_text,
-                    run_main, write_tensors, write_whole)
+from common import (Seed, UserError, hash_files, open_tensors, parse_config, process_count, process_rank,
+                    read_picture, read_text, run_main, summed, wait_for_all, write_tensors, write_whole)
 from model import UnifiedModel
 from tokenizer import IMAGE_END, IMAGE_START, SPECIAL_TOKENS, THINK_END, THINK_START
 
@@ -96,6 +96,7 @@ class Sample:
     answer: str = ""
     answer_pictures: list = field(default_factory=list)
     kind: str = "interleaved"        # one of KINDS, or "words"; the row of a t2i prompt ends in <im_start>
+    steps: int | None = None         # of the true answer to an interleaved prompt; None: not known
     origin: tuple = ()               # file, line (of *.json: record) and id of the record behind it
 
 
@@ -128,14 +129,14 @@ def t2i_sample(caption: str, picture, origin: tuple = ()) -> Sample:
 def toy_prompt(rng: random.Random, edits: int, split: str) -> Sample:
     """A prompt of the toy world, the answer left to the model."""
     prompt = shapes.sample_prompt(rng, edits, split)
-    return Sample(prompt.text, [prompt.picture])
+    return Sample(prompt.text, [prompt.picture], steps=edits)
 
 
 def toy_story(rng: random.Random, edits: int) -> Sample:
     """An interleaved story of the toy world, with the warm-up data's errors."""
     prompt = toy_prompt(rng, edits, "train")
     answer = write_answer(*shapes.noisy_story(rng, prompt.prompt), rng)
-    return Sample(prompt.prompt, prompt.prompt_pictures, *answer)
+    return Sample(prompt.prompt, prompt.prompt_pictures, *answer, steps=edits)
 
 
 def toy_words(rng: random.Random, edits: int) -> Sample:
@@ -397,7 +398,8 @@ STORY = 5                        # parts of a story, its prompt and up to four s
 def event_sample(parts: list[tuple[str, Path]], origin: tuple) -> Sample:
     """The first part (text, picture) of an event is the prompt, the others are the answer's steps."""
     (text, picture), *steps = parts
-    return Sample(EVENT_QUERY.replace("{text}", text), [picture], *write_answer(steps), origin=origin)
+    prompt = EVENT_QUERY.replace("{text}", text)
+    return Sample(prompt, [picture], *write_answer(steps), steps=len(steps), origin=origin)
 
 
 def cut_stories(parts: list) -> list[list]:
@@ -494,10 +496,10 @@ def genhowto(path: Path, left_out: LeftOut, next_step: bool = False) -> Iterator
             question = HOWTO_QUESTION.replace("{name}", need_text(row, "DS_CAT_NAME"))
             if next_step:
                 query = NEXT_STEP_QUERY.replace("{question}", question).replace("{text}", action)
-                yield Sample(query, [middle], *write_answer([(state, last)]), origin=origin)
+                yield Sample(query, [middle], *write_answer([(state, last)]), steps=1, origin=origin)
             else:
-                query = HOWTO_QUERY.replace("{question}", question)
-                yield Sample(query, [first], *write_answer([(action, middle), (state, last)]), origin=origin)
+                query, steps = HOWTO_QUERY.replace("{question}", question), [(action, middle), (state, last)]
+                yield Sample(query, [first], *write_answer(steps), steps=2, origin=origin)
 
 
 def join_tables(path: Path, left_out: LeftOut) -> list[tuple[dict, tuple]]:
@@ -673,7 +675,8 @@ def read_jsonl(path: Path, left_out: LeftOut, with_steps: bool = True) -> Iterat
         {"prompt": "How do I cut it? <image>", "images": ["0.png"],
          "steps": [{"text": "Slice it.", "image": "1.png"}]}
 
-    The prompt has an `<image>` mark for each of "images". with_steps=False, for RL: the prompts alone.
+    The prompt has an `<image>` mark for each of "images". with_steps=False, for RL: the prompts alone. What
+    answer each wants may stand beside it (`prompt_form`).
     """
     for line, record in records(path, left_out):
         origin = (path, line, id_of(record))
@@ -688,13 +691,36 @@ def read_jsonl(path: Path, left_out: LeftOut, with_steps: bool = True) -> Iterat
             need_marks(prompt, names)
             pictures = [picture_in(path.parent, name) for name in names]
             sample = Sample(prompt, pictures, origin=origin)
-            if with_steps:
+            if not with_steps:
+                sample.kind, sample.steps = prompt_form(record)
+            else:
                 steps = [(need_text(step, "text"), picture_in(path.parent, need(step, "image", str)))
                          for step in need(record, "steps", list)]
                 if not steps:
                     raise Broken("no step in the answer")
                 sample.answer, sample.answer_pictures = write_answer(steps)
+                sample.steps = len(steps)
             yield sample
+
+
+def prompt_form(record: dict) -> tuple[str, int | None]:
+    """What answer a prompt wants -> its kind and its steps, or Broken:
+
+        {"prompt": "Cut it.", "steps": 2}       two steps; the list of the true steps may stand there, too
+        {"prompt": "What is it? <image>", "images": ["0.png"], "kind": "understanding"}
+
+    kind: one of KINDS, by default interleaved. steps: of an interleaved answer; None where it is missing.
+    """
+    kind, steps = record.get("kind", "interleaved"), record.get("steps")
+    if kind not in KINDS:
+        raise Broken(f"expected a kind of {', '.join(KINDS)}", repr(kind)[:40])
+    if isinstance(steps, list):
+        steps = len(steps)
+    if steps is not None and (type(steps) is not int or steps < 1):
+        raise Broken("expected steps, a whole number of at least 1", repr(record["steps"])[:40])
+    if steps and kind != "interleaved":
+        raise Broken("only an interleaved answer has steps", f"kind {kind}, steps {steps}")
+    return kind, steps
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -751,7 +777,8 @@ def read_sources(text: str, flag: str, readers: dict[str, tuple[Reader, str]], l
 
 
 def read_prompts(path: Path) -> list[Sample]:
-    """The prompts of a user's own file, {"prompt": text, "images": [path, ...]} a line (see `read_jsonl`).
+    """The prompts of a user's own file, {"prompt": text, "images": [path, ...], "steps": number} a line (see
+    `read_jsonl` and `prompt_form`).
 
     Raises UserError, naming file and line, for the first broken line or picture, and for a file without any.
     """
@@ -966,11 +993,14 @@ class CodeCache:
 
     With a folder, codes stay on disk for later runs, in FOLDER/<hash of the image tokenizer>/*.safetensors.
     `flush` writes the new ones; `encode` does it too whenever there are AT_ONCE.
+
+    together: all processes ask for the same new pictures in the same order. Each encodes its share of them,
+        and rank 0 writes.
     """
     AT_ONCE = 4096               # codes a file
 
-    def __init__(self, model: UnifiedModel, folder: Path | None = None):
-        self.model = model
+    def __init__(self, model: UnifiedModel, folder: Path | None = None, together: bool = False):
+        self.model, self.together = model, together and process_count() > 1
         self.folder = folder and folder / fingerprint(model.vision)[:16]
         self.codes, self.keys = {}, {}
         self.new = []                # keys whose codes are not on disk
@@ -1008,11 +1038,21 @@ class CodeCache:
             except UserError as error:
                 self.keys[picture] = error
         if batch:
-            self.codes.update(zip(batch, self.model.encode_pictures(list(batch.values()), crop), strict=True))
+            self.codes.update(zip(batch, self.encode_batch(list(batch.values()), crop), strict=True))
             self.new += batch
             self.encoded += len(batch)
         if len(self.new) >= self.AT_ONCE:
             self.flush()
+
+    def encode_batch(self, pictures: list[np.ndarray], crop: bool) -> Tensor:
+        """Pictures -> codes [n, N, D], each encoded by one process where they do so together."""
+        if not self.together:
+            return self.model.encode_pictures(pictures, crop)
+        vision, share = self.model.vision_config, slice(process_rank(), None, process_count())
+        codes = torch.zeros(len(pictures), vision.positions, vision.depth, dtype=torch.long)
+        if pictures[share]:
+            codes[share] = self.model.encode_pictures(pictures[share], crop)
+        return summed(codes.to(self.model.device)).cpu()               # the others' rows are 0 here
 
     def __call__(self, pictures: list, crop: bool = False) -> list[Tensor]:
         """Pictures -> codes [N, D], int64. Raises UserError for a file that cannot be read."""
@@ -1029,9 +1069,15 @@ class CodeCache:
         if not self.folder or not self.new:
             return
         name = hashlib.sha256("".join(sorted(self.new)).encode()).hexdigest()[:16]
-        file = self.folder / f"{name}-{os.getpid()}.safetensors"        # two runs may write the same codes
-        with write_whole(file) as path:
-            write_tensors({key: self.codes[key].int() for key in self.new}, path)
+        writer = os.getpid()                                           # two runs may write the same codes
+        if self.together:
+            writer = summed(torch.tensor(writer * (process_rank() == 0), device=self.model.device)).item()
+        file = self.folder / f"{name}-{writer}.safetensors"
+        if process_rank() == 0 or not self.together:
+            with write_whole(file) as path:
+                write_tensors({key: self.codes[key].int() for key in self.new}, path)
+        if self.together:
+            wait_for_all()
         self.open_file(file)
         self.new = []
 

@@ -31,11 +31,12 @@ temperature, at a low one, and greedy. A model that was only sharpened gains in 
 The folder --out holds results.json and a folder model/ (and before/) with the answers and answers.html. The
 first two need a judge: the official one's replies (file:REPLIES), or our local critic with the official
 criteria in our words (llava-critic). The same command resumes a run that was interrupted.
+
+    torchrun --nproc_per_node=8 evaluate.py ...           # the same tables, the work shared by 8 processes
 """
 import hashlib
 import html
 import json
-import os
 import random
 import re
 import subprocess
@@ -44,25 +45,27 @@ from collections import Counter
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from statistics import fmean
-from typing import Literal, NamedTuple
-from urllib.parse import quote
+from typing import Callable, Hashable, Iterable, Iterator, Literal, NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 from tqdm import tqdm
 
 import data
 import shapes
-from common import (Count, Natural, NonNegative, Seed, TopP, UserError, Weights, add_line, check_config,
-                    check_content, check_settings, claim, flag_of, free_folder, hash_files, parse_config,
-                    pick_device, picture_html, read_json, read_lines, read_picture, require, run_main,
+from common import (COLUMNS, Count, Names, Natural, Naturals, NonNegative, NonNegatives, Seed, TopPs,
+                    UserError, Weights, add_line, check_config, check_content, check_settings, claim,
+                    end_processes, flag_of, fold, free_folder, hash_files, parse_config, pick_device,
+                    picture_html, process_count, process_rank, read_json, read_lines, read_picture,
+                    require, run_main, shown, start_processes, steps_html, wait_for_all, write_comparison,
                     write_page, write_report, write_text, write_whole)
-from data import (I2T_QUESTION, Broken, CodeCache, LeftOut, Question, Sample, hash_samples, keep_usable,
-                  toy_prompt)
+from data import (I2T_QUESTION, Broken, CodeCache, LeftOut, Question, Sample, fingerprint, hash_samples,
+                  keep_usable, toy_prompt)
 from judges import LlavaCritic, strip_marks
 from model import Sampling, UnifiedModel, check_budget, check_memory, checkpoint_hash, load
-from rewards import (check_judge, check_judges, format_reward, hybrid_rewards, judge, judge_content,
+from rewards import (Scores, check_judge, check_judges, format_reward, hybrid_rewards, judge, judge_content,
                      judge_names, make_judge, make_judges, own_text)
 
 
@@ -79,10 +82,11 @@ class Config:
     ladder: bool = False             # train from --model with more and more rewards, and rate each rung
     updates: Count = 40              # --ladder: GRPO updates of each run
     seeds: str = "0,1"               # --ladder: seeds of each rung's GRPO runs
+    compare: Names = ()              # run directories: their rates and curves on one page, and stop
     # -- sampling
-    temperature: NonNegative = 1.0   # of the sampled arm, the training temperature; and of benchmarks
-    top_k: Natural = 0               # 0: off
-    top_p: TopP = 1.0                # 1: off
+    temperature: NonNegatives = 1.0  # of the sampled arm and of benchmarks; two: of text, of image codes
+    top_k: Naturals = 0              # 0: off; two: of text tokens, of image codes
+    top_p: TopPs = 1.0               # 1: off; two: of text tokens, of image codes
     guidance: NonNegative = 1.0      # for image codes; 1: the model itself
     budget: Count = 160              # positions that an answer may have
     batch: Count = 192               # prompts at a time; changes memory, never an answer's random numbers
@@ -93,6 +97,7 @@ class Config:
     reward_weights: Weights = (1.0, 1.0, 1.0)    # of r_t, r_v and r_f in the reward column
     reward_device: str = ""          # where learned judges run; empty: with the model
     critic_quantize: Literal["none", "nf4"] = "none"    # nf4: the critic's decoder in 4 bits
+    critic_tiles: Natural = 0        # the critic: tiles of a picture at most; 0: as published
     # -- benchmark
     benchmark: str = ""              # rate on published files instead of the toy world
     data: str = ""                   # the files: the published folder, or one file
@@ -105,16 +110,64 @@ class Config:
     preset: str = ""                 # paper: the paper's settings, see PAPER; flags beside it win
 
 
+# The published settings for answers to look at: VILA-U's own, of text tokens and of image codes
+PUBLISHED = dict(temperature=(0.9, 1.0), top_k=(0, 900), top_p=(0.6, 0.96),
+                 guidance=3.0)       # paper
 # --preset paper: how answers to the benchmarks are sampled
 PAPER = dict(
     model="out/grpo",                # what grpo.py --preset paper wrote
-    guidance=3.0,                    # paper
-    top_k=900, top_p=0.96,           # VILA-U's own code sampler
+    **PUBLISHED,
     budget=1300, batch=8,            # ours: four pictures and their texts
 )
-RATES = ("format", "text", "visual", "visual_true", "story")
-COLUMNS = (*RATES, "reward")
+RATES = tuple(name for name in COLUMNS if name != "reward")
 LOW = 0.4                            # ours: temperature of the low arm
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Work shared by processes
+
+def share_out(file: Path, items: dict[Hashable, object], key: Callable[[dict], Hashable], batch: int,
+              work: Callable[[list], Iterable[dict]], title: str) -> dict[Hashable, dict]:
+    """Work on what `file` has no line for, each process on its share -> {key: line}, the same everywhere.
+
+    items: {key: item}. work(items): a line for each, `batch` of them at a time. key(line): the item's key.
+    Several processes append to files of their own, which rank 0 merges at the end, or at the next start after
+    a kill. So a run goes on with any number of processes. They all see the same disk.
+    """
+    done = merged_lines(file, key)
+    mine = list(items)[process_rank()::process_count()]
+    todo = [items[name] for name in mine if name not in done]
+    own = file if process_count() == 1 else file.with_name(f"{file.stem}-{process_rank()}.jsonl")
+    with tqdm(total=len(mine), initial=len(mine) - len(todo), desc=title, leave=False,
+              disable=process_rank() > 0) as bar:
+        for start in range(0, len(todo), batch):
+            for line in work(todo[start:start + batch]):
+                add_line(own, line)
+                bar.update()
+    return merged_lines(file, key)
+
+
+def merged_lines(file: Path, key: Callable[[dict], Hashable]) -> dict[Hashable, dict]:
+    """Put the lines of all processes into `file` -> its lines by key."""
+    wait_for_all()
+    if process_rank() == 0:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        parts = sorted(file.parent.glob(f"{file.stem}-*.jsonl"))
+        if parts:
+            lines = {key(line): line for part in (file, *parts) for line in read_lines(part, key)}
+            write_text(file, "".join(json.dumps(line) + "\n" for line in lines.values()))
+        for part in parts:
+            part.unlink()
+    wait_for_all()
+    return {key(line): line for line in read_lines(file, key)}
+
+
+def gather(own: object) -> list:
+    """What each process has, in the order of the processes."""
+    everyone = [own] * process_count()
+    if process_count() > 1:
+        dist.all_gather_object(everyone, own)
+    return everyone
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -148,19 +201,6 @@ def interval(values: np.ndarray, seed: int, resamples: int = 2000) -> list[float
     return [round(float(x), 4) for x in (values.mean(), low, high)]
 
 
-def answer_all(model: UnifiedModel, samples: list[Sample], config: Config, sampling: Sampling, title: str
-               ) -> list:
-    """Sample one answer to each prompt, in batches. Its random numbers follow from the seed and its place."""
-    codes, answers = CodeCache(model), []
-    for start in tqdm(range(0, len(samples), config.batch), desc=title, leave=False):
-        part = samples[start:start + config.batch]
-        prompts = [model.prompt(s.prompt, codes(s.prompt_pictures), s.kind == "t2i") for s in part]
-        seeds = [(config.seed, start + i) for i in range(len(part))]
-        answers += model.read_answers(model.generate(prompts, 1, config.budget, sampling, seeds,
-                                                   config.rows))
-    return answers
-
-
 def open_model(source: str, config: Config, quantize: str = "none") -> UnifiedModel:
     """Load a model to --device if its answers fit beside it. Raises UserError."""
     device = pick_device(config.device)
@@ -169,38 +209,81 @@ def open_model(source: str, config: Config, quantize: str = "none") -> UnifiedMo
 
 
 def evaluate(model: UnifiedModel, config: Config) -> dict:
-    """Rate a model in all three arms and on the single tasks -> what evaluation.json holds."""
+    """Rate a model in all three arms and on the single tasks -> what evaluation.json holds.
+
+    Until all is rated, --out/rates_WEIGHTS.jsonl keeps what is.
+    """
+    file = Path(config.out or "out/evaluate") / f"rates_{fingerprint(model)[:16]}.jsonl"
     judges = make_judges(config, model.device)
     rng = random.Random(f"evaluate/{config.seed}")
     samples = [toy_prompt(rng, config.edits, config.split) for _ in range(config.prompts)]
+
+    def rate(part: list[Sample], answers: list) -> list[dict]:
+        scores = judge(part, answers, *judges, "outcome")
+        return [{"rates": rate_answer(sample, answer), "scores": [of.text, of.visual, of.format]}
+                for sample, answer, of in zip(part, answers, scores, strict=True)]
     result = {}
     for arm, temperature in {"sampled": config.temperature, "low": LOW, "greedy": 0.0}.items():
         sampling = Sampling(temperature, config.top_k, config.top_p, config.guidance)
-        answers = answer_all(model, samples, config, sampling, arm)
+        lines = rate_all(model, samples, config, sampling, arm, rate, file)
         # A part without a score takes the mean over all prompts, which leaves the column's mean as it is.
-        rewards = hybrid_rewards(judge(samples, answers, *judges, "outcome"), config.reward_weights)
-        rates = [{**rate_answer(sample, answer), "reward": reward}
-                 for sample, answer, reward in zip(samples, answers, rewards, strict=True)]
+        rewards = hybrid_rewards([Scores(*line["scores"], []) for line in lines], config.reward_weights)
+        rates = [{**line["rates"], "reward": reward} for line, reward in zip(lines, rewards, strict=True)]
         result[arm] = {name: interval(np.array([r[name] for r in rates]), config.seed) for name in COLUMNS}
-    return {**result, "kept": rate_single_tasks(model, config), "prompts": config.prompts,
-            "seed": config.seed, "split": config.split, "edits": config.edits, "model": str(config.model)}
+    result |= {"kept": rate_single_tasks(model, config, file), "prompts": config.prompts, "seed": config.seed,
+               "split": config.split, "edits": config.edits, "model": str(config.model)}
+    wait_for_all()
+    if process_rank() == 0:
+        file.unlink(missing_ok=True)
+    return result
 
 
-def rate_single_tasks(model: UnifiedModel, config: Config) -> dict[str, float]:
+def rate_all(model: UnifiedModel, samples: list[Sample], config: Config, sampling: Sampling, title: str,
+             rate: Callable[[list[Sample], list], list[dict]], file: Path) -> list[dict]:
+    """Sample an answer to each prompt and rate it -> what `rate` says of each, in order, kept in `file`.
+
+    Random numbers follow from the seed and the prompt's place. Lines of other settings are passed over.
+    """
+    codes = CodeCache(model)
+    names = ("seed", "edits", "split", "budget", "critic_quantize")
+    judges = [judge_content(part, getattr(config, f"{part}_reward")) for part in ("text", "visual")]
+    of = str((title, sampling, judges, *(getattr(config, name) for name in names)))
+
+    def work(places: list[int]) -> list[dict]:
+        part = [samples[place] for place in places]
+        prompts = [model.prompt(s.prompt, codes(s.prompt_pictures), s.kind == "t2i") for s in part]
+        seeds = [(config.seed, place) for place in places]
+        rows = model.generate(prompts, 1, config.budget, sampling, seeds, config.rows)
+        lines = rate(part, model.read_answers(rows))
+        return [{"of": of, "place": place, **line} for place, line in zip(places, lines, strict=True)]
+    places = {(of, place): place for place in range(len(samples))}
+    done = share_out(file, places, lambda line: (line["of"], line["place"]), config.batch, work, title)
+    return [done[key] for key in places]
+
+
+def rate_single_tasks(model: UnifiedModel, config: Config, file: Path) -> dict[str, float]:
     """Rate what the model could do before, greedy and without guidance, over all scenes -> shares in 0..1.
 
     t2i: a caption, and the first picture of the answer shows it. i2t: a picture, and the answer names it.
     """
     captions = [Sample(shapes.caption(scene), [], kind="t2i") for scene in shapes.SCENES]
-    questions = [Sample(f"<image> {I2T_QUESTION}", [shapes.render(scene)]) for scene in shapes.SCENES]
-    drawings = answer_all(model, captions, config, Sampling(0.0), "t2i")
-    descriptions = answer_all(model, questions, config, Sampling(0.0), "i2t")
-    t2i, i2t = [], []
-    for scene, drawing, description in zip(shapes.SCENES, drawings, descriptions, strict=True):
-        picture = next((s.picture for s in drawing.segments if s.picture is not None), None)
-        t2i.append(picture is not None and shapes.matches(picture, scene))
-        i2t.append(shapes.parse_caption(" ".join(s.text or "" for s in description.segments)) == scene)
-    return {"t2i": round(fmean(t2i), 4), "i2t": round(fmean(i2t), 4)}
+    questions = [Sample(f"<image> {I2T_QUESTION}", [shapes.render(scene)], shapes.caption(scene))
+                 for scene in shapes.SCENES]
+
+    def right(sample: Sample, answer) -> bool:
+        if sample.kind != "t2i":
+            text = " ".join(s.text or "" for s in answer.segments)
+            return shapes.parse_caption(text) == shapes.parse_caption(sample.answer)
+        picture = next((s.picture for s in answer.segments if s.picture is not None), None)
+        return picture is not None and bool(shapes.matches(picture, shapes.parse_caption(sample.prompt)))
+
+    def rate(part: list[Sample], answers: list) -> list[dict]:
+        return [{"right": right(sample, answer)} for sample, answer in zip(part, answers, strict=True)]
+    shares = {}
+    for task, samples in {"t2i": captions, "i2t": questions}.items():
+        lines = rate_all(model, samples, config, Sampling(0.0), task, rate, file)
+        shares[task] = round(fmean(line["right"] for line in lines), 4)
+    return shares
 
 
 def rates_table(results: dict[str, dict]) -> str:
@@ -223,21 +306,23 @@ def before_and_after(run, prompts: list[str]) -> None:
     run: the `grpo.Config` of a finished run. prompts: its prompts if they came from files. If these are not
     the toy world's, only the report is written: see --benchmark.
     """
-    folder, results, table = Path(run.out), {}, ""
+    folder, results = Path(run.out), {}
+    sampling = {name: getattr(run, name) for name in PUBLISHED}
+    if run.eval_sampling == "published":
+        sampling = PUBLISHED
     if run.eval_prompts and all(shapes.wanted_steps(prompt) for prompt in prompts):
         for name, model in (("before", run.model), ("after", run.out)):
             config = Config(
-                model=str(model), base=run.base, prompts=run.eval_prompts, edits=run.edits,
-                temperature=run.temperature, guidance=run.eval_guidance or run.guidance, budget=run.budget,
+                model=str(model), base=run.base, prompts=run.eval_prompts, edits=run.edits, budget=run.budget,
+                **sampling,
                 batch=min(Config.batch, 4 * run.micro_batch), text_reward=run.text_reward,
                 visual_reward=run.visual_reward, reward_weights=run.reward_weights,
-                reward_device=run.reward_device, critic_quantize=run.critic_quantize, device=run.device,
-                rows=run.rows)
+                reward_device=run.reward_device, critic_quantize=run.critic_quantize,
+                critic_tiles=run.critic_tiles, device=run.device, rows=run.rows, out=str(folder))
             results[name] = evaluate(open_model(model, config, run.quantize), config)
-        table = rates_table(results)
         write_text(folder / "evaluation.json", json.dumps(results, indent=1))
-        print(table)
-    print(f"answers, curves and rates: {write_report(folder, table)}")
+        print(rates_table(results))
+    print(f"answers, curves and rates: {write_report(folder)}")
 
 
 LADDER = {                           # rung -> its GRPO settings: the rows of the paper's ablation
@@ -260,6 +345,7 @@ def ladder(config: Config, folder: Path) -> None:
 
     The runs are FOLDER/RUNG-SEED. One that is finished is not trained again.
     """
+    config = replace(config, out=str(folder))
     results = {"warm-up": [evaluate(open_model(config.model, config), config)]}
     for rung, settings in LADDER.items():
         results[rung] = []
@@ -276,7 +362,7 @@ def ladder(config: Config, folder: Path) -> None:
             results[rung].append(evaluate(open_model(str(out), rung_config), rung_config))
     write_text(folder / "evaluation.json", json.dumps(results, indent=1))
     print(f"mean (range) over GRPO seeds {config.seeds}; {config.prompts} {config.split} prompts, seed "
-          f"{config.seed}; sampled at temperature {config.temperature}")
+          f"{config.seed}; sampled at temperature {shown(config.temperature)}")
     print(ladder_table(results))
     print(f"rates: {folder / 'evaluation.json'}")
 
@@ -622,33 +708,32 @@ def answer_questions(source: str, questions: list[Question], config: Config, fol
         check_budget(model, config.budget, source)
     start_folder(folder, source, config)
     codes = CodeCache(model)
-    questions = list(keep_usable(questions, model, codes, left_out, config.budget))
+    own = questions[process_rank()::process_count()]
+    usable = {question.id for question in keep_usable(own, model, codes, left_out, config.budget)}
+    usable, counts = zip(*gather((usable, left_out.counts)))
+    left_out.counts = sum(counts, Counter())
+    questions = [question for question in questions if question.id in set().union(*usable)]
     if not questions:
         raise UserError(f"{source}: no question of {config.data} fits this model")
-    lines = read_lines(folder / "answers.jsonl", "id", "answer", "layout", "truncated")
-    answers = {line["id"]: line for line in lines}
-    hashes = {question.id: hash_samples([question]) for question in questions}
-    for name, value in hashes.items():
-        if answers.get(name, {}).get("question", value) != value:
-            raise UserError(f"{folder / 'answers.jsonl'}: question {name} is not the one that was answered: "
-                            f"choose another --out, such as {free_folder(folder.parent)}")
     sampling = Sampling(config.temperature, config.top_k, config.top_p, config.guidance)
     if short:
         sampling = Sampling(0.0)                       # Choice: a short answer is right or wrong, so greedy
-    todo = [question for question in questions if question.id not in answers]
-    with tqdm(total=len(questions), initial=len(questions) - len(todo), desc=f"answers of {source}") as bar:
-        for start in range(0, len(todo), config.batch):
-            part = todo[start:start + config.batch]
-            prompts = [model.prompt(q.prompt, codes(q.prompt_pictures), q.kind == "t2i") for q in part]
-            seeds = [(config.seed, question.id) for question in part]
-            rows = model.generate(prompts, 1, config.budget, sampling, seeds, config.rows)
-            for question, row, answer in zip(part, rows, model.read_answers(rows), strict=True):
-                segments = write_segments(answer, question.id, folder)
-                answers[question.id] = {"id": question.id, "question": hashes[question.id],
-                                        "answer": segments, "layout": answer.layout,
-                                        "truncated": row.truncated}
-                add_line(folder / "answers.jsonl", answers[question.id])
-                bar.update()
+    hashes = {question.id: hash_samples([question]) for question in questions}
+    for line in (line for file in folder.glob("answers*.jsonl") for line in read_lines(file)):
+        if line.get("question") and hashes.get(line["id"], line["question"]) != line["question"]:
+            raise UserError(f"{folder}: question {line['id']} is not the one that was answered here: choose "
+                            f"another --out, such as {free_folder(folder.parent)}")
+
+    def work(part: list[Question]) -> Iterator[dict]:
+        prompts = [model.prompt(q.prompt, codes(q.prompt_pictures), q.kind == "t2i") for q in part]
+        seeds = [(config.seed, question.id) for question in part]
+        rows = model.generate(prompts, 1, config.budget, sampling, seeds, config.rows)
+        for question, row, answer in zip(part, rows, model.read_answers(rows), strict=True):
+            yield {"id": question.id, "question": hashes[question.id],
+                   "answer": write_segments(answer, question.id, folder), "layout": answer.layout,
+                   "truncated": row.truncated}
+    answers = share_out(folder / "answers.jsonl", {question.id: question for question in questions},
+                        lambda line: line["id"], config.batch, work, f"answers of {source}")
     return AnswerSet(source, folder, left_out, questions, answers)
 
 
@@ -660,6 +745,9 @@ def start_folder(folder: Path, model: str, config: Config) -> None:
     before = read_json(file) if file.exists() else {}
     check_settings(folder.parent, before.get("settings", {}), settings, ("model", "data"))
     check_content(folder.parent, before.get("content", {}), content)
+    wait_for_all()
+    if process_rank() > 0:
+        return
     (folder / "answers").mkdir(parents=True, exist_ok=True)
     write_text(file, json.dumps({"settings": settings, "content": content, "command": " ".join(sys.argv),
                                  "torch": torch.__version__}, indent=1))
@@ -691,21 +779,18 @@ def ask_critic(critic: LlavaCritic, name: str, requests: list[JudgeRequest], fol
 
     replies.jsonl keeps the replies of each judge by its `name`; what is there is not asked again.
     """
-    lines = read_lines(folder / "replies.jsonl", "judge", "reply")
-    known = {(line["judge"], line.get("request")): line["reply"] for line in lines}
-    hashes = {(r.id, r.aspect): hash_files(r.pictures, r[:3]) for r in requests}
-    replies = {key: known[name, value] for key, value in hashes.items() if (name, value) in known}
-    todo = [request for request in requests if (request.id, request.aspect) not in replies]
-    with tqdm(total=len(requests), initial=len(requests) - len(todo), desc=f"judging {folder.name}") as bar:
-        for start in range(0, len(todo), critic.BATCH):
-            part = todo[start:start + critic.BATCH]
-            for request, reply in zip(part, critic_replies(critic, part), strict=True):
-                line = {"id": request.id, "aspect": request.aspect, "judge": name, "reply": reply,
-                        "request": hashes[request.id, request.aspect]}
-                add_line(folder / "replies.jsonl", line)
-                replies[request.id, request.aspect] = reply
-                bar.update()
-    return replies
+    hashes = {(r.id, r.aspect): hash_files(r.pictures, [r.message]) for r in requests}
+
+    def key(line: dict) -> tuple[str, str, str, str]:
+        return line["judge"], line["id"], line["aspect"], line.get("request", "")
+
+    def work(part: list[JudgeRequest]) -> list[dict]:
+        return [{"id": request.id, "aspect": request.aspect, "judge": name, "reply": reply,
+                 "request": hashes[request.id, request.aspect]}
+                for request, reply in zip(part, critic_replies(critic, part), strict=True)]
+    asked = {(name, r.id, r.aspect, hashes[r.id, r.aspect]): r for r in requests}
+    lines = share_out(folder / "replies.jsonl", asked, key, critic.BATCH, work, f"judging {folder.name}")
+    return {(id, aspect): lines[of, id, aspect, value]["reply"] for of, id, aspect, value in asked}
 
 
 def critic_replies(critic: LlavaCritic, requests: list[JudgeRequest]) -> list[str]:
@@ -774,7 +859,8 @@ def judge_answers(benchmark: Benchmark, answer_sets: list[AnswerSet], config: Co
     """Fill in replies and scores by --judge: our critic's, or the `replies` of one that ran elsewhere."""
     critic = None
     if config.judge.startswith("llava-critic"):
-        critic = make_judge("text", config.judge, judge_device(config), config.critic_quantize)
+        critic = make_judge("text", config.judge, judge_device(config), config.critic_quantize,
+                            config.critic_tiles)
     for of in answer_sets:
         of.replies = replies
         if critic:
@@ -844,23 +930,20 @@ PAGE = 200                           # answers that a page shows
 
 def question_html(question: Question, of: AnswerSet) -> str:
     """One question, its answer and the judge's replies as HTML. Pictures stay files beside the page."""
-    def picture(path: Path) -> str:
-        return picture_html(quote(Path(os.path.relpath(path, of.folder)).as_posix()), path.name)
-    steps = ""
-    for segment in of.segments(question):
-        image = picture(of.folder / segment["image"]) if segment["image"] else ""
-        steps += f'<div class="step">{html.escape(segment["text"] or "")}<br>{image}</div>'
-    replies = [f"{aspect}: {reply}" for (id, aspect), reply in of.replies.items() if id == question.id]
-    details = f"<details><summary>judge</summary><pre>{html.escape(chr(10).join(replies))}</pre></details>"
-    title = "<br>".join(map(html.escape, (f"{question.id} · {question.group}", question.prompt)))
-    return (f'<div class="group"><div class="prompt">{title}<br>'
-            f'{"".join(map(picture, question.prompt_pictures))}</div>'
-            f'<div class="answer">{steps}</div>{details if replies else ""}</div>')
+    start = "".join(picture_html(path, "picture of the question", of.folder)
+                    for path in question.prompt_pictures)
+    steps = [{"text": segment["text"], "picture": segment["image"] and of.folder / segment["image"]}
+             for segment in of.segments(question)]
+    replies = [f"<pre>{html.escape(f'{aspect}: {reply}')}</pre>"
+               for (id, aspect), reply in of.replies.items() if id == question.id]
+    return (f'<div class="group"><h3>{html.escape(f"{question.id} · {question.group}")}</h3>'
+            f'<p>{html.escape(question.prompt)}</p><div class="row">{start}</div>'
+            f'<div class="answer">{steps_html(steps, of.folder)}</div>{fold("judge", *replies)}</div>')
 
 
 def write_answers_page(of: AnswerSet, title: str, table: str) -> Path:
     """Write answers.html: the table, then the first answers with what the judge replied."""
-    body = [f"<pre>{html.escape(table)}</pre>",
+    body = [f'<pre class="wide">{html.escape(table)}</pre>',
             f"<p>The first {min(PAGE, len(of.questions))} of {len(of.questions)} answers.</p>"]
     body += [question_html(question, of) for question in of.questions[:PAGE]]
     return write_page(of.folder / "answers.html", title, body)
@@ -879,12 +962,14 @@ def run_benchmark(config: Config, out: Path) -> None:
     models = {"before": config.before, "model": config.model}
     answer_sets = {name: answer_questions(model, questions, config, out / name)
                    for name, model in models.items() if model}
-    if benchmark.FILE:
+    if benchmark.FILE and process_rank() == 0:
         for of in answer_sets.values():
             records = [benchmark.record(question, of) for question in of.questions]
             write_text(of.folder / benchmark.FILE, json.dumps(records, indent=1, ensure_ascii=False))
     if config.judge:
         judge_answers(benchmark, list(answer_sets.values()), config, replies)
+    if process_rank() > 0:
+        return
     ours = {name: benchmark.rows(of, config) for name, of in answer_sets.items()}
     reasons = {name: dict(Counter(unread.reasons()) + Counter(of.left_out.reasons()))
                for name, of in answer_sets.items()}
@@ -904,17 +989,25 @@ def run_benchmark(config: Config, out: Path) -> None:
 # ------------------------------------------------------------------------------------------------------------
 # The command line
 
-def check(config: Config) -> None:
+def check(config: Config, world: int = 1) -> None:
     """Refuse settings that cannot work before anything is loaded. Raises UserError."""
     check_config(config)
     check_judges(config)
+    require(config, "ladder", world == 1 or not config.ladder, "one process: each rung starts grpo.py")
+    require(config, "reward_device", world == 1 or ":" not in config.reward_device,
+            "no number: under torchrun each process has its judges on its own device")
     seeds = re.fullmatch(r"\d{1,9}(,\d{1,9})*", config.seeds)
     require(config, "seeds", seeds, "whole numbers separated by commas")
+    for run in config.compare:
+        if not Path(run).is_dir():
+            raise UserError(f"--compare {run}: expected a run directory")
     require(config, "benchmark", config.benchmark in ("", *BENCHMARKS), " or ".join(BENCHMARKS))
     if not config.benchmark:
         for name in ("data", "judge", "before"):
             require(config, name, not getattr(config, name), "--benchmark beside it")
         return
+    if config.benchmark == "t2i":
+        check_judge("--visual-reward", "visual", config.visual_reward)
     if not config.data:
         raise UserError(f"--benchmark {config.benchmark}: expected its files at --data as well")
     if not Path(config.data).exists():
@@ -936,18 +1029,24 @@ def main() -> None:
     """Rate one model in the toy world, climb the ladder, or run a benchmark."""
     config = parse_config(Config, presets={"paper": PAPER}, names={
         "benchmark": BENCHMARKS, "text_reward": judge_names("text"), "visual_reward": judge_names("visual")})
-    check(config)
-    name = config.benchmark or ("ladder" if config.ladder else "evaluate")
-    with claim(config.out or f"out/{name}") as out:
-        if config.benchmark:
+    _, world, _ = start_processes(config.device)
+    check(config, world)
+    modes = {"compare": config.compare, config.benchmark: config.benchmark, "ladder": config.ladder}
+    with claim(config.out or f"out/{next((name for name, on in modes.items() if on), 'evaluate')}") as out:
+        if config.compare:
+            runs = {str(Path(run)).removeprefix("out/"): Path(run) for run in config.compare}
+            print(f"side by side: {write_comparison(runs, out)}")
+        elif config.benchmark:
             run_benchmark(config, out)
         elif config.ladder:
             ladder(config, out)
         else:
-            result = evaluate(open_model(config.model, config), config)
-            write_text(out / "evaluation.json", json.dumps(result, indent=1))
+            result = evaluate(open_model(config.model, config), replace(config, out=str(out)))
+            if process_rank() == 0:
+                write_text(out / "evaluation.json", json.dumps(result, indent=1))
             print(rates_table({Path(config.model).name: result}))
             print(f"rates: {out / 'evaluation.json'}")
+    end_processes()
 
 
 if __name__ == "__main__":

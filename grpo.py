@@ -15,6 +15,7 @@
 import itertools
 import math
 import random
+import statistics
 import time
 from collections import Counter
 from contextlib import nullcontext
@@ -23,24 +24,25 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
 import warmup
-from common import (Count, LearningRate, Natural, NonNegative, Positive, Range, Run, Seed, Share, TopP,
-                    UserError, Weights, average_gradients, averaged, check_config, check_content,
-                    check_finite, check_settings, claim, optimizer_tensors, parse_config, peak_gib, require,
-                    restore_optimizer, run_main, start_over, start_processes)
+from common import (LEGEND, Count, LearningRate, Natural, Naturals, NonNegative, Part, Positive, Positives,
+                    Range, Run, Seed, Share, TopPs, UserError, Weights, average_gradients, averaged,
+                    check_config, check_content, check_finite, check_settings, claim, end_processes,
+                    group_html, note_processes, optimizer_tensors, parse_config, part_html, part_text,
+                    parts_of, peak_gib, png, require, restore_optimizer, run_main, shown, start_over,
+                    start_processes, whole, write_page)
 from data import (PROMPT_READERS, CodeCache, LeftOut, Sample, hash_samples, keep_usable, read_prompts,
                   read_sources, toy_prompt)
 from evaluate import before_and_after
 from model import (Sampling, UnifiedModel, as_batch, by_modality, check_budget, check_memory, checkpoint_hash,
-                   load, load_training, prepare_training, restore, save, trainable_state, unpacked,
+                   gathered, load, load_training, prepare_training, restore, save, trainable_state, unpacked,
                    with_trainable)
-from rewards import (Scores, check_judges, check_rules, group_record, hybrid_rewards, judge, judge_content,
-                     judge_names, make_judges)
+from rewards import (Scores, check_judges, check_prompts, check_rules, group_record, hybrid_rewards, judge,
+                     judge_content, judge_names, make_judges)
 
 SPREAD = 1e-3         # a group whose rewards have a smaller standard deviation says nothing: exact zeros
 EPSILON = 1e-4        # added to the standard deviation in Eq. (4) and Eq. (6)
@@ -63,6 +65,8 @@ class Config:
     ramp: Natural = 5                        # updates until --lr is reached; 0: at once
     clip: Share = 0.2                        # eps in Eq. (2)
     kl: NonNegative = 0.2                    # beta in Eq. (2)
+    kl_text: NonNegative | None = None       # beta of text tokens; by default that of --kl
+    kl_image: NonNegative | None = None      # beta of image codes; by default that of --kl
     credit: Literal["process", "outcome"] = "process"    # process: Eq. (6); outcome: Eq. (4)
     step_discount: Share = 0.5               # gamma of Eq. (6): 1 is the sum as printed, 0 the step alone
     normalise: Literal["kind", "all"] = "kind"    # pools of Eq. (6): text and image apart, or all as one
@@ -73,10 +77,11 @@ class Config:
     reward_weights: Weights = (1.0, 1.0, 1.0)    # of r_t, r_v and r_f in Eq. (5); 0 leaves one out
     reward_device: str = ""                  # where learned judges run; empty: with the policy
     critic_quantize: Literal["none", "nf4"] = "none"    # nf4: the critic's decoder in 4 bits
+    critic_tiles: Natural = 0                # the critic: tiles of a picture at most; 0: as published
     # -- sampling
-    temperature: Positive = 1.0              # of the rollouts, text and codes alike
-    top_k: Natural = 0                       # 0: off
-    top_p: TopP = 1.0                        # 1: off
+    temperature: Positives = 1.0             # of the rollouts; two numbers: of text tokens, of image codes
+    top_k: Naturals = 0                      # 0: off; two: of text tokens, of image codes
+    top_p: TopPs = 1.0                       # 1: off; two: of text tokens, of image codes
     guidance: NonNegative = 1.0              # 1: off; else rollouts and scoring both are guided
     budget: Count = 160                      # positions that an answer may have
     rows: Natural = 0                        # answers in the KV cache at a time; 0: as many as fit the device
@@ -89,22 +94,24 @@ class Config:
     # -- run
     out: str = "out/grpo"                    # run directory
     seed: Seed = 0                           # of prompts and sampling
+    precision: Literal["auto", "float32", "bf16"] = "auto"    # of the passes; auto: bf16 on a GPU
     device: str = "auto"                     # cpu, cuda, mps; auto takes the best there is
     save_every: Count = 10                   # updates between checkpoints
     resume: bool = True                      # go on from the last checkpoint; --no-resume starts over
     eval_prompts: Natural = 96               # held-out prompts of the evaluation before and after; 0: none
-    eval_guidance: NonNegative = 0.0         # guidance of that evaluation; 0: that of the rollouts
+    eval_sampling: Literal["rollouts", "published"] = "rollouts"    # published: as VILA-U and the paper do
+    explain: bool = False                    # print one prompt's way through one update, and stop
     preset: str = ""                         # paper: the paper's settings (PAPER); flags beside it win
 
 
 FREE = ("model", "base", "prompts", "text_reward", "visual_reward",            # compared by their content
-        "device", "reward_device", "save_every", "updates", "resume", "eval_prompts", "eval_guidance", "out",
-        "rows", "micro_batch", "unpack", "checkpointing", "preset")    # may change when a run goes on
+        "device", "reward_device", "save_every", "updates", "resume", "eval_prompts", "eval_sampling", "out",
+        "rows", "micro_batch", "unpack", "checkpointing", "precision", "preset")    # may change on resuming
 
 # --preset paper: what the paper states is marked so. The rest is ours and fits one GPU (the QLoRA variant).
 PAPER = dict(
     model="out/warmup-7b",                                        # what warmup.py --preset paper --out wrote
-    group_size=4, updates=3000, eval_guidance=3.0,                # paper; the model brings 256 x 256 pictures
+    group_size=4, updates=3000, eval_sampling="published",        # paper; the model brings 256 x 256 pictures
     step_discount=1.0, normalise="all", credit="process",         # paper, Eq. (6) as printed
     text_reward="llava-critic", visual_reward="image-reward",     # paper, Eq. (5)
     reward_weights=(1.0, 1.0, 1.0),                               # paper, Eq. (5)
@@ -217,8 +224,10 @@ def decision_weights(mask: Tensor, is_image: Tensor, per_modality: bool = False)
 
 
 def grpo_loss(logp: Tensor, old_logp: Tensor, ref_logp: Tensor, advantages: Tensor, weights: Tensor,
-              eps: float, beta: float) -> tuple[Tensor, Tensor, Tensor]:
+              eps: float, beta: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Eq. (2), to be minimised: all arguments [B, T, D] -> loss of each answer [B], ratio and KL [B, T, D].
+
+    beta: one for all decisions, or [B, T, 1]: text tokens and image codes may have their own.
 
     With one update a rollout the ratio is 1 everywhere and the clip never acts; from the second on both do.
     A code that truncation has cut since has logp -inf, ratio 0 and no gradient; its KL term is dropped.
@@ -245,9 +254,8 @@ def read_pool(config: Config) -> tuple[list[Sample], LeftOut]:
         pool = read_prompts(Path(config.prompts))
     else:
         samples = read_sources(config.prompts, "--prompts", PROMPT_READERS, left_out)
-        pool = [Sample(s.prompt, s.prompt_pictures, origin=s.origin)
-                for of_kind in samples.values() for s in of_kind]
-    check_rules(config, [sample.prompt for sample in pool])
+        pool = [replace(s, answer="", answer_pictures=[]) for of_kind in samples.values() for s in of_kind]
+    check_rules(config, pool)
     return pool, left_out
 
 
@@ -286,11 +294,11 @@ class Rollout:
     tokens: Tensor                   # [B, T, D], prompts included
     is_image: Tensor                 # [B, T]
     mask: Tensor                     # [B, T, D], True on the policy's decisions
-    old_logp: Tensor                 # [B, T, D], kept while sampling
+    old_logp: Tensor                 # [B, T, D], kept while sampling; in bf16 see `update`
     advantages: Tensor               # [B, T, 1]
     metrics: dict[str, float]        # means over the rollout
 
-    def records(self, count: int) -> list[dict]:
+    def records(self, count: int, config: Config) -> list[dict]:
         """The first `count` prompts with their answers, rewards and advantages, for sheets and reports."""
         G, records = len(self.answers) // len(self.samples), []
         decided = self.mask.any(-1)                                                        # (B, T)
@@ -299,6 +307,7 @@ class Rollout:
             answers, scores = [self.answers[b] for b in rows], [self.scores[b] for b in rows]
             own = [self.advantages[b, decided[b]] for b in rows]
             records.append(group_record(sample, answers, scores, own))
+            records[-1]["worked"] = worked(answers, scores, config)
         return records
 
 
@@ -306,15 +315,15 @@ def rollout(policy: UnifiedModel, samples: list[Sample], config: Config, judges:
             seeds: list[tuple]) -> Rollout:
     """Sample G answers to each prompt, judge them, and compare each with its group."""
     G, began = config.group_size, time.perf_counter()
-    prompts = [policy.prompt(s.prompt, codes(s.prompt_pictures)) for s in samples]
-    with unpacked(policy) if config.unpack else nullcontext():
+    prompts = [policy.prompt(s.prompt, codes(s.prompt_pictures), s.kind == "t2i") for s in samples]
+    with gathered(policy), unpacked(policy) if config.unpack else nullcontext():
         trajectories = policy.generate(prompts, G, config.budget, sampling_of(config), seeds, config.rows)
     answers = policy.read_answers(trajectories)
     sampled = time.perf_counter()
     scores = judge([s for s in samples for _ in range(G)], answers, *judges, config.credit)
     judged = time.perf_counter()
     groups = [slice(b, b + G) for b in range(0, len(answers), G)]
-    values = [advantages(answers[g], scores[g], config) for g in groups]
+    values = [compared(advantages(answers[g], scores[g], config), trajectories[g]) for g in groups]
     rewards = [r for g in groups for r in hybrid_rewards(scores[g], config.reward_weights)]
     tokens, is_image, mask, logp = as_batch(trajectories, policy.device)
     padded = torch.zeros(*tokens.shape[:2], 1)                                             # [B, T, 1]
@@ -325,6 +334,8 @@ def rollout(policy: UnifiedModel, samples: list[Sample], config: Config, judges:
         "reward": mean(rewards), "reward/text": mean(s.text for s in scores),
         "reward/visual": mean(s.visual for s in scores), "reward/format": mean(s.format for s in scores),
         "zero_spread": mean(float(not any(a.any() for a in group)) for group in values),
+        **{f"spread/{part}": mean(spread([getattr(s, part) for s in scores[g]]) for g in groups)
+           for part in ("text", "visual", "format")},
         "steps_per_answer": mean(len(a.segments) for a in answers),
         "truncated": mean(t.truncated for t in trajectories),
         "text_share": (text.sum() / mask.sum()).item(),
@@ -332,6 +343,22 @@ def rollout(policy: UnifiedModel, samples: list[Sample], config: Config, judges:
         "cut_texts": mean(float(cut) for s in scores for cut in s.cut),
         "seconds/rollout": sampled - began, "seconds/reward": judged - sampled}
     return Rollout(samples, answers, scores, tokens, is_image, mask, logp, padded.to(policy.device), metrics)
+
+
+def compared(advantages: list[Tensor], trajectories: list) -> list[Tensor]:
+    """The advantages of a group, 0 where all its answers are the same, token for token.
+
+    Choice: there is nothing to compare then. Eq. (6) as printed would train such a group: it normalises the
+    fixed difference between texts and pictures.
+    """
+    same = all(torch.equal(t.tokens, trajectories[0].tokens) for t in trajectories)
+    return [torch.zeros_like(values) for values in advantages] if same else advantages
+
+
+def spread(values: list[float | None]) -> float | None:
+    """The standard deviation of the values that are not None; None where there are less than two."""
+    values = [v for v in values if v is not None]
+    return statistics.stdev(values) if len(values) > 1 else None
 
 
 def mean(values) -> float:
@@ -352,25 +379,40 @@ def reference_logp(policy: UnifiedModel, reference: dict[str, Tensor], batch: Ro
                           for part in zip(*(column.split(config.micro_batch) for column in columns))])
 
 
+def kl_weights(config: Config, is_image: Tensor) -> Tensor:
+    """beta of Eq. (2) for every position, [B, T, 1]: that of text tokens or that of image codes."""
+    text, image = (config.kl if own is None else own for own in (config.kl_text, config.kl_image))
+    return torch.where(is_image, image, text)[..., None]
+
+
 def update(policy: UnifiedModel, optimizer: torch.optim.Optimizer, batch: Rollout, ref_logp: Tensor,
-           config: Config) -> dict:
+           config: Config, epoch: int = 0) -> dict:
     """One optimizer update on all answers of a rollout -> metrics, each a mean over what it averages.
+
+    epoch: how many updates this rollout has had before.
 
     Choice: the loss is the mean over all answers of the update, counted before micro-batches are cut, so
     their size cannot change the gradient.
+    Choice: passes in bf16 give the sampler and the scorer different log-probs, and their ratio is not 1
+    before any weight has moved. There the first update's own pass gives the old ones, in batch.old_logp.
     Raises UserError on a loss that is not finite, before any weight moves.
     """
     B, sampling = len(batch.tokens), sampling_of(config)
     weights = decision_weights(batch.mask, batch.is_image, config.per_modality)
-    total, sums = 0.0, Counter()
+    beta, total, sums = kl_weights(config, batch.is_image), 0.0, Counter()
     optimizer.zero_grad()
     for start in range(0, B, config.micro_batch):
         part = slice(start, start + config.micro_batch)
         mask, is_image = batch.mask[part], batch.is_image[part]
         logp = policy.log_probs(batch.tokens[part], is_image, mask, sampling)
+        if epoch == 0:
+            gap = (logp.detach() - batch.old_logp[part])[mask].abs()
+            sums["logp_gap"] += gap[gap.isfinite()].sum().item()
+            if policy.pass_dtype != torch.float32:
+                batch.old_logp[part] = logp.detach()
         values = batch.advantages[part].expand_as(logp)
         loss, ratio, kl = grpo_loss(logp, batch.old_logp[part], ref_logp[part], values, weights[part],
-                                    config.clip, config.kl)
+                                    config.clip, beta[part])
         loss = loss.sum() / B                               # 1/G of Eq. (2), over all groups of the update
         check_finite("the loss", loss.item())
         loss.backward()
@@ -383,11 +425,13 @@ def update(policy: UnifiedModel, optimizer: torch.optim.Optimizer, batch: Rollou
                 sums[f"kl/{name}"] += kl[of_kind].sum().item()
                 sums[f"clip_frac/{name}"] += clipped[of_kind].sum().item()
     average_gradients(optimizer)
-    norm = torch.nn.utils.clip_grad_norm_(policy.policy_parameters(), 1.0)
+    norm = whole(torch.nn.utils.clip_grad_norm_(policy.policy_parameters(), 1.0))
     check_finite("the gradient", norm.item())
     optimizer.step()
     means = {f"{key}/{name}": sums[f"{key}/{name}"] / max(1, sums[f"count/{name}"])
              for key in ("kl", "clip_frac") for name in ("text", "image")}
+    if epoch == 0:
+        means["logp_gap"] = sums["logp_gap"] / batch.mask.sum().item()
     return {"loss": total, "grad_norm": norm.item(), "ratio_max": sums["ratio_max"], **means}
 
 
@@ -406,6 +450,11 @@ def check(config: Config, world: int = 1) -> None:
             f"a multiple of --epochs-per-rollout {config.epochs_per_rollout}")
     require(config, "prompts_per_update", config.prompts_per_update % world == 0,
             f"a multiple of the {world} processes, which share them")
+    require(config, "reward_device", world == 1 or ":" not in config.reward_device,
+            "no number: under torchrun each process has its judges on its own device")
+    require(config, "precision", config.precision == "auto" or not config.lora_rank,
+            "auto: with adapters the passes have the type of the frozen base")
+    require(config, "explain", world == 1 or not config.explain, "one process, no torchrun")
     check_judges(config)
 
 
@@ -414,7 +463,7 @@ def start_policy(config: Config, state: dict, device: torch.device) -> tuple[Uni
     policy = load(config.model, device, config.quantize, config.base)
     require(config, "unpack", policy.quantize == "nf4" or not config.unpack,
             f"a policy in 4 bits (--quantize nf4), but that of {config.model} is not")
-    prepare_training(policy, config.lora_rank, config.lora_alpha, config.seed)
+    prepare_training(policy, config.lora_rank, config.lora_alpha, config.seed, config.precision)
     reference = trainable_state(policy)
     if state:
         restore(policy, Path(config.out) / "policy")
@@ -423,15 +472,21 @@ def start_policy(config: Config, state: dict, device: torch.device) -> tuple[Uni
     return policy, reference
 
 
+def content_of(config: Config, pool: list[Sample]) -> dict[str, str]:
+    """Hashes of the weights and data that a run depends on, by flag; of a judge of weight 0 its name."""
+    r_t, r_v, _ = config.reward_weights
+    return {"model": checkpoint_hash(config.model), "prompts": hash_samples(pool),
+            "text_reward": judge_content("text", config.text_reward) if r_t else config.text_reward,
+            "visual_reward": judge_content("visual", config.visual_reward) if r_v else config.visual_reward}
+
+
 def train(config: Config, rank: int, world: int, device: torch.device) -> list[Sample]:
     """Steps 1 to 7, from the last checkpoint on -> the pool of prompts, empty for the toy world's."""
     folder = Path(config.out)
     state, tensors = load_training(folder / "policy") if config.resume else ({}, {})
     check_settings(folder, state.get("settings", {}), asdict(config), FREE)
     pool, left_out = read_pool(config)
-    content = {"model": checkpoint_hash(config.model), "prompts": hash_samples(pool),
-               "text_reward": judge_content("text", config.text_reward),
-               "visual_reward": judge_content("visual", config.visual_reward)}
+    content = content_of(config, pool)
     check_content(folder, state.get("content", {}), content)
     check_memory(config.model, config.budget, config.rows, device, config.quantize, config.base)
     policy, reference = start_policy(config, state, device)
@@ -439,14 +494,14 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> list[S
     restore_optimizer(optimizer, tensors)
     judges, codes = make_judges(config, device), CodeCache(policy)
     pool = ready_prompts(pool, left_out, policy, codes, config)
+    check_prompts(judges[0], pool, config.budget)
     if rank == 0 and not config.resume:
         start_over(folder)
-    run = Run(config, state.get("lines", 0), content) if rank == 0 else None
+    run = Run(config, state.get("lines", 0), content)                                      # rank 0 writes
     first, silent = state.get("update", 0), 0
-    if rank == 0:
-        announce(config, first, pool, left_out)
-        if first == 0 and config.eval_prompts:
-            show(policy, run, config, pool, judges, "000000_before", "Before GRPO: the warm-up model")
+    announce(config, state, pool, left_out)
+    if first == 0 and config.eval_prompts:
+        show(policy, run, config, pool, judges, "000000_before", "Before GRPO: the warm-up model")
     bar = tqdm(range(first, config.updates, config.epochs_per_rollout), desc="grpo", disable=rank > 0,
                initial=first // config.epochs_per_rollout, total=config.updates // config.epochs_per_rollout)
     for done in bar:
@@ -457,36 +512,55 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> list[S
                         [(config.seed, done, number) for number, _ in numbered])           # steps 1 to 4
         sampled = time.perf_counter()
         ref_logp = reference_logp(policy, reference, batch, config)
-        compared = time.perf_counter()
+        scored = time.perf_counter()
+        metrics = {}
         for epoch in range(config.epochs_per_rollout):
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * min(1.0, (done + epoch + 1) / max(1, config.ramp))
-            metrics = update(policy, optimizer, batch, ref_logp, config)                   # steps 5 and 6
+            metrics |= update(policy, optimizer, batch, ref_logp, config, epoch)           # steps 5 and 6
         now, before, done = time.perf_counter(), done, done + config.epochs_per_rollout
         metrics = averaged({**batch.metrics, **metrics, "seconds": now - began,
-                            "seconds/reference": compared - sampled, "seconds/update": now - compared,
-                            "peak_gib": peak_gib(device)}, world, device)
+                            "seconds/reference": scored - sampled, "seconds/update": now - scored,
+                            "peak_gib": peak_gib(device)}, device)
         silent = silent + 1 if metrics["zero_spread"] == 1 else 0
-        if rank == 0:
-            log(run, bar, done, metrics, silent)                                           # step 7
-            if done // config.save_every > before // config.save_every or done == config.updates:
-                title = f"Rollout of update {done}"
-                run.sample(f"{done:06d}", title, batch.records(3), judge_records(judges))
-                state = {"update": done, "lines": run.lines, "settings": asdict(config), "content": content}
-                save(policy, folder / "policy", state, optimizer_tensors(optimizer))
-    if rank == 0 and first < config.updates and config.eval_prompts:
+        log(run, bar, done, metrics, silent)                                               # step 7
+        if done // config.save_every > before // config.save_every or done == config.updates:
+            title = f"Rollout of update {done}"
+            run.sample(f"{done:06d}", title, batch.records(3, config), judge_records(judges))
+            state = {"update": done, "lines": run.lines, "processes": world, "settings": asdict(config),
+                     "content": content}
+            save(policy, folder / "policy", state, optimizer_tensors(optimizer))
+    if first < config.updates and config.eval_prompts:
         show(policy, run, config, pool, judges, "999999_after", "After GRPO: the same prompts")
     return pool
 
 
-def announce(config: Config, first: int, pool: list[Sample], left_out: LeftOut) -> None:
-    """Print how many prompts are ready, what was left out, and whether the run is finished already."""
+def announce(config: Config, state: dict, pool: list[Sample], left_out: LeftOut) -> None:
+    """Print how many prompts are ready, what was left out, and where a run that goes on stands."""
+    first = state.get("update", 0)
     if pool:
         print(f"{len(pool):,} prompts are ready")
         for reason, count in left_out.reasons().items():
             print(f"{reason}: {count:,}")
+    for line in caveats(config, pool):
+        print(line)
     if first >= config.updates:
         print(f"{config.out} is finished: {first} updates (more with --updates, afresh with --no-resume)")
+    note_processes(state)
+
+
+def caveats(config: Config, pool: list[Sample]) -> list[str]:
+    """What one has to know of this run's rewards, a line each."""
+    lines = []
+    unknown = sum(sample.kind == "interleaved" and sample.steps is None for sample in pool)
+    if unknown:
+        lines.append(f"{unknown:,} of them do not say how many \"steps\" they want: any number is "
+                     f"well-formed then, and r_t and r_v are means over the steps that are there")
+    if config.credit == "process" and config.normalise == "all":
+        lines.append("--normalise all, Eq. (6) as printed: texts and pictures share one pool. Four answers "
+                     "of three steps with text .75 and pictures .54 throughout give every code an advantage "
+                     "of -.98, although nothing differs. --normalise kind compares each kind with itself.")
+    return lines
 
 
 def log(run: Run, bar: tqdm, done: int, metrics: dict, silent: int) -> None:
@@ -500,21 +574,140 @@ def log(run: Run, bar: tqdm, done: int, metrics: dict, silent: int) -> None:
                    "nothing is learned (try other prompts, a higher --temperature or other --reward-weights)")
 
 
+# ------------------------------------------------------------------------------------------------------------
+# Something to look at: sheets before and after, one group in numbers, one prompt through one update
+
 def show(policy: UnifiedModel, run: Run, config: Config, pool: list[Sample], judges: tuple, name: str,
          title: str) -> None:
-    """Write a sheet of three answers each to fixed prompts with fixed seeds, the same before and after:
+    """Write a sheet of G answers each to fixed prompts with fixed seeds, the same before and after:
     held-out prompts of the toy world, or the first of --prompts."""
     rng = random.Random("show")
     samples = pool[:4] or [toy_prompt(rng, config.edits, "heldout") for _ in range(4)]
     seeds = [("show", p) for p in range(len(samples))]
-    batch = rollout(policy, samples, replace(config, group_size=3), judges, CodeCache(policy), seeds)
-    run.sample(name, title, batch.records(len(samples)), judge_records(judges))
+    batch = rollout(policy, samples, config, judges, CodeCache(policy), seeds)
+    run.sample(name, title, batch.records(len(samples), config), judge_records(judges))
+
+
+def worked(answers: list, scores: list[Scores], config: Config) -> list[Part]:
+    """Eq. (4) to (6) on one group as tables, computed by the functions that train."""
+    G, gamma, weights = len(answers), config.step_discount, config.reward_weights
+
+    def credit(*reward_weights: float, discount: float) -> list[list[float]]:
+        """Eq. (6) with other weights and discount -> for each answer the mean advantage of each step."""
+        settings = replace(config, credit="process", reward_weights=reward_weights, step_discount=discount)
+        return [[values[s.start:s.stop].mean().item() for s in answer.segments]
+                for answer, values in zip(answers, advantages(answers, scores, settings))]
+
+    def table(columns: list[list], form: str, titles: list[str]) -> list[list[str]]:
+        """Columns of a value for each step -> rows; the longest answer names the steps."""
+        rows = [["step", *titles]]
+        for j, segment in enumerate(max((answer.segments for answer in answers), key=len)):
+            values = [column[j] if j < len(column) else None for column in columns]
+            rows.append([f"{j + 1} {'picture' if segment.text is None else 'text'}",
+                         *("-" if value is None else f"{value:{form}}" for value in values)])
+        return rows
+    names = [f"answer {n + 1}" for n in range(G)]
+    rewards = torch.tensor(hybrid_rewards(scores, weights))
+    whole = [["", "r_t", "r_v", "r_f", "r", "A"]]
+    for name, of, r, a in zip(names, scores, rewards, outcome_advantages(rewards)):
+        parts = ["-" if part is None else f"{part:.2f}" for part in (of.text, of.visual, of.format)]
+        whole.append([name, *parts, f"{r:.2f}", f"{a:+.2f}"])
+    own = credit(*weights[:2], 0.0, discount=0.0)                                         # r~ of each step
+    n = max(range(G), key=lambda n: max(own[n], default=0.0) - min(own[n], default=0.0))
+    reach = [credit(*weights[:2], 0.0, discount=g)[n] for g in (0.0, 0.5, 1.0)]
+    total = sum(gamma ** k * r for k, r in enumerate(own[n]))
+    terms = " + ".join(f"{gamma ** k:g} x ({r:+.2f})" for k, r in enumerate(own[n]))
+    form = weights[2] * outcome_advantages(torch.tensor([of.format for of in scores]))[n]
+    pools = "texts and pictures apart" if config.normalise == "kind" else "all steps together"
+    return [
+        Part("Eq. (5) and (4): whole answers",
+             f"r = r_t + r_v + r_f, weighted {shown(weights)}. A = (r - mean) / (std + {EPSILON:g}), here "
+             f"with mean {rewards.mean():.2f} and std {rewards.std():.2f}.", whole),
+        Part("The rewards r of the steps", "r_t of a text, r_v of a picture.",
+             table([of.steps for of in scores], ".2f", names)),
+        Part("Normalised over the group: r~", f"r~ = (r - mean) / (std + {EPSILON:g}), {pools}.",
+             table(own, "+.2f", names)),
+        Part("Eq. (6): the advantage of each step",
+             f"A of step j = sum of {gamma:g}^(k - j) r~ of step k over all k >= j. For {names[n]}, step 1: "
+             f"{terms} = {total:+.2f}. Words also get the normalised format reward of their answer, here "
+             f"{form:+.2f}.",
+             table(credit(*weights, discount=gamma), "+.2f", names)),
+        Part(f"How a step's reward reaches back: {names[n]}",
+             "The same r~, summed with three discounts: 0 is the step alone, 1 is Eq. (6) as printed.",
+             table(reach, "+.2f", ["discount 0", "0.5", "1"]))]
+
+
+def loss_table(policy: UnifiedModel, batch: Rollout, ref_logp: Tensor, config: Config) -> list[list[str]]:
+    """What `grpo_loss` makes of a rollout under the policy as it is now, text and image apart."""
+    with torch.no_grad():
+        logp = policy.log_probs(batch.tokens, batch.is_image, batch.mask, sampling_of(config))
+    weights = decision_weights(batch.mask, batch.is_image, config.per_modality)
+    beta = kl_weights(config, batch.is_image)
+    rows = [["", "decisions", "loss", "least ratio", "largest", "clipped", "KL"]]
+    for name, part in zip(("text", "image"), by_modality(batch.mask, batch.is_image)):
+        loss, ratio, kl = grpo_loss(logp, batch.old_logp, ref_logp, batch.advantages.expand_as(logp),
+                                    weights * part, config.clip, beta)
+        if part.any():
+            ratio, kl = ratio[part], kl[part]
+            clipped = ((ratio - 1).abs() > config.clip).float().mean()
+            rows.append([name, f"{len(ratio)}", f"{loss.mean():.4f}", f"{ratio.min():.4f}",
+                         f"{ratio.max():.4f}", f"{clipped:.1%}", f"{kl.mean():.5f}"])
+    return rows
+
+
+def explain(config: Config, device: torch.device) -> Path:
+    """--explain: take the first prompt of a run through one update, in the paper's order.
+
+    Prints it with its numbers and writes OUT/explain.html, the same with pictures. Nothing else in OUT is
+    touched. All numbers come from the functions that train.
+    Choice: the update has the full --lr, without the ramp of a run, so that its effect shows.
+    """
+    pool, left_out = read_pool(config)
+    policy, reference = start_policy(config, {}, device)
+    judges, codes, body = make_judges(config, device), CodeCache(policy), []
+    optimizer = torch.optim.Adam(policy.policy_parameters(), lr=config.lr, betas=(0.9, 0.95))
+    sample = next_prompts(config, 0, ready_prompts(pool, left_out, policy, codes, config))[0]
+
+    def tell(part: Part, pictures: str = "") -> None:
+        """Print a part, and put it on the page, its rows replaced by pictures if there are any."""
+        part = part._replace(title=f"{len(body) + 1}. {part.title}")
+        print(part_text(part))
+        body.append(part_html(part._replace(rows=()) if pictures else part) + pictures)
+
+    def answer() -> tuple[Rollout, dict, list[list[str]]]:
+        """The group's rollout, its record, and its answers as rows; the same random numbers every time."""
+        batch = rollout(policy, [sample], config, judges, codes, [(config.seed, 0, 0)])
+        record, = batch.records(1, config)
+        marks = {True: " (right)", False: " (wrong)", None: ""}
+        return batch, record, [
+            [f"answer {n + 1}:", *((s["text"] or "picture") + marks[s["right"]] for s in answer["steps"]),
+             parts_of(answer)] for n, answer in enumerate(record["answers"])]
+    batch, first, rows = answer()
+    tell(Part(f"The prompt, and G = {config.group_size} answers", f"{sample.prompt}\n{LEGEND}", rows),
+         group_html({"": first}, len(rows)))
+    for part in first["worked"]:
+        tell(part)
+    ref_logp = reference_logp(policy, reference, batch, config)
+    tell(Part("Eq. (2), (3), (7): the loss before the update",
+              f"ratio = pi / pi_old, 1 everywhere: the policy still is the one that sampled. The loss: "
+              f"-min(ratio A, clip(ratio, {1 - config.clip:g}, {1 + config.clip:g}) A) + beta KL.",
+              loss_table(policy, batch, ref_logp, config)))
+    metrics = update(policy, optimizer, batch, ref_logp, config)
+    tell(Part("The update",
+              f"One step of Adam at learning rate {config.lr:g}; loss {metrics['loss']:.4f}, norm of the "
+              f"gradient {metrics['grad_norm']:.3f}. On the same answers ratio and KL are now:",
+              loss_table(policy, batch, ref_logp, config)))
+    _, again, rows = answer()
+    tell(Part("The same prompt again, with the same random numbers", "", rows),
+         group_html({"before the update": first, "after it": again}, len(rows)))
+    return write_page(Path(config.out) / "explain.html", "One prompt through one update", body)
 
 
 def judge_records(judges: tuple, most: int = 24) -> list[dict]:
-    """The latest questions to a learned text judge, its replies and their scores, for the report."""
+    """The latest questions to a learned text judge with their pictures, its replies and their scores."""
     latest = list(getattr(judges[0], "record", ()))[-most:]
-    return [{"question": question, "reply": reply, "score": score} for question, reply, score in latest]
+    return [{"question": question, "pictures": [png(p) for p in pictures], "reply": reply, "score": score}
+            for question, pictures, reply, score in latest]
 
 
 def main() -> None:
@@ -524,16 +717,16 @@ def main() -> None:
         "visual_reward": judge_names("visual")})
     rank, world, device = start_processes(config.device)
     check(config, world)
-    with claim(config.out, config.resume) if rank == 0 else nullcontext():
-        if rank == 0 and config.model == Config.model and not warmup.is_done(Path(config.model)):
+    with claim(config.out, config.resume):
+        if config.model == Config.model and not warmup.is_done(Path(config.model)):
             print(f"no warm-up model in {config.model} yet: training it first, once (2 minutes on two CPU "
                   f"cores)")
             warmup.warm_up(warmup.Config(device=config.device))
-        if world > 1:
-            dist.barrier()
+        if config.explain:
+            print(f"the same with pictures: {explain(config, device)}")
+            return
         pool = train(config, rank, world, device)
-        if world > 1:
-            dist.destroy_process_group()
+        end_processes()
         if rank == 0:
             before_and_after(config, [sample.prompt for sample in pool])
 

@@ -3,19 +3,20 @@
     judge         what it scores              scale 0..1                        published weights
     ImageReward   a picture, given its text   r_v: normal CDF of its reward     THUDM/ImageReward
     ClipScore     a picture, given its text   r_v: 2.5 max(0, cosine), <= 1     openai/clip-vit-large-patch14
-    LlavaCritic   a text, given the prompt    r_t: the score it replies / 100   lmms-lab/llava-critic-7b
+    LlavaCritic   a text, given the prompt    r_t: the score in its reply       lmms-lab/llava-critic-7b
 
 The paper trains with LLaVA-Critic (arXiv 2410.02712) and ImageReward (arXiv 2304.05977). CLIP-score (arXiv
 2104.08718) is its ablation. The judges of the toy world and Eq. (5) itself are in rewards.py.
 tests/test_judges.py holds every network here to what its official implementation gives.
 
     python judges.py --judge image-reward=FOLDER --text "a fox in the snow" --images fox.png,cat.png
-    python judges.py --judge llava-critic=FOLDER --question "How do I boil an egg?" --text "In hot water."
+    python judges.py --judge llava-critic=FOLDER --question "How long?" --images egg.png --text "9 minutes."
 """
 import math
 import re
 import unicodedata
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,10 +29,10 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from common import (UserError, parse_config, pick_device, read_json, read_picture, read_text, reading,
-                    run_main, snapshot, split_paths)
-from model import (NAMES, Decoder, DecoderConfig, KVCache, Stored, decoder_config, fill, stored_tensors,
-                   tensor_files)
+from common import (Natural, UserError, free_bytes, parse_config, pick_device, read_json, read_picture,
+                    read_text, reading, run_main, snapshot, split_paths)
+from model import (COMPACT, NAMES, ROOM, Decoder, DecoderConfig, KVCache, Stored, decoder_config, fill,
+                   row_bytes, stored_tensors, tensor_files)
 from tokenizer import (CACHE_SIZE, SIGLIP_HEADS, Attention, Block, SiglipTower, TowerConfig, byte_pairs,
                        preprocess)
 
@@ -501,6 +502,10 @@ class ImageReward:
             raw.append(self.model(ids.to(self.device), mask.to(self.device), pixels).float())
         return (torch.cat(raw).cpu() - self.MEAN) / self.STD if raw else torch.zeros(0)
 
+    def cuts(self, text: str) -> bool:
+        """Whether a text is longer than what is read of it, as published: the first LENGTH tokens."""
+        return len(self.text.encode(text)) > self.LENGTH
+
     def __call__(self, texts: list[str], pictures: list[np.ndarray]) -> list[float]:
         """r_v of each pair.
 
@@ -632,6 +637,10 @@ class ClipScore:
         of_texts, of_pictures = self.vectors(texts, pictures)
         return (of_texts * of_pictures).sum(-1).tolist()
 
+    def cuts(self, text: str) -> bool:
+        """Whether a text is longer than what is read of it, as published: 77 tokens with start and end."""
+        return len(self.text.encode(text)) + 2 > len(self.model.position)
+
     def __call__(self, texts: list[str], pictures: list[np.ndarray]) -> list[float]:
         """r_v of each pair.
 
@@ -651,7 +660,8 @@ class Llava(nn.Module):
     """LLaVA-OneVision: a decoder of width C reads pictures as tiles of S x S pixels, G x G features each.
 
     aspect "anyres_max_M": the whole picture and its tiles, thinned out to about M tiles of features;
-    "pad": the picture as one square tile. grids: the (width, height) in pixels that tiles can be laid out in.
+    "pad": the picture as one square tile. grids: the (width, height) in pixels that tiles can be laid out in,
+    which a bound on the tiles of a picture makes fewer.
     """
 
     def __init__(self, decoder: DecoderConfig, tower: TowerConfig, aspect: str, grids: list[tuple[int, int]]):
@@ -691,8 +701,22 @@ class Llava(nn.Module):
 
     def features(self, pixels: Tensor, size: tuple[int, int]) -> Tensor:
         """The tiles [n, 3, S, S] of a picture of `size` (width, height) -> input embeddings for it [T, C]."""
-        S, G, newline = self.tower_config.image_size, self.tower_config.grid, self.newline
-        x = self.projector(self.tower(pixels.to(newline.device, newline.dtype)))       # (n, G*G, C)
+        pixels = pixels.to(self.newline.device, self.newline.dtype)
+        return self.arrange(self.projector(self.tower(pixels)), self.newline, size)
+
+    def length(self, size: tuple[int, int]) -> int:
+        """How many input embeddings a picture of `size` (width, height) takes."""
+        S, (W, H) = self.tower_config.image_size, self.best_grid(size)
+        tiles = torch.zeros(1 + (W // S) * (H // S), self.tower_config.positions, 1)
+        return len(self.arrange(tiles, torch.zeros(1), size))
+
+    def arrange(self, x: Tensor, newline: Tensor, size: tuple[int, int]) -> Tensor:
+        """Projected tiles [n, G*G, C] of a picture of `size`, newline [C] -> its input embeddings [T, C].
+
+        The whole picture comes first, then the rows of all tiles together, without padding, each with a
+        newline behind it.
+        """
+        S, G = self.tower_config.image_size, self.tower_config.grid
         if self.aspect == "pad":
             return torch.cat((x[0], newline[None]))
         W, H = (side // S for side in self.best_grid(size))
@@ -707,42 +731,64 @@ class Llava(nn.Module):
         x = torch.cat((x, newline[:, None, None].expand(-1, x.shape[1], 1)), dim=2)    # (C, h, w + 1)
         return torch.cat((whole, x.flatten(1).T))
 
-    def embed(self, parts: list[list[int]], pictures: list[Image.Image]) -> Tensor:
-        """The token ids before, between and after the pictures -> input embeddings [T, C]."""
+    def read(self, picture: Image.Image) -> Tensor:
+        """An RGB picture -> input embeddings [T, C]."""
+        return self.features(self.pixels(picture), picture.size)
+
+    def embed(self, parts: list[list[int]], pictures: list[Tensor]) -> Tensor:
+        """The token ids before, between and after the pictures, and what `read` gave for these -> [T, C]."""
         device = self.newline.device
         words = [self.decoder.embed(torch.tensor(ids, dtype=torch.long, device=device)) for ids in parts]
         embeddings = words[:1]
         for picture, text in zip(pictures, words[1:], strict=True):
-            embeddings += [self.features(self.pixels(picture), picture.size), text]
+            embeddings += [picture, text]
         return torch.cat(embeddings)
 
     @torch.no_grad()
     def generate(self, rows: list[Tensor], budget: int, stop: set[int] = frozenset(),
-                 repetition_penalty: float = 1.0) -> list[list[int]]:
+                 repetition_penalty: float = 1.0,
+                 enough: Callable[[list[int]], bool] | None = None) -> list[list[int]]:
         """Greedy continuations of B embedded prompts [T, C], up to a token of `stop` or `budget` tokens.
 
+        A row also ends where enough(its ids) holds; rows that have ended leave the batch.
         The penalty is for repeating what was generated, not what stands in the prompt: in LLaVA-NeXT too a
         prompt of embeddings has no ids. Raises UserError where prompt and budget exceed the context.
         """
-        device = self.newline.device
-        longest, context = max(len(row) for row in rows), self.decoder.config.context
-        if longest + budget > context:
-            raise UserError(f"text judge: a prompt of {longest} positions and a reply of {budget} exceed its "
-                            f"context of {context}")
+        device, longest = self.newline.device, max(map(len, rows))
+        self.check_length(longest, budget)
         cache = KVCache(len(self.decoder.layers), longest + budget)
         positions = torch.tensor([len(row) for row in rows], device=device)            # (B,)
         ids = torch.zeros(len(rows), 0, dtype=torch.long, device=device)               # (B, tokens so far)
-        ends = torch.tensor(sorted(stop), dtype=torch.long, device=device)
+        replies, alive = [[] for _ in rows], list(range(len(rows)))    # alive: the reply of each row, or None
         state = self.decoder.prefill(rows, cache)                                      # (B, C)
         for _ in range(budget):
             logits = self.decoder.lm_head(state).float()                               # (B, V)
             token = penalise(logits, ids, repetition_penalty).argmax(-1)               # (B,)
             ids = torch.cat((ids, token[:, None]), dim=1)
-            if torch.isin(ids, ends).any(1).all():
+            for row, (n, new) in enumerate(zip(alive, token.tolist())):
+                if n is None:
+                    continue
+                if new not in stop:
+                    replies[n].append(new)
+                if new in stop or (enough and enough(replies[n])):
+                    alive[row] = None
+            left = [row for row, n in enumerate(alive) if n is not None]
+            if not left:
                 break
+            if len(left) <= COMPACT * len(alive):
+                rows_left, alive = torch.tensor(left, device=device), [alive[row] for row in left]
+                cache.select(rows_left)
+                token, ids, positions = token[rows_left], ids[rows_left], positions[rows_left]
             state = self.decoder.step(self.decoder.embed(token), positions, cache)
             positions = positions + 1
-        return [until(row, stop) for row in ids.tolist()]
+        return replies
+
+    def check_length(self, positions: int, budget: int) -> None:
+        """Raises UserError where a prompt and the budget of its reply exceed the context."""
+        context = self.decoder.config.context
+        if positions + budget > context:
+            raise UserError(f"text judge: a prompt of {positions} positions and a reply of {budget} exceed "
+                            f"its context of {context}")
 
 
 def penalise(logits: Tensor, ids: Tensor, penalty: float) -> Tensor:
@@ -750,14 +796,6 @@ def penalise(logits: Tensor, ids: Tensor, penalty: float) -> Tensor:
     values = logits.gather(1, ids)
     values = torch.where(values < 0, values * penalty, values / penalty)
     return logits.scatter(1, ids, values)
-
-
-def until(ids: list[int], stop: set[int]) -> list[int]:
-    """The ids in front of the first one of `stop`."""
-    for i, token in enumerate(ids):
-        if token in stop:
-            return ids[:i]
-    return ids
 
 
 def unpad(x: Tensor, size: tuple[int, int]) -> Tensor:
@@ -790,10 +828,11 @@ LLAVA_NAMES = {     # prefixes in the published files -> here; {} is a number
 LLAVA_NOT_NEEDED = re.compile(re.escape(TOWER) + r"(post_layernorm|head)")
 
 
-def load_llava(folder: Path, device: str | torch.device, quantize: str = "none") -> Llava:
+def load_llava(folder: Path, device: str | torch.device, quantize: str = "none", tiles: int = 0) -> Llava:
     """A checkpoint in the published layout -> model, tensors streamed in the type they are stored in.
 
-    quantize "nf4": the decoder's linear layers in 4 bits. Raises UserError, naming file, tensor, found and
+    quantize "nf4": the decoder's linear layers in 4 bits. tiles: a picture is cut into at most so many (0: as
+    the checkpoint has it). Raises UserError, naming file, tensor, found and
     expected shape, for what is missing, unknown or misshaped.
     """
     if quantize not in ("none", "nf4"):
@@ -802,6 +841,12 @@ def load_llava(folder: Path, device: str | torch.device, quantize: str = "none")
     stored = stored_tensors(tensor_files(folder))
     with reading(folder, "the config.json or a tensor of a LLaVA-OneVision checkpoint"):
         model = empty_llava(config, {name: tensor.shape for name, tensor in stored.items()}, folder)
+    if tiles:
+        side = model.tower_config.image_size
+        model.grids = [(w, h) for w, h in model.grids if w * h <= tiles * side ** 2]
+        if not model.grids:
+            raise UserError(f"--critic-tiles {tiles}: {folder / 'config.json'} has no image_grid_pinpoints "
+                            f"of so few tiles")
     fill(model, needed(stored, LLAVA_NOT_NEEDED), LLAVA_NAMES, folder, device, quantize=quantize)
     return model.requires_grad_(False).eval()
 
@@ -827,40 +872,93 @@ def empty_llava(config: dict, shapes: dict[str, tuple], folder: Path) -> Llava:
 
 # -- the question, and the score in a reply
 
-# the published usage example of LLaVA-Critic, letter by letter
+# the published usage example of LLaVA-Critic, letter by letter; it stands behind the picture
 POINTWISE = ("Given an image and a corresponding question, please serve as an unbiased and fair judge to "
              "evaluate the quality of answer answers provided by a Large Multimodal Model (LMM). Score the "
              "response out of 100 and explain your reasoning with specific details. Your task is provided as "
              "follows:\n"
              "Question: [{question}]\nThe LMM response: [{response}]\nASSISTANT:\n ")
-# 85 or 72.5, but no part of a word, of 2024, of -5, of 3/4 or of a range such as 80-90
-NUMBER = r"(?<![\w.-])(?<!out of )(?<!/)(\d{1,3}(?:\.\d+)?)(?![\d,]*\.?\d)(?!\s*(?:-|–|to)\s*\d)"
-SCALE = r"(?:\s*(?:/|out of)\s*([1-9]\d{0,2}))?"                  # the 10 of 8.5/10, where it is there
+PUBLISHED = "Given an image and a corresponding question"
+
+
+def pointwise(question: str, response: str, pictures: int) -> str:
+    """The question to the critic about a response, with an `<image>` mark in front for each picture.
+
+    Choice: the published words name one picture. Without a picture, or with several, the first words say so.
+    """
+    given = {0: "Given a question", 1: PUBLISHED}.get(pictures, "Given images and a corresponding question")
+    message = POINTWISE.replace(PUBLISHED, given)
+    return "<image>\n" * pictures + message.format(question=question, response=response)
+
+
+# 85, 72.5 or .85, but no part of a word, of 2024, of -5, of 3/4 or of a range such as 80-90
+NUMBER = (r"(?<![\w.,-])(?<!out of )(?<!/)(?P<number>\d{1,3}(?:\.\d+)?|\.\d+)"
+          r"(?![\d,]*\.?\d)(?![ \t]*(?:-|–|to)[ \t]*\d)")
+SCALE = r"[ \t]*(?:(?P<percent>%)|(?:stars?[ \t]*)?(?:/|out of)[ \t]*(?P<most>[1-9]\d{0,2})(?![\d.,]*\d))"
+ANY = "(?:" + SCALE + r"|(?![ \t]*(?:/|out of)[ \t]*\d))(?P<end>)"           # with a scale or without
 # between a word like "score" and its number: "Score (out of 100): ", "score I would assign is "
-BETWEEN = (r"(?:\s*\(?(?:out of|/|0\s*[-–])\s*100)?"
+BETWEEN = (r"(?:[ \t]*\(?(?:out of|/|[01][ \t]*[-–])[ \t]*(?P<label>[1-9]\d{0,2}))?"
            r"(?:[^\w\n.-]|-\s|\b(?:is|of|be|will|would|as|at|an?|to|for|the|this|that|it|I|response|answer|"
            r"assign(?:ed)?|given?|about|around|LMM|s)\b)*")
-LABEL = r"(?<!perfect )(?<!full )\b{}\b" + BETWEEN                # "a perfect score of 100" is nobody's score
-SCORES = [re.compile(pattern, re.IGNORECASE | re.MULTILINE) for pattern in (
-    LABEL.format(r"(?:final|overall|total)\s+(?:score|rating)") + NUMBER + SCALE,    # Overall score: 80
-    LABEL.format(r"(?:score[sd]?|rating|rated?|graded?)") + NUMBER + SCALE,          # I'd rate it 8.5/10
-    NUMBER + r"\s*(?:/|out of)\s*(100)\b",                                           # It is good: 85/100.
-    r"^[^\w\n]*" + NUMBER + SCALE + r"(?:[^\w.]*$|\.\s*\Z)")]                        # 85 alone on its line
+HEAD = r"\A[^\w\n]*(?:the[ \t]+)?(?:(?:final|overall|total)[ \t]+)?"
+STOP = r"(?:\.?[^\w.\n]*\n|\.[^\w.\n]*[ \t][^\W\d])"                          # a line or a sentence is over
+
+
+def label(words: str) -> str:
+    """The pattern of a word like "score" up to its number. "A perfect score of 100" is nobody's score."""
+    return rf"(?<!perfect )(?<!full )\b(?:{words})\b" + BETWEEN
+
+
+SCORES = [(re.compile(pattern, re.IGNORECASE | re.MULTILINE), reply) for pattern, reply in (
+    # what finds the score, in this order                                   a reply that it reads
+    (HEAD + label("score|rating") + NUMBER + ANY + rf"(?={STOP}|\W*\Z)",    "Score: 85\nRight, but short."),
+    (r"\A[^\w\n]*" + NUMBER + ANY + r"[^\w.\n]*$",                          "85%\nRight, but short."),
+    (label(r"(?:final|overall|total)\s+(?:score|rating)") + NUMBER + ANY,   "Style: 9/10. Overall score: 85"),
+    (label("score[sd]?|rating|rated?|graded?") + NUMBER + ANY,              "Short. I'd rate it 8.5/10."),
+    (label("give|gave|award(?:ed)?") + NUMBER + SCALE,                      "Short. I would give it 8/10."),
+    (NUMBER + r"[ \t]*(?:/|out of)[ \t]*(?P<most>100)\b",                   "It is short: 85/100, I think."),
+    (NUMBER + r"[ \t]*stars?[ \t]*(?:/|out of)[ \t]*(?P<most>5|10)\b",      "This earns 3 stars out of 5."),
+    (NUMBER + r"[ \t]*(?:/|out of)[ \t]*(?P<most>5|10)[ \t]*stars\b",       "This earns 3 out of 5 stars."),
+    (r"^[^\w\n]*" + NUMBER + ANY + r"(?:[^\w.]*$|\.\s*\Z)",                 "It is short.\n85"))]
+STANDS = 3           # what one of the first three finds stands, whatever the reply goes on to say
+
+
+def match_score(reply: str) -> tuple[re.Match | None, int]:
+    """The match of the first pattern of SCORES that finds something in a reply, and the pattern's place."""
+    text = re.sub(r"[*_`\"'\[\]{}\\]", " ", reply)                    # markup, JSON
+    for place, (pattern, _) in enumerate(SCORES):
+        match = pattern.search(text)
+        if match:
+            return match, place
+    return None, len(SCORES)
 
 
 def parse_score(reply: str) -> float | None:
-    """A judge's reply -> its score on a scale of 100, None if there is none.
+    """A judge's reply -> its score in 0..1, None if there is none or if it can be read in two ways.
 
-    A final or overall score goes before any other score, that before a bare 85/100, that before a number
-    alone on its line ("1." is an item of a list); of several the first. Another scale counts where it is
-    spelled out (8.5/10). A range (80-90) is no score.
+    The patterns of SCORES are tried in order; of several matches the first counts. A range (80-90), and a
+    score above its scale, is no score.
+
+    Choice: the question asks for a score out of 100. Where a reply names its scale (8/10, 3 stars out of 5,
+    85%), that scale counts. Where it names none, 0 is 0, a number above 10 is out of 100, and one below 1
+    is a share of 1. A number from 1 to 10 is no score: 8 is as likely meant out of 10, and 1 out of 1.
     """
-    text = re.sub(r"[*_`\"'\[\]{}\\]", " ", reply)                    # markup, JSON
-    for pattern in SCORES:
-        match = pattern.search(text)
-        if match:
-            return 100 * float(match[1]) / float(match[2] or 100)
-    return None
+    match, _ = match_score(reply)
+    if match is None:
+        return None
+    found, number = match.groupdict(), float(match["number"])
+    scale = 100 if found.get("percent") else float(found.get("most") or found.get("label") or 0)
+    if not scale:
+        scale = 100 if number > 10 or not number else 1
+        if 1 <= number <= 10:
+            return None
+    return number / scale if number <= scale else None
+
+
+def score_stands(reply: str) -> bool:
+    """Whether no further words can change the score of a reply that is still being written."""
+    match, place = match_score(reply)
+    return place < STANDS and bool(re.match(STOP, match.string[match.end("end"):]))
 
 
 def critic_chat(message: str) -> str:
@@ -875,16 +973,18 @@ def strip_marks(text: str) -> str:
 
 
 class LlavaCritic:
-    """The text judge of the paper: (prompts, texts of each) -> a score 0..1 or None for each text.
+    """The text judge of the paper: prompts, their pictures, texts so far -> a score 0..1 or None each.
 
-    None is for a reply without a score. `record` holds the latest (question, reply, score). source: hub id or
-    folder; raises UserError for one that is no such checkpoint.
+    None is for a reply without a score. `record` holds the latest (question, pictures, reply, score).
+    tiles: a picture is cut into at most so many, 0 as published. source: hub id or folder; raises UserError
+    for one that is no such checkpoint.
     """
     HUB = "lmms-lab/llava-critic-7b"
-    BATCH, BUDGET = 8, 1024            # questions at a time, tokens a reply may have
+    BATCH, BUDGET = 8, 1024            # questions at a time on a CPU, tokens a reply may have
     RECORD = 1000                      # judgements in the record
 
-    def __init__(self, source: str | Path, device: str | torch.device = "cpu", quantize: str = "none"):
+    def __init__(self, source: str | Path, device: str | torch.device = "cpu", quantize: str = "none",
+                 tiles: int = 0):
         folder = judge_folder(source, "text judge")
         self.text = QwenText.from_folder(folder)
         with reading(folder, "added_tokens.json"):
@@ -892,43 +992,94 @@ class LlavaCritic:
         file = folder / "generation_config.json"
         settings = read_json(file) if file.exists() else {}
         self.repetition_penalty = settings.get("repetition_penalty", 1.0)
-        self.model = load_llava(folder, device, quantize)
-        self.record: deque[tuple[str, str, float | None]] = deque(maxlen=self.RECORD)
+        self.model = load_llava(folder, device, quantize, tiles)
+        self.record: deque[tuple[str, list[Picture], str, float | None]] = deque(maxlen=self.RECORD)
+
+    def parts(self, message: str, pictures: list[Picture]) -> list[list[int]]:
+        """A user's message -> ids before, between and after its `<image>` marks, one for each picture.
+
+        Raises UserError where marks and pictures differ in number.
+        """
+        parts = critic_chat(message).split("<image>")
+        if len(parts) != len(pictures) + 1:
+            raise UserError(f"{len(parts) - 1} <image> marks for {len(pictures)} pictures: {message[:80]!r}")
+        return [self.text.encode(part) for part in parts]               # each part alone, as in LLaVA-NeXT
+
+    def length(self, parts: list[list[int]], pictures: list[Picture]) -> int:
+        """How many positions a message takes."""
+        return sum(map(len, parts)) + sum(self.model.length(as_image(p).size) for p in pictures)
+
+    def rows_that_fit(self, positions: int) -> int:
+        """How many questions of so many positions, replies included, are asked at a time: at least 1.
+
+        On a GPU keys, values and the widest activation of a row share the free memory.
+        """
+        config, weight = self.model.decoder.config, self.model.newline
+        free, bytes_a_number = free_bytes(weight.device), weight.element_size()
+        if free is None:
+            return self.BATCH
+        row = row_bytes(config, positions, bytes_a_number)
+        row += 3 * config.intermediate_size * positions * bytes_a_number       # gate, up and their product
+        return max(1, int(ROOM * free) // row)
 
     def replies(self, messages: list[str], pictures: list[list[Picture]], max_new_tokens: int = BUDGET,
-                repetition_penalty: float = 1.0) -> list[str]:
+                repetition_penalty: float = 1.0, brief: bool = False) -> list[str]:
         """Greedy replies to users' messages, each with an `<image>` mark for each of its pictures.
 
+        brief: a reply ends where no further words can change its score (`score_stands`).
+        Questions of similar length are asked together, the longest first, and a picture of several questions
+        is read once.
         Raises UserError where marks and pictures differ in number, or a message exceeds the context.
         """
-        rows = []
-        for message, images in zip(messages, pictures, strict=True):
-            parts = critic_chat(message).split("<image>")
-            if len(parts) != len(images) + 1:
-                raise UserError(f"{len(parts) - 1} <image> marks for {len(images)} pictures: "
-                                f"{message[:80]!r}")
-            ids = [self.text.encode(part) for part in parts]            # each part alone, as in LLaVA-NeXT
-            rows.append(self.model.embed(ids, [as_image(p).convert("RGB") for p in images]))
-        replies = []
-        for i in range(0, len(rows), self.BATCH):
-            batch = self.model.generate(rows[i:i + self.BATCH], max_new_tokens, self.stop, repetition_penalty)
-            replies += [self.text.decode(ids, skip_special=True) for ids in batch]
+        parts = [self.parts(*of) for of in zip(messages, pictures, strict=True)]
+        lengths = [self.length(*of) for of in zip(parts, pictures)]
+        order = sorted(range(len(parts)), key=lambda i: -lengths[i])
+        replies, seen = [""] * len(parts), {}
+
+        def row(i: int) -> Tensor:
+            for p in pictures[i]:
+                if id(p) not in seen:
+                    seen[id(p)] = self.model.read(as_image(p).convert("RGB"))
+            return self.model.embed(parts[i], [seen[id(p)] for p in pictures[i]])
+        while order:
+            longest = lengths[order[0]] + max_new_tokens
+            self.model.check_length(lengths[order[0]], max_new_tokens)
+            rows = self.rows_that_fit(longest)
+            batch, order = order[:rows], order[rows:]
+            texts = self.model.generate([row(i) for i in batch], max_new_tokens, self.stop,
+                                        repetition_penalty, self.enough if brief else None)
+            for i, ids in zip(batch, texts):
+                replies[i] = self.text.decode(ids, skip_special=True)
         return replies
 
-    def __call__(self, prompts: list[str], pictures: list[list[Picture]],
-                 texts: list[list[str]]) -> list[float | None]:
+    def enough(self, ids: list[int]) -> bool:
+        """Whether the score of a reply stands. It is looked for where a line or a sentence ends."""
+        end = re.search(r"\n|\.\s", self.text.decode(ids[-2:], skip_special=True))
+        return bool(end) and score_stands(self.text.decode(ids, skip_special=True))
+
+    def check(self, prompt: str, pictures: list[Picture], budget: int) -> None:
+        """Refuse a prompt whose pictures leave no room for an answer of `budget` tokens. Raises UserError."""
+        question = pointwise(strip_marks(prompt), "", len(pictures))
+        positions = self.length(self.parts(question, pictures), pictures)
+        context = self.model.decoder.config.context
+        if positions + budget + self.BUDGET > context:
+            raise UserError(f"--prompts: the text judge cannot take the {len(pictures)} pictures of "
+                            f"{prompt[:60]!r}: {positions} positions with the words, {budget} for the answer "
+                            f"and {self.BUDGET} for the reply exceed its context of {context}; lower "
+                            f"--critic-tiles, or leave pictures out")
+
+    def __call__(self, prompts: list[str], pictures: list[list[Picture]], texts: list[list[str]],
+                 brief: bool = True) -> list[float | None]:
         """r_t of n texts so far: the prompts, the pictures of each prompt, the texts of each answer so far.
 
-        Choice: the score / 100, so that it lies in 0..1 like the other parts. Replies follow the published
-        generation settings, with their repetition penalty.
+        Choice: the score is the share of its scale, so that it lies in 0..1 like the other parts. Replies
+        follow the published generation settings, with their repetition penalty.
         """
-        questions = [POINTWISE.format(question=strip_marks(prompt),
-                                      response="\n".join(map(strip_marks, texts_of)))
-                     for prompt, texts_of in zip(prompts, texts, strict=True)]
-        replies = self.replies(questions, [()] * len(questions), repetition_penalty=self.repetition_penalty)
-        points = [parse_score(reply) for reply in replies]
-        scores = [None if p is None else min(p / 100, 1.0) for p in points]
-        self.record.extend(zip(questions, replies, scores, strict=True))
+        questions = [pointwise(strip_marks(prompt), "\n".join(map(strip_marks, so_far)), len(shown))
+                     for prompt, shown, so_far in zip(prompts, pictures, texts, strict=True)]
+        replies = self.replies(questions, pictures, repetition_penalty=self.repetition_penalty, brief=brief)
+        scores = [parse_score(reply) for reply in replies]
+        self.record.extend(zip(questions, pictures, replies, scores, strict=True))
         return scores
 
 
@@ -946,9 +1097,10 @@ class Config:
     # -- judge
     judge: str = "image-reward"  # NAME, or NAME=FOLDER for weights on disk
     quantize: Literal["none", "nf4"] = "none"    # nf4: llava-critic's decoder in 4 bits
+    critic_tiles: Natural = 0    # llava-critic: tiles that a picture is cut into at most; 0: as published
     # -- data
     text: str = "a fox in the snow"    # what the pictures are to show; for llava-critic: the answer
-    images: str = ""             # picture files, separated by commas
+    images: str = ""             # picture files, separated by commas; for llava-critic: of the prompt
     question: str = ""           # for llava-critic: the prompt that the text answers
     # -- run
     device: str = "auto"         # cpu, cuda, mps; auto takes the best there is
@@ -961,11 +1113,13 @@ def main() -> None:
     files = [Path(file) for file in split_paths(config.images)]
     device = pick_device(config.device)
     if name in JUDGES["text"]:
-        if files or not config.question:
-            raise UserError(f"--judge {name} scores a text: expected --question, and no --images")
-        judge = JUDGES["text"][name](folder or JUDGES["text"][name].HUB, device, config.quantize)
-        judge([config.question], [[]], [[config.text]])
-        for _, reply, score in judge.record:
+        if not config.question:
+            raise UserError(f"--judge {name} scores a text: expected --question")
+        pictures = [read_picture(file, "--images") for file in files]
+        judge_class = JUDGES["text"][name]
+        judge = judge_class(folder or judge_class.HUB, device, config.quantize, config.critic_tiles)
+        judge([config.question], [pictures], [[config.text]], brief=False)
+        for _, _, reply, score in judge.record:
             print(f"{reply}\nr_t {'none' if score is None else round(score, 4)}")
     elif name in JUDGES["visual"]:
         if not files:

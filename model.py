@@ -17,15 +17,16 @@ and `decision_logp`, which both call. Behind them come QLoRA, then loading and s
     python model.py --model mit-han-lab/vila-u-7b-256 --quantize nf4 --draw --guidance 3 --prompt "a fox"
                                 # one picture from the published model
 """
-import html
 import json
 import math
 import re
+import warnings
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache, partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Callable, Literal, NamedTuple
 
 import numpy as np
@@ -34,13 +35,18 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import (FSDPModule, MixedPrecisionPolicy, fully_shard,
+                                    register_fsdp_forward_method)
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from common import (Count, Natural, NonNegative, Seed, TopP, UserError, check_replaceable, claim, foreign,
-                    free_bytes, hash_folder, open_tensors, parse_config, pick_device, picture_html, read_json,
-                    read_picture, read_tensor, reading, run_main, seeded, settled, snapshot, split_paths,
-                    total_bytes, write_folder, write_page, write_tensors, write_text)
+from common import (Count, Naturals, NonNegative, NonNegatives, Seed, TopPs, UserError, check_replaceable,
+                    claim, foreign, free_bytes, hash_folder, open_tensors, parse_config, pick_device,
+                    picture_html, process_count, process_rank, read_json, read_picture, read_tensor, reading,
+                    run_main, seeded, settled, sharded_like, snapshot, split_paths, steps_html, total_bytes,
+                    write_folder, write_page, write_tensors, write_text)
 from tokenizer import (IMAGE_END, IMAGE_PLACEHOLDER, IMAGE_START, THINK_END, THINK_START, VISION_NAMES,
                        Answer, Attention, Block, ImageTokenizer, Sequence, TextTokenizer, VisionConfig, pack,
                        pad, parse_answer, preprocess, to_pictures)
@@ -268,13 +274,24 @@ class DepthTransformer(nn.Module):
 # ------------------------------------------------------------------------------------------------------------
 # The distribution that is sampled and scored
 
+TEXT, IMAGE, ENDED = 0, 1, 2      # what a row of `generate` does at a position
+
+
 @dataclass(frozen=True)
 class Sampling:
-    """How a decision is sampled. The defaults are RL's: the model itself."""
-    temperature: float = 1.0     # 0: greedy
-    top_k: int = 0               # 0: off
-    top_p: float = 1.0           # 1: off
+    """How decisions are sampled. The defaults are RL's: the model itself.
+
+    Of text tokens and image codes alike, or a pair of numbers: of text tokens, of image codes.
+    """
+    temperature: float | tuple[float, float] = 1.0     # 0: greedy
+    top_k: int | tuple[int, int] = 0                   # 0: off
+    top_p: float | tuple[float, float] = 1.0           # 1: off
     guidance: float = 1.0        # classifier-free guidance for image codes; 1: off
+
+    def of(self, mode: int) -> tuple[float, int, float]:
+        """temperature, top_k and top_p of TEXT or of IMAGE."""
+        both = (self.temperature, self.top_k, self.top_p)
+        return tuple(value[mode] if isinstance(value, tuple) else value for value in both)
 
 
 def guide(cond: Tensor, uncond: Tensor | None, scale: float) -> Tensor:
@@ -288,23 +305,27 @@ def guide(cond: Tensor, uncond: Tensor | None, scale: float) -> Tensor:
     return cond if uncond is None else uncond.float() + scale * (cond - uncond.float())
 
 
-def decision_logp(logits: Tensor, sampling: Sampling) -> Tensor:
+def decision_logp(logits: Tensor, sampling: Sampling, mode: int, keep: Tensor | None = None) -> Tensor:
     """logits [..., V] -> log-probabilities [..., V] of the distribution that decisions come from, float32.
 
-    Temperature, then top-k, then top-p with the crossing token kept: the order of VILA-U's code sampler.
+    mode: TEXT or IMAGE, whose settings count. Temperature, then top-k, then top-p with the crossing token
+    kept: the order of VILA-U's code sampler.
     Choice: sampler and scorer call this one function. What is cut has -inf in both.
+    keep [..., 1]: indices that are not cut, whatever their logits.
     """
-    logits = logits.float()
-    if sampling.temperature == 0:
+    logits, (temperature, top_k, top_p) = logits.float(), sampling.of(mode)
+    if temperature == 0:
         best = torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
         return best.log()
-    logits = logits / sampling.temperature
-    if 0 < sampling.top_k < logits.shape[-1]:
-        logits = logits.masked_fill(logits < logits.topk(sampling.top_k).values[..., -1:], -torch.inf)
-    if sampling.top_p < 1:
+    uncut = logits = logits / temperature
+    if 0 < top_k < logits.shape[-1]:
+        logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -torch.inf)
+    if top_p < 1:
         ordered, index = logits.softmax(-1).sort(descending=True)
-        beyond = ordered.cumsum(-1) - ordered > sampling.top_p              # mass before it already crosses
+        beyond = ordered.cumsum(-1) - ordered > top_p                       # mass before it already crosses
         logits = logits.masked_fill(torch.zeros_like(beyond).scatter(-1, index, beyond), -torch.inf)
+    if keep is not None:
+        logits = logits.scatter(-1, keep, uncut.gather(-1, keep))
     return logits.log_softmax(-1)
 
 
@@ -362,9 +383,6 @@ def by_modality(mask: Tensor, is_image: Tensor) -> tuple[Tensor, Tensor]:
     return mask & ~image, image
 
 
-TEXT, IMAGE, ENDED = 0, 1, 2      # what a row of `generate` does at a position
-
-
 class UnifiedModel(nn.Module):
     """Text head, image head and image tokenizer around one decoder (VILA-U's architecture)."""
 
@@ -384,12 +402,23 @@ class UnifiedModel(nn.Module):
         self.source, self.quantize = "", "none"          # what the weights were loaded from, and how
         self.content = ""                                # `checkpoint_hash` of the source
         self.adapter: dict | None = None                 # rank and alpha, if there are adapters
+        self.precision: torch.dtype | None = None        # of passes, if it is not that of the weights
         self.rows = 0                                    # what `rows_that_fit` printed last
         self.register_buffer("unnamed", None, persistent=False)      # rows of lm_head that are no token's
 
     @property
     def device(self) -> torch.device:
         return self.projector[0].weight.device
+
+    @property
+    def sharded(self) -> bool:
+        """Does each process hold a share of the weights? See `prepare_whole`."""
+        return isinstance(self, FSDPModule)
+
+    @property
+    def pass_dtype(self) -> torch.dtype:
+        """The type that passes compute in."""
+        return self.precision or self.projector[0].weight.dtype
 
     def policy_parameters(self) -> list[nn.Parameter]:
         """What warm-up and GRPO train: decoder, both heads and projector, or adapters.
@@ -412,7 +441,14 @@ class UnifiedModel(nn.Module):
 
     def embed_codes(self, codes: Tensor) -> Tensor:
         """codes [n, D] -> input embeddings [n, C]."""
-        return self.projector(self.vision.vectors(codes).sum(-2))
+        return self.projector(self.vectors(codes).sum(-2))
+
+    def vectors(self, codes: Tensor) -> Tensor:
+        """codes [n, D] -> code vectors [n, D, code_dim] in the type of what they enter.
+
+        The image tokenizer stays in the type it is stored in, whatever the policy trains in.
+        """
+        return self.vision.vectors(codes).to(self.projector[0].weight.dtype)
 
     def forward(self, tokens: Tensor, is_image: Tensor) -> Tensor:
         """Hidden states [B, T, C] of whole sequences, padded on the right: a causal model ignores padding."""
@@ -427,26 +463,51 @@ class UnifiedModel(nn.Module):
         tokens [B, T, D] int64, is_image [B, T], mask [B, T, D] bool (True: score it; images whole or not at
         all) -> [B, T, D] float32, 0 where mask is False. A code that truncation has cut since it was sampled
         has -inf.
+        Choice: not so with passes in bf16. Their rounding would cut some decisions before the policy has
+        moved at all, so the decision that was sampled always stays.
         """
+        rounded, (B, T) = self.pass_dtype != torch.float32, is_image.shape
+        if self.sharded:
+            tokens, is_image, mask = self.with_every_part(tokens, is_image, mask)
         before = self.forward(tokens, is_image)[:, :-1]      # alignment: the state one place before predicts
         logp = torch.zeros(tokens.shape, device=tokens.device)
         text = mask[:, :, 0] & ~is_image                                                   # (B, T)
         if text.any():
-            chances = decision_logp(self.text_logits(before[text[:, 1:]]), sampling)   # (n, V)
+            logits, chosen = self.text_logits(before[text[:, 1:]]), tokens[text][:, :1]
+            chances = decision_logp(logits, sampling, TEXT, chosen if rounded else None)   # (n, V)
             column = torch.zeros_like(mask)
             column[..., 0] = text
-            logp = logp.masked_scatter(column, chances.gather(-1, tokens[text][:, :1]))
+            logp = logp.masked_scatter(column, chances.gather(-1, chosen))
         image = mask[:, :, 0] & is_image                                                   # (B, T)
         if image.any():
             codes = tokens[image]                                                          # (n, D)
-            vectors = self.vision.vectors(codes)
+            vectors = self.vectors(codes)
             uncond = None
             if sampling.guidance != 1:
                 uncond = self.depth(self.unconditional(codes), vectors)
             logits = guide(self.depth(before[image[:, 1:]], vectors), uncond, sampling.guidance)
-            chances = decision_logp(logits, sampling)                                      # (n, D, K)
-            logp = logp.index_put((image,), chances.gather(-1, codes[..., None])[..., 0])
-        return logp
+            chosen = codes[..., None]
+            chances = decision_logp(logits, sampling, IMAGE, chosen if rounded else None)  # (n, D, K)
+            logp = logp.index_put((image,), chances.gather(-1, chosen)[..., 0])
+        return logp[:B, :T]
+
+    def with_every_part(self, tokens: Tensor, is_image: Tensor,
+                        mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Give a batch without text decisions or without pictures one more row that has both.
+
+        Choice: FSDP gathers weights and reduces gradients where a pass reaches them, on all processes
+        together. A process whose batch has no picture would leave the others waiting at the image head.
+        """
+        image = mask & is_image[..., None]
+        if image.any() and (mask & ~image).any():
+            return tokens, is_image, mask
+        N, D = self.vision_config.positions, self.vision_config.depth
+        picture = Sequence(torch.zeros(N, D, dtype=torch.long), torch.ones(N, dtype=torch.bool))
+        row = self.unconditional_prompt() + picture
+        decisions = row.is_image[:, None] | (torch.arange(D) == 0)
+        decisions[0] = False
+        extra = (column.to(tokens.device) for column in (row.tokens, row.is_image, decisions))
+        return tuple(pad([*rows, last]) for rows, last in zip((tokens, is_image, mask), extra))
 
     def text_logits(self, states: Tensor) -> Tensor:
         """States [n, C] -> logits [n, V] of the next token. Rows that are no token's have -inf."""
@@ -604,7 +665,7 @@ class UnifiedModel(nn.Module):
         tokens = torch.zeros(uniform.shape, dtype=torch.long, device=state.device)
         logp = torch.zeros(uniform.shape, device=state.device)
         if len(text):
-            chances = decision_logp(self.text_logits(state[text]), sampling)     # (n_text, V)
+            chances = decision_logp(self.text_logits(state[text]), sampling, TEXT)         # (n_text, V)
             tokens[text, 0], logp[text, 0] = sample_index(chances, uniform[text, 0])
         if len(image):
             tokens[image], logp[image] = self.sample_codes(state[image], blank, uniform[image], sampling)
@@ -639,10 +700,10 @@ class UnifiedModel(nn.Module):
         for d in range(self.vision_config.depth):
             logits = self.depth.next_logits(d, x, cache)
             logits = guide(logits[:n], None if blank is None else logits[n:], sampling.guidance)
-            code, logp = sample_index(decision_logp(logits, sampling), uniform[:, d])
+            code, logp = sample_index(decision_logp(logits, sampling, IMAGE), uniform[:, d])
             codes.append(code)
             logps.append(logp)
-            total = total + self.vision.quantizer.codebook(d)[code]    # running sum (n, code_dim)
+            total = total + self.vision.quantizer.codebook(d)[code].to(x.dtype)    # running sum (n, code_dim)
             x = total if blank is None else torch.cat((total, total))
         return torch.stack(codes, 1), torch.stack(logps, 1)
 
@@ -692,7 +753,7 @@ class UnifiedModel(nn.Module):
     @torch.no_grad()
     def encode_pictures(self, pictures: list[np.ndarray | Image.Image], crop: bool = False) -> Tensor:
         """Pictures of any size -> codes [n, N, D]; resized to a square, or cropped to one first."""
-        dtype, codes = self.projector[0].weight.dtype, []
+        dtype, codes = self.vision.tower.position.dtype, []
         for i in range(0, len(pictures), 64):
             pixels = [preprocess(p, self.vision_config.image_size, crop) for p in pictures[i:i + 64]]
             codes.append(self.vision.encode(torch.stack(pixels).to(self.device, dtype)).cpu())
@@ -1010,11 +1071,12 @@ class AddedRows(nn.Module):
         return y
 
 
-def prepare_training(model: UnifiedModel, rank: int, alpha: float, seed: int = 0) -> None:
+def prepare_training(model: UnifiedModel, rank: int, alpha: float, seed: int = 0,
+                     precision: str = "auto") -> None:
     """Prepare a model for training: all of it (rank 0), or adapters.
 
-    Rank 0 casts the whole policy to float32, because Adam's steps vanish in bfloat16. Another rank freezes it
-    and adds adapters to every linear layer of the decoder; a model that was loaded with adapters keeps them.
+    Rank 0 trains the whole policy, see `prepare_whole`. Another rank freezes it and adds adapters to every
+    linear layer of the decoder; a model that was loaded with adapters keeps them.
     Raises UserError where the model has other adapters than asked for, or 4-bit weights are to be trained.
     """
     if model.adapter and rank and model.adapter != {"rank": rank, "alpha": alpha}:
@@ -1025,7 +1087,7 @@ def prepare_training(model: UnifiedModel, rank: int, alpha: float, seed: int = 0
     if not rank:
         if any(isinstance(m, NF4Linear) for m in model.modules()):
             raise UserError("--quantize nf4: 4-bit weights cannot be trained themselves: add --lora-rank")
-        model.float()
+        prepare_whole(model, precision)
         return
     model.requires_grad_(False)
     generator, decoder = torch.Generator().manual_seed(seed), model.decoder
@@ -1057,20 +1119,72 @@ def trainable_state(model: nn.Module) -> dict[str, Tensor]:
 
 @contextmanager
 def with_trainable(model: nn.Module, values: dict[str, Tensor]):
-    """Swap the trainable parameters for `values` inside a with-block.
+    """Swap the trainable parameters with `values` inside a with-block.
 
     Choice: the KL reference is this same model with the parameters it started from. So nothing frozen is in
-    memory twice.
+    memory twice, and of a sharded model each process swaps its own shards.
     """
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    now = {name: p.data for name, p in trainable.items()}
-    for name, p in trainable.items():
-        p.data = values[name]
+    def swap() -> None:
+        for name, p in model.named_parameters():
+            if p.requires_grad:
+                now = p.detach().clone()
+                p.copy_(values[name])
+                values[name].copy_(now)
+    with torch.no_grad():
+        swap()
     try:
         yield model
     finally:
-        for name, p in trainable.items():
-            p.data = now[name]
+        with torch.no_grad():
+            swap()
+
+
+# ------------------------------------------------------------------------------------------------------------
+# A full fine-tune: float32 weights, passes in bf16, and with several processes torch's FSDP2
+
+def prepare_whole(model: UnifiedModel, precision: str) -> None:
+    """Prepare the policy for training as a whole, its passes in `precision`.
+
+    auto: float32 on a CPU, bf16 on a GPU. Trained weights are float32, because Adam's steps vanish in bf16.
+    The image tokenizer, which is frozen, keeps the type it is stored in.
+    One process runs bf16 passes under torch's autocast. Of several each keeps its share of every weight,
+    gradient and optimizer state (FSDP2), and the whole weights of a layer, in bf16, while it runs.
+    """
+    # Nothing here writes into a pass's output, which is what FSDP warns of.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
+    bf16 = precision == "bf16" or (precision == "auto" and model.device.type == "cuda")
+    model.precision = torch.bfloat16 if bf16 else None
+    K = process_count()
+    for unit in (*model.decoder.layers, model.depth, model):
+        for p in unit.parameters():
+            if p.requires_grad and p.dtype != torch.float32:
+                p.data = p.data.float()
+        if K > 1:
+            policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
+            fully_shard(unit, mesh=init_device_mesh(model.device.type, (K,)), mp_policy=policy,
+                        reshard_after_forward=True, ignored_params=set(model.vision.parameters()))
+    for verb in ("log_probs", "generate"):
+        register_fsdp_forward_method(model, verb)                      # nothing where nothing is sharded
+        if bf16 and K == 1:
+            setattr(model, verb, torch.autocast(model.device.type, torch.bfloat16)(getattr(model, verb)))
+
+
+@contextmanager
+def gathered(model: nn.Module):
+    """Whole weights on every process inside a with-block that all enter: what `generate` needs.
+
+    Choice: one gather a rollout. Answers differ in length, so processes must not meet inside `generate`.
+    """
+    units = [unit for unit in model.modules() if isinstance(unit, FSDPModule)]
+    for unit in units:
+        unit.set_reshard_after_forward(False, recurse=False)
+        unit.unshard()
+    try:
+        yield
+    finally:
+        for unit in units:
+            unit.set_reshard_after_forward(True, recurse=False)
+            unit.reshard()
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1187,6 +1301,9 @@ def assign(model: nn.Module, name: str, value: Tensor, what: str, quantize: str 
             raise UserError(f"--quantize nf4: {what} has {value.numel()} values, no multiple of {NF4_BLOCK}")
         layer, _, leaf = path.rpartition(".")
         setattr(model.get_submodule(layer), leaf, NF4Linear(value, owner.bias))
+    elif isinstance(getattr(owner, leaf), DTensor):
+        with torch.no_grad():
+            getattr(owner, leaf).copy_(sharded_like(value, getattr(owner, leaf)))
     elif leaf in owner._parameters:
         setattr(owner, leaf, nn.Parameter(value, requires_grad=value.is_floating_point()))
     else:
@@ -1270,12 +1387,13 @@ def load(source: str | Path, device: str | torch.device = "cpu", quantize: str =
     folder = checkpoint_folder(str(source))
     if adapter := adapter_settings(folder, base):
         return load_adapters(folder, device, **adapter)
-    configs = {part: read_json(folder / part / "config.json") for part in ("", "llm", "vision_tower")}
+    configs = {part: read_json(folder / part / "config.json") for part in ("", *NAMES)}
     stored = stored_tensors(tensor_files(folder / "vision_tower"))
     with reading(folder, "one of its config.json files or its vision tensors"):
         model = empty_model(configs, {name: tensor.shape for name, tensor in stored.items()})
     model.text = TextTokenizer.from_folder(folder / "llm")              # small files first: they fail fast
     load_weights(model, folder, device, quantize)
+    check_configs(model, folder)
     fit_vocabulary(model, folder)
     model.source, model.quantize = str(folder.resolve() if Path(source).exists() else source), quantize
     model.content = checkpoint_hash(source)
@@ -1475,7 +1593,9 @@ def save(model: UnifiedModel, folder: Path, state: dict | None = None,
     state (JSON) and tensors are what training needs to go on (where it was, the optimizer). They become
     training.json and training.safetensors.
     """
-    with write_folder(folder) as new:
+    # All processes gather shards together. Only rank 0 writes; the others' small files are discarded.
+    with write_folder(folder) if process_rank() == 0 else TemporaryDirectory() as new:
+        new = Path(new)
         if model.adapter:
             write_text(new / "adapter_config.json", json.dumps(peft_config(model), indent=1))
             write_text(new / "base.json", json.dumps({"quantize": model.quantize, "content": model.content}))
@@ -1494,16 +1614,22 @@ def write_published(model: UnifiedModel, folder: Path) -> None:
     weights = model.state_dict()
     for part, table in NAMES.items():
         back = {ours: theirs for theirs, ours in table.items()}
-        tensors = {rename(ours, back): w.contiguous() for ours, w in weights.items() if rename(ours, back)}
+        tensors = {rename(ours, back): w for ours, w in weights.items() if rename(ours, back)}
         write_tensors(tensors, folder / part / "model.safetensors")
     model.text.save(folder / "llm")
 
 
 def write_configs(model: UnifiedModel, folder: Path) -> None:
-    """Write the four config.json files of the published layout. Unknown keys of a loaded checkpoint stay."""
-    for part, config in published_configs(model).items():
+    """Write the four config.json files of the published layout: VILA-U's own code builds its model from them.
+
+    Other keys of a loaded checkpoint stay. The top file holds copies of the other three.
+    """
+    words, sizes = published_words(model), published_sizes(model)
+    for part in NAMES:
+        words[""][f"{part}_cfg"], sizes[""][f"{part}_cfg"] = words[part], sizes[part]
+    for part in sizes:
+        config = updated(updated(words[part], model.configs.get(part, {})), sizes[part])
         (folder / part).mkdir(parents=True, exist_ok=True)
-        config = updated(model.configs.get(part, {}), config)
         write_text(folder / part / "config.json", json.dumps(config, indent=1))
 
 
@@ -1514,25 +1640,48 @@ def updated(old: dict, new: dict) -> dict:
     return {**old, **new, **both}
 
 
-def published_configs(model: UnifiedModel) -> dict[str, dict]:
+def published_sizes(model: UnifiedModel) -> dict[str, dict]:
     """A model's sizes as the published config files state them, by folder."""
     d, k, v = model.decoder.config, model.depth_config, model.vision_config
-    llm = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu",
-           **{f: x for f, x in asdict(d).items() if f not in ("rope_factor", "context", "qkv_bias", "tied")},
-           "tie_word_embeddings": False,
+    llm = {**{f: x for f, x in asdict(d).items() if f not in ("rope_factor", "context", "qkv_bias", "tied")},
            "rope_scaling": {"type": "linear", "factor": d.rope_factor} if d.rope_factor != 1 else None,
-           "max_position_embeddings": d.context, "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
-    tower = {"model_type": "rqvaesigliptransformer_model", "hidden_size": v.width,
-             "vision_layers_used": v.layers,
-             "rqvaesiglip": v.to_published(),
+           "tie_word_embeddings": False}
+    tower = {"hidden_size": v.width, "vision_layers_used": v.layers, "rqvaesiglip": v.to_published(),
              "rqtransformer": {"embed_dim": k.width, "block_size": [v.grid, v.grid, v.depth],
                                "head": {"n_layer": k.layers, "block": {"n_head": k.heads}},
                                "input_embed_dim_1": v.width, "input_embed_dim_2": d.hidden_size,
                                "vocab_size": v.codebook_size}}
+    return {"": {"hidden_size": d.hidden_size, "mm_hidden_size": v.width}, "llm": llm, "vision_tower": tower,
+            "mm_projector": {}}
+
+
+def published_words(model: UnifiedModel) -> dict[str, dict]:
+    """What else the config files need, where no loaded one says it."""
     return {"": {"model_type": "vila_u_llama", "architectures": ["VILAULlamaModel"],
                  "image_aspect_ratio": "resize", "system_prompt": model.system_prompt},
-            "llm": llm, "vision_tower": tower,
+            "llm": {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_act": "silu",
+                    "max_position_embeddings": model.decoder.config.context, "tie_word_embeddings": False,
+                    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0},
+            "vision_tower": {"model_type": "rqvaesigliptransformer_model",
+                             "rqvaesiglip": {"ddconfig": {"double_z": False, "dropout": 0.0}}},
             "mm_projector": {"mm_projector_type": "mlp2x_gelu", "model_type": "v2l_projector"}}
+
+
+def check_configs(model: UnifiedModel, folder: Path) -> None:
+    """Hold every number of the config files against the model that their tensors have filled.
+
+    Our own loader takes some sizes from shapes, VILA-U's code takes all from these files.
+    Raises UserError with file and key for the first that disagrees.
+    """
+    def compare(file: Path, stated: dict, sizes: dict, path: str = "") -> None:
+        for key, size in sizes.items():
+            found = stated.get(key)
+            if isinstance(size, dict) and isinstance(found, dict):
+                compare(file, found, size, f"{path}{key}.")
+            elif found is not None and found != size:
+                raise UserError(f"{file}: {path}{key} is {found}, but the tensors beside it say {size}")
+    for part, sizes in json.loads(json.dumps(published_sizes(model))).items():
+        compare(folder / part / "config.json", model.configs[part], sizes)
 
 
 def load_training(folder: Path) -> tuple[dict, dict[str, Tensor]]:
@@ -1560,9 +1709,9 @@ class Config:
     draw: bool = False           # text-to-image: the answer is one picture of the prompt
     # -- sampling
     budget: Count = 512          # positions an answer may have
-    temperature: NonNegative = 1.0    # 0: greedy
-    top_k: Natural = 0           # 0: off
-    top_p: TopP = 1.0            # 1: off
+    temperature: NonNegatives = 1.0    # 0: greedy; two numbers: of text tokens, of image codes
+    top_k: Naturals = 0          # 0: off; VILA-U: 0,900
+    top_p: TopPs = 1.0           # 1: off; VILA-U: 0.6,0.96, at --temperature 0.9,1
     guidance: NonNegative = 1.0  # for image codes; VILA-U and the paper draw with 3
     # -- run
     out: str = "out/answer"      # where answer.html and the PNGs go
@@ -1574,17 +1723,15 @@ def write_answer_page(prompt: str, pictures: list[np.ndarray], answer: Answer, f
     """Write the answer as answer.html, texts and pictures in turn, with the pictures beside it as PNGs."""
     for earlier in (*folder.glob("prompt_[0-9]*.png"), *folder.glob("step_[0-9]*.png")):
         earlier.unlink()
-    body = []
-    for i, picture in enumerate(pictures):
-        Image.fromarray(picture).save(folder / f"prompt_{i}.png")
-        body.append(picture_html(f"prompt_{i}.png", "picture of the prompt"))
-    body.append("<hr>")
-    for i, segment in enumerate(answer.segments):
-        if segment.picture is None:
-            body.append(f"<p>{html.escape(segment.text)}</p>")
-        else:
-            Image.fromarray(segment.picture).save(folder / f"step_{i}.png")
-            body.append(picture_html(f"step_{i}.png", "picture of the answer"))
+    files = {f"prompt_{i}.png": picture for i, picture in enumerate(pictures)}
+    files |= {f"step_{i}.png": s.picture for i, s in enumerate(answer.segments) if s.picture is not None}
+    for name, picture in files.items():
+        Image.fromarray(picture).save(folder / name)
+    start = [picture_html(folder / name, "picture of the prompt", folder)
+             for name in files if name.startswith("prompt")]
+    steps = [{"text": s.text, "picture": None if s.picture is None else folder / f"step_{i}.png"}
+             for i, s in enumerate(answer.segments)]
+    body = [f'<div class="row">{"".join(start)}</div><h2>The answer</h2>', steps_html(steps, folder)]
     return write_page(folder / "answer.html", prompt, body)
 
 

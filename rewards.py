@@ -51,16 +51,29 @@ def visible(text: str | None) -> bool:
     return any(c.isprintable() and not c.isspace() for c in text or "")
 
 
-def format_reward(layout: str, texts: list[str], steps: int | None = None) -> float:
+FORMS = {                        # kind of a prompt (data.KINDS) -> the layout of its answer, see `Answer`
+    "interleaved": r"(TwtVpv)+E",
+    "understanding": r"wE",      # words alone
+    "t2i": r"pvE",               # one picture, that the prompt opens
+}
+
+
+def format_reward(layout: str, texts: list[str], steps: int | None = None,
+                  kind: str = "interleaved") -> float:
     """r_f: 1 for <think>text</think><vis>IMAGE</vis> again and again, then </s>; else 0.
 
     layout: `Answer.layout`; texts: of the answer's text steps. A text without a visible character breaks the
-    form.
-    Choice: where the prompt says how many steps it wants, another number of steps is malformed too. Otherwise
-    an answer that stops early would lose nothing.
+    form. Prompts of other kinds have forms of their own (FORMS).
+    Choice: where the number of steps is known, another number of steps is malformed too. Otherwise an answer
+    that stops early would lose nothing.
     """
-    well_formed = re.fullmatch(r"(TwtVpv)+E", layout) is not None and all(map(visible, texts))
+    well_formed = re.fullmatch(FORMS[kind], layout) is not None and all(map(visible, texts))
     return float(well_formed and steps in (None, layout.count("TwtVpv")))
+
+
+def wanted(sample) -> tuple[int | None, int | None]:
+    """How many texts and how many pictures the answer to a `data.Sample` should have; None: not known."""
+    return {"understanding": (1, 0), "t2i": (0, 1)}.get(sample.kind, (sample.steps, sample.steps))
 
 
 def agreement(named: shapes.Scene | None, true: shapes.Scene | None) -> float:
@@ -143,8 +156,8 @@ def judge(samples: list, answers: list[Answer], text_judge: TextJudge | None,
     samples: the `data.Sample` that each answer belongs to.
     credit: "process" asks the text judge once a text step, about the text so far; "outcome" once an answer,
     about the whole text.
-    r_v is the mean over pictures. If the prompt says how many steps it wants, missing ones count as 0;
-    otherwise the mean is over the steps that are there.
+    r_v is the mean over pictures. If the number of steps is known (`wanted`), missing ones count as 0;
+    otherwise the mean is over the steps that are there. A part that the prompt's kind does not have is None.
 
     Choice: r_t is the score of the whole text under both credits, so the reward in the log is the one that
     Eq. (4) trains on. The last step's text so far is the whole text. The rules judge each step's own text
@@ -156,14 +169,14 @@ def judge(samples: list, answers: list[Answer], text_judge: TextJudge | None,
     cuts = getattr(visual_judge, "cuts", lambda text: False)
     scores = []
     for n, (sample, answer) in enumerate(zip(samples, answers, strict=True)):
-        segments, wanted = answer.segments, shapes.wanted_steps(sample.prompt)
+        segments, (n_texts, n_pictures) = answer.segments, wanted(sample)
         r_t, r_v = ({i: r for (m, i), r in part.items() if m == n} for part in (texts, pictures))
         whole = [r for i, r in r_t.items() if visible(segments[i].text)]
-        text = mean_reward(list(r_t.values()), wanted) if own_step or not whole else whole[-1]
+        text = mean_reward(list(r_t.values()), n_texts) if own_step or not whole else whole[-1]
         scores.append(Scores(
-            text=text if text_judge else None,
-            visual=mean_reward(list(r_v.values()), wanted) if visual_judge else None,
-            format=format_reward(answer.layout, answer.texts, wanted),
+            text=text if text_judge and n_texts != 0 else None,
+            visual=mean_reward(list(r_v.values()), n_pictures) if visual_judge and n_pictures != 0 else None,
+            format=format_reward(answer.layout, answer.texts, sample.steps, sample.kind),
             steps=[(r_t | r_v).get(i) for i in range(len(segments))],
             unscored=[r is None for r in (r_t | r_v).values()],
             cut=[cuts(own_text(sample, segments, i)) for i in r_v]))
@@ -177,10 +190,13 @@ def ask_text(samples: list, answers: list[Answer], text_judge: TextJudge,
              every_step: bool) -> dict[Place, Score]:
     """Ask about every text so far, or once an answer about the whole text.
 
-    Choice: a text without a visible character earns 0, and nobody is asked.
+    Choice: a text without a visible character earns 0, and nobody is asked. Words in the answer to a
+    text-to-image prompt have no reward: they break the form.
     """
     empty, asked = {}, []
     for n, answer in enumerate(answers):
+        if wanted(samples[n])[0] == 0:
+            continue
         texts = {(n, i): visible(s.text) for i, s in enumerate(answer.segments) if s.text is not None}
         empty |= {place: 0.0 for place, there in texts.items() if not there}
         steps = [place for place, there in texts.items() if there]
@@ -194,10 +210,11 @@ def ask_text(samples: list, answers: list[Answer], text_judge: TextJudge,
 def ask_visual(samples: list, answers: list[Answer], visual_judge: VisualJudge) -> dict[Place, Score]:
     """Ask about every picture, given its own text.
 
-    Choice: a picture without a text of its own earns 0, and nobody is asked.
+    Choice: a picture without a text of its own earns 0, and nobody is asked. A picture in the answer to an
+    understanding prompt has no reward: it breaks the form.
     """
     texts = {(n, i): own_text(samples[n], answer.segments, i) for n, answer in enumerate(answers)
-             for i, s in enumerate(answer.segments) if s.picture is not None}
+             for i, s in enumerate(answer.segments) if s.picture is not None and wanted(samples[n])[1] != 0}
     asked = [place for place, text in texts.items() if visible(text)]
     pictures = [answers[n].segments[i].picture for n, i in asked]
     return dict.fromkeys(texts, 0.0) | ask("visual judge", visual_judge, asked,
@@ -251,49 +268,70 @@ def judge_names(part: str) -> list[str]:
     return ["rules", *judges.JUDGES[part]]
 
 
-def make_judge(part: str, spec: str, device: torch.device, quantize: str = "none"):
+def make_judge(part: str, spec: str, device: torch.device, quantize: str = "none", tiles: int = 0):
     """NAME or NAME=FOLDER -> a judge. Raises UserError where its weights are missing or damaged."""
     name, _, folder = spec.partition("=")
     if name == "rules":
         return RULES[part]()
     judge_class = judges.JUDGES[part][name]
-    options = {"quantize": quantize} if part == "text" else {}
+    options = {"quantize": quantize, "tiles": tiles} if part == "text" else {}
     return judge_class(folder or judge_class.HUB, device, **options)
 
 
 def judge_content(part: str, spec: str) -> str:
     """What a judge is, whatever its folder is called: its name and a hash of its weights."""
     name, _, folder = spec.partition("=")
-    if name == "rules":
+    if name not in judges.JUDGES[part]:
         return name
     folder = judges.judge_folder(folder or judges.JUDGES[part][name].HUB, f"{part} judge")
     return f"{name} {hash_folder(folder)}"
 
 
-def make_judges(config, device: torch.device) -> tuple[TextJudge, VisualJudge]:
-    """--text-reward, --visual-reward, --reward-device and --critic-quantize -> the two judges."""
+def make_judges(config, device: torch.device) -> tuple[TextJudge | None, VisualJudge | None]:
+    """The settings under "rewards" -> the two judges; None for a part of weight 0, which nobody judges."""
     if config.reward_device:
         device = pick_device(config.reward_device, "--reward-device")
-    return (make_judge("text", config.text_reward, device, config.critic_quantize),
-            make_judge("visual", config.visual_reward, device))
+    (r_t, r_v, _), text, visual = config.reward_weights, None, None
+    if r_t:
+        text = make_judge("text", config.text_reward, device, config.critic_quantize, config.critic_tiles)
+    if r_v:
+        visual = make_judge("visual", config.visual_reward, device)
+    return text, visual
 
 
 def check_judges(config) -> None:
     """Refuse judges that do not exist before anything is loaded. Raises UserError."""
-    check_judge("--text-reward", "text", config.text_reward)
-    check_judge("--visual-reward", "visual", config.visual_reward)
+    r_t, r_v, _ = config.reward_weights
+    for flag, part, spec, weight in (("--text-reward", "text", config.text_reward, r_t),
+                                     ("--visual-reward", "visual", config.visual_reward, r_v)):
+        if weight and not spec:
+            raise UserError(f"--reward-weights: {weight:g} for the {part} part, but {flag} names no judge: "
+                            f"expected {' or '.join(judge_names(part))}, or weight 0")
+        if spec:
+            check_judge(flag, part, spec)
 
 
-def check_rules(config, prompts: list[str]) -> None:
+def check_prompts(text_judge: TextJudge | None, samples: list, budget: int) -> None:
+    """Refuse prompts whose pictures a text judge cannot take beside answers of `budget`. Raises UserError.
+
+    A judge that has such a limit says so itself, in a method `check`.
+    """
+    for sample in samples if hasattr(text_judge, "check") else ():
+        text_judge.check(sample.prompt, read_pictures(sample), budget)
+
+
+def check_rules(config, samples: list) -> None:
     """Refuse prompts (of --prompts) that the rule judges cannot judge. Raises UserError."""
     r_t, r_v, _ = config.reward_weights
-    if not ((r_t and config.text_reward == "rules") or (r_v and config.visual_reward == "rules")):
-        return
-    for prompt in prompts:
-        if shapes.wanted_steps(prompt) is None:
+    for sample in samples:
+        n_texts, n_pictures = wanted(sample)
+        asked = (r_t and n_texts != 0 and config.text_reward == "rules",
+                 r_v and n_pictures != 0 and config.visual_reward == "rules")
+        known = shapes.parse_caption if sample.kind == "t2i" else shapes.wanted_steps
+        if any(asked) and known(sample.prompt) is None:
             raise UserError(f"--prompts {config.prompts}: the rule judges know only the toy world's edits, "
-                            f"not {prompt[:60]!r}; choose --text-reward and --visual-reward, or give them "
-                            f"weight 0")
+                            f"not {sample.prompt[:60]!r}; choose --text-reward and --visual-reward, or give "
+                            f"them weight 0")
 
 
 def check_judge(flag: str, part: str, spec: str) -> None:
@@ -308,20 +346,48 @@ def check_judge(flag: str, part: str, spec: str) -> None:
 # ------------------------------------------------------------------------------------------------------------
 # Answers and their rewards as plain data, for sheets and reports
 
+def true_steps(prompt: str) -> list[dict]:
+    """The right answer to a toy prompt as the steps of a record, [] for other prompts."""
+    states = shapes.states_of_prompt(prompt)[1:] if shapes.wanted_steps(prompt) else []
+    return [step for state in states for step in ({"text": shapes.caption(state), "picture": None},
+                                                  {"text": None, "picture": png(shapes.render(state))})]
+
+
+def right_steps(prompt: str, answer: Answer) -> list[bool | None]:
+    """Whether each step is the true one: the k-th text names, the k-th picture shows the k-th true state.
+
+    None for each where the prompt is not the toy world's. A step beyond the last true state is wrong.
+    """
+    if not shapes.wanted_steps(prompt):
+        return [None] * len(answer.segments)
+    states = {kind: iter(shapes.states_of_prompt(prompt)[1:]) for kind in ("text", "picture")}
+    right = []
+    for s in answer.segments:
+        if s.picture is None:
+            named, true = shapes.parse_caption(s.text), next(states["text"], None)
+        else:
+            named, true = shapes.recognise(s.picture[None])[0], next(states["picture"], None)
+        right.append(named is not None and named == true)
+    return right
+
+
 def group_record(sample, answers: list[Answer], scores: list[Scores],
                  advantages: list[Tensor] | None = None) -> dict:
-    """One prompt (a `data.Sample`) and its answers as JSON.
+    """One prompt (a `data.Sample`), its true answer if that is known, and its answers, as JSON.
 
-    Each step has its text or picture, its reward and its mean advantage.
+    Each step has its text or picture, whether it is right, its reward and its mean advantage.
     """
     records = []
     for n, (answer, score) in enumerate(zip(answers, scores)):
-        steps = [{"text": s.text, "picture": None if s.picture is None else png(s.picture), "reward": reward,
+        right = right_steps(sample.prompt, answer)
+        steps = [{"text": s.text, "picture": None if s.picture is None else png(s.picture), "right": right[i],
+                  "reward": score.steps[i],
                   "advantage": None if advantages is None else advantages[n][s.start:s.stop].mean().item()}
-                 for s, reward in zip(answer.segments, score.steps)]
+                 for i, s in enumerate(answer.segments)]
         records.append({"steps": steps, "layout": answer.layout, "text": score.text, "visual": score.visual,
                         "format": score.format})
-    return {"prompt": sample.prompt, "pictures": [png(p) for p in read_pictures(sample)], "answers": records}
+    return {"prompt": sample.prompt, "pictures": [png(p) for p in read_pictures(sample)],
+            "truth": true_steps(sample.prompt), "answers": records}
 
 
 def main() -> None:
@@ -329,7 +395,7 @@ def main() -> None:
     argparse.ArgumentParser(description=__doc__, usage="python rewards.py",
                             formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     prompt = "paint it blue, move it to center. <BEGIN> a red circle at top left <image>"
-    sample = SimpleNamespace(prompt=prompt, prompt_pictures=[], kind="interleaved")
+    sample = SimpleNamespace(prompt=prompt, prompt_pictures=[], kind="interleaved", steps=2)
     right = shapes.states_of_prompt(prompt)[1:]
     texts, good = [shapes.caption(scene) for scene in right], "TwtVpvTwtVpvE"
     for name, captions, scenes, layout in [("right", texts, right, good),

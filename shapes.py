@@ -293,7 +293,7 @@ def sheet(rng: random.Random, rows: int) -> Image.Image:
 
 
 def dump(folder: Path, rng: random.Random, count: int, edits: int, split: str) -> None:
-    """Write prompts.jsonl, one {"prompt": text, "images": [path]} a line, and the start pictures it names.
+    """Write prompts.jsonl, {"prompt": text, "images": [path], "steps": edits} a line, and the pictures.
 
     Raises FileExistsError where there are prompts already.
     """
@@ -302,7 +302,7 @@ def dump(folder: Path, rng: random.Random, count: int, edits: int, split: str) -
         for i in range(count):
             prompt, name = sample_prompt(rng, edits, split), f"images/{i:06d}.png"
             Image.fromarray(prompt.picture).save(folder / name)
-            lines.write(json.dumps({"prompt": prompt.text, "images": [name]}) + "\n")
+            lines.write(json.dumps({"prompt": prompt.text, "images": [name], "steps": edits}) + "\n")
 
 
 def parse_arguments() -> argparse.Namespace:

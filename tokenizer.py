@@ -508,8 +508,7 @@ class VisionConfig(TowerConfig):
         """The rqvaesiglip part of vision_tower/config.json."""
         decoder = {"ch": self.ch, "ch_mult": self.ch_mult, "num_res_blocks": self.num_res_blocks,
                    "attn_resolutions": self.attn_resolutions, "z_channels": self.z_channels,
-                   "resolution": self.resolution, "in_channels": 3, "out_ch": 3, "double_z": False,
-                   "dropout": 0.0}
+                   "resolution": self.resolution, "in_channels": 3, "out_ch": 3}
         return {"n_embed": self.codebook_size, "code_shape": [self.grid, self.grid, self.depth],
                 "latent_shape": [self.grid, self.grid, self.width], "embed_dim": self.width,
                 "shared_codebook": self.shared_codebook, "decoder_latent_shape": self.decoder_latent_shape,

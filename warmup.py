@@ -8,6 +8,7 @@ Stages 2 and 3 minimise Eq. (1), the negative log-likelihood of every answer tok
 `warmup_loss`. Stage 3 learns from the toy world, or from published files of the paper's sources (--data).
 
     python warmup.py   # two CPU cores: 2 minutes -> out/warmup/ (policy/, samples/, metrics.jsonl, report)
+    torchrun --nproc_per_node=2 warmup.py        # two processes share the samples of each step
     python warmup.py --preset paper --out out/warmup-7b \\
         --data activitynet=DIR,genhowto=DIR,openstory=DIR,emova=DIR,journeydb=DIR   # stage 3, QLoRA, on a GPU
 
@@ -32,13 +33,15 @@ from torch import Tensor
 from tqdm import tqdm
 
 import shapes
-from common import (Count, LearningRate, Natural, Positive, Run, Seed, UserError, Weights, check_config,
-                    check_content, check_finite, check_settings, claim, optimizer_tensors, parse_config,
-                    pick_device, restore_optimizer, run_main, seeded, shown, write_report, write_text)
+from common import (Count, LearningRate, Natural, Positive, Run, Seed, UserError, Weights, average_gradients,
+                    averaged, check_config, check_content, check_finite, check_settings, claim, end_processes,
+                    note_processes, optimizer_tensors, parse_config, process_count, process_rank, require,
+                    restore_optimizer, run_main, seeded, shown, start_processes, wait_for_all, whole,
+                    write_report, write_text)
 from data import (I2T_QUESTION, KINDS, MARKS, PRETRAINING, READERS, CodeCache, LeftOut, Sample, hash_samples,
                   keep_usable, parse_sources, read_sources, row_of, toy_i2t, toy_prompt, toy_story, toy_t2i)
-from model import (DecoderConfig, DepthConfig, UnifiedModel, by_modality, chat, checkpoint_hash, load,
-                   load_training, prepare_training, save)
+from model import (DecoderConfig, DepthConfig, UnifiedModel, by_modality, chat, checkpoint_hash, gathered,
+                   load, load_training, prepare_training, save)
 from rewards import RulesText, RulesVisual, group_record, judge
 from tokenizer import (BYTE, CONTROL, NORMAL, SPACE, SPECIAL_TOKENS, UNKNOWN, ImageTokenizer, TextTokenizer,
                        VisionConfig, pad, preprocess, to_pictures, write_field)
@@ -68,6 +71,7 @@ class Config:
     # -- run
     out: str = "out/warmup"          # run directory
     seed: Seed = 0                   # of weights and data
+    precision: Literal["auto", "float32", "bf16"] = "auto"   # of the passes; auto: bf16 on a GPU
     device: str = "auto"             # cpu, cuda, mps; auto takes the best there is
     micro_batch: Count = 48          # samples a forward pass; changes memory, never the gradient
     checkpointing: bool = False      # recompute layers in the backward pass: less memory, a third more time
@@ -85,7 +89,7 @@ PAPER = dict(
 )
 # Settings that may change when a run is resumed.
 FREE = ("model", "base", "data",     # compared by their content
-        "device", "save_every", "out", "micro_batch", "checkpointing", "preset", "cache")
+        "device", "save_every", "out", "micro_batch", "checkpointing", "precision", "preset", "cache")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -182,7 +186,8 @@ def published_batches(samples: dict[str, list[Sample]], model: UnifiedModel, run
             continue
         shuffled = random.Random(f"{config.seed}/{kind}").sample(samples[kind], len(samples[kind]))
         needed = itertools.islice(keep_usable(shuffled, model, codes, left_out), draws)
-        usable[kind] = list(tqdm(needed, desc=f"codes of {kind} samples", total=min(draws, len(shuffled))))
+        usable[kind] = list(tqdm(needed, desc=f"codes of {kind} samples", total=min(draws, len(shuffled)),
+                                 disable=not run.writes))
         size = len(usable[kind])
         if not size:
             raise UserError(f"--mix {shown(config.mix)} asks for {kind} samples: --data has no usable one")
@@ -191,7 +196,8 @@ def published_batches(samples: dict[str, list[Sample]], model: UnifiedModel, run
     codes.flush()
     tqdm.write(f"image codes: {codes.encoded:,} pictures encoded now, the others were in {codes.folder}")
     record = {"kinds": counts, "left_out": left_out.reasons(), "records": left_out.list}
-    write_text(run.folder / "data.json", json.dumps(record, indent=1))
+    if run.writes:
+        write_text(run.folder / "data.json", json.dumps(record, indent=1))
     endless = {kind: itertools.cycle(usable[kind]) for kind in KINDS}
     in_order = [next(endless[kind]) for kind in order]
 
@@ -500,6 +506,7 @@ def make_optimizers(model: UnifiedModel, config: Config, lr: float) -> list[torc
     Choice: Muon (kellerjordan.github.io/posts/muon) orthogonalises the momentum of a matrix. With it the
     miniature is as good after half the steps. Embeddings, heads, norms, biases and the projector stay with
     AdamW, as Muon's author advises. With adapters or a published model Muon is not measured: AdamW alone.
+    Both work on sharded parameters as well: torch gathers a matrix where Muon orthogonalises it.
     """
     matrices = []
     if not config.model:
@@ -537,11 +544,19 @@ def add_gradients(model: UnifiedModel, samples: list[Sample], codes: CodeCache,
                   config: Config) -> dict[str, float]:
     """Add the gradient of Eq. (1) on one batch -> its losses and the share of padding.
 
-    The size of the micro-batches changes nothing: each is divided by the decisions of the whole batch.
+    The size of the micro-batches changes nothing: each is divided by the decisions of the whole batch. Of
+    several processes each has its share of the samples. They divide by the mean of their decisions, so that
+    the mean of their gradients is the whole batch's.
     """
     batches, waste = micro_batches(samples, model, codes, config.micro_batch)
     decisions = [by_modality(mask, is_image) for _, is_image, mask in batches]
-    counts = sum(text.sum() for text, _ in decisions), sum(image.sum() for _, image in decisions)
+    total = averaged({"text": sum(text.sum().item() for text, _ in decisions),
+                      "image": sum(image.sum().item() for _, image in decisions),
+                      "passes_max": len(batches)}, model.device)
+    counts = torch.tensor(total["text"]), torch.tensor(total["image"])
+    if model.sharded:                                  # all make as many passes, see `with_every_part`
+        tokens, is_image, mask = batches[-1]
+        batches += [(tokens, is_image, torch.zeros_like(mask))] * (round(total["passes_max"]) - len(batches))
     totals = {"loss": 0.0, "loss/text": 0.0, "loss/image": 0.0}
     for tokens, is_image, mask in batches:
         logp = model.log_probs(tokens, is_image, mask)                              # (B, T, D)
@@ -562,14 +577,17 @@ def train_decoder(model: UnifiedModel, run: Run, config: Config, stage: str, bat
     optimizers = make_optimizers(model, config, lr)
     restore_state(optimizers, tensors)
     kinds = Counter()
-    bar = tqdm(range(start, steps), desc=stage, initial=start, total=steps)
+    share = slice(process_rank(), None, process_count())             # this process's samples of each step
+    bar = tqdm(range(start, steps), desc=stage, initial=start, total=steps, disable=not run.writes)
     for step in bar:
         began = time.perf_counter()
         samples = batch(step)
         model.zero_grad()
-        metrics = add_gradients(model, samples, codes, config)
+        metrics = averaged(add_gradients(model, samples[share], codes, config), model.device)
         check_finite(f"{stage}, step {step}: the loss", metrics["loss"], flag)
-        norm = torch.nn.utils.clip_grad_norm_(model.policy_parameters(), 1.0)
+        for optimizer in optimizers:
+            average_gradients(optimizer)
+        norm = whole(torch.nn.utils.clip_grad_norm_(model.policy_parameters(), 1.0))
         check_finite(f"{stage}, step {step}: the gradient", norm.item(), flag)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
@@ -589,25 +607,27 @@ def train_decoder(model: UnifiedModel, run: Run, config: Config, stage: str, bat
 def checkpoint(model: UnifiedModel, run: Run, config: Config, stage: str, step: int,
                tensors: dict[str, Tensor]) -> tuple[str, int, dict[str, Tensor]]:
     """Save the model and where training is: `stage` has done `step` steps. Returns these and the tensors."""
-    state = {"stage": stage, "step": step, "lines": run.lines, "settings": asdict(config),
-             "content": run.content}
+    state = {"stage": stage, "step": step, "lines": run.lines, "processes": process_count(),
+             "settings": asdict(config), "content": run.content}
     save(model, run.folder / "policy", state, tensors)
     return stage, step, tensors
 
 
 def warm_up(config: Config) -> Path:
-    """Train in a folder that no other run writes to, and write the report -> its path."""
+    """Train in a folder that no other run writes to -> the report (of several processes rank 0 writes it)."""
+    _, world, device = start_processes(config.device)
+    require(config, "batch", config.batch % world == 0,
+            f"a multiple of the {world} processes, which share it")
     with claim(config.out) as folder:
-        run_stages(config)
-        return write_report(folder)
+        run_stages(config, folder, device)
+        return write_report(folder) if process_rank() == 0 else folder
 
 
-def run_stages(config: Config) -> None:
+def run_stages(config: Config, folder: Path, device: torch.device) -> None:
     """Run the stages that are still to be done, from the last checkpoint of the same settings.
 
     Raises UserError where the run directory belongs to other settings, or --data cannot be used.
     """
-    folder, device = Path(config.out), pick_device(config.device)
     state, tensors = load_training(folder / "policy")
     check_settings(folder, state.get("settings", {}), asdict(config), FREE)
     left_out = LeftOut()
@@ -615,24 +635,21 @@ def run_stages(config: Config) -> None:
     content = {"model": checkpoint_hash(config.model) if config.model else "",
                "data": hash_samples(sum(samples.values(), []))}
     check_content(folder, state.get("content", {}), content)
+    if not config.model and state.get("stage", "tokenizer") == "tokenizer":
+        if process_rank() == 0:                    # it is small: the other processes wait, then read it
+            first_stage(config, samples, state, tensors, device, content)
+        wait_for_all()
+        state, tensors = load_training(folder / "policy")
     if state:
         model = load(folder / "policy", device, base=config.base)
-    elif config.model:
-        model = load(config.model, device, config.quantize, config.base)
     else:
-        model = miniature(config.seed, folder / "text", some_texts(samples, config.seed)).to(device)
-    prepare_training(model, config.lora_rank, config.lora_alpha, config.seed)
+        model = load(config.model, device, config.quantize, config.base)
+    check_edits(model, config)
+    prepare_training(model, config.lora_rank, config.lora_alpha, config.seed, config.precision)
     model.decoder.checkpointing = config.checkpointing
-    stories = [toy_story(random.Random(i), config.edits) for i in range(0 if config.data else 16)]
-    longest = max((len(row_of(story, model, CodeCache(model))[0]) for story in stories), default=0)
-    if longest > model.decoder.config.context:
-        raise UserError(f"--edits {config.edits}: a story of {longest} positions exceeds the decoder's "
-                        f"context of {model.decoder.config.context}")
     run = Run(config, state.get("lines", 0), content)
-    stage, step = state.get("stage", "warmup" if config.model else "tokenizer"), state.get("step", 0)
-    if stage == "tokenizer":
-        train_image_tokenizer(model, run, config, step, tensors)
-        stage, step, tensors = checkpoint(model, run, config, "pretrain", 0, {})
+    note_processes(state)
+    stage, step = state.get("stage", "warmup"), state.get("step", 0)
     if stage == "pretrain":
         # Choice: edits in words, text-to-image and image-to-text play the part of VILA-U's pretraining.
         # Nothing is interleaved, so the model cannot interleave before the warm-up, as in the paper.
@@ -644,6 +661,29 @@ def run_stages(config: Config) -> None:
         checkpoint(model, run, config, "done", 0, {})
 
 
+def check_edits(model: UnifiedModel, config: Config) -> None:
+    """Refuse stories of the toy world that are too long for the model. Raises UserError."""
+    stories = [toy_story(random.Random(i), config.edits) for i in range(0 if config.data else 16)]
+    longest = max((len(row_of(story, model, CodeCache(model))[0]) for story in stories), default=0)
+    if longest > model.decoder.config.context:
+        raise UserError(f"--edits {config.edits}: a story of {longest} positions exceeds the decoder's "
+                        f"context of {model.decoder.config.context}")
+
+
+def first_stage(config: Config, samples: dict[str, list[Sample]], state: dict, tensors: dict[str, Tensor],
+                device: torch.device, content: dict) -> None:
+    """Stage 1, from its last checkpoint or from nothing -> the checkpoint that stage 2 starts from."""
+    folder = Path(config.out)
+    if state:
+        model = load(folder / "policy", device)
+    else:
+        model = miniature(config.seed, folder / "text", some_texts(samples, config.seed)).to(device)
+    check_edits(model, config)
+    run = Run(config, state.get("lines", 0), content)
+    train_image_tokenizer(model, run, config, state.get("step", 0), tensors)
+    checkpoint(model, run, config, "pretrain", 0, {})
+
+
 def interleave(model: UnifiedModel, run: Run, config: Config, samples: dict[str, list[Sample]],
                left_out: LeftOut, start: int, tensors: dict[str, Tensor]) -> None:
     """Stage 3: interleaved stories mixed with the two single tasks; sheets of answers before and after.
@@ -652,7 +692,7 @@ def interleave(model: UnifiedModel, run: Run, config: Config, samples: dict[str,
     (`shapes.Noise`). The model learns them too, so GRPO has something to correct, not only to sharpen.
     """
     if config.data:
-        codes, judges = CodeCache(model, Path(config.cache)), (None, None)
+        codes, judges = CodeCache(model, Path(config.cache), together=True), (None, None)
         batch, prompts = published_batches(samples, model, run, config, codes, left_out)
     else:
         codes, judges, rng = CodeCache(model), (RulesText(), RulesVisual()), random.Random(0)
@@ -686,7 +726,8 @@ def show(model: UnifiedModel, run: Run, config: Config, prompts: list[Sample], c
     rows = [model.prompt(sample.prompt, codes(sample.prompt_pictures)) for sample in prompts]
     room = model.decoder.config.context - max(map(len, rows))
     budget = min(config.edits * (model.vision_config.positions + STEP_ROOM), room)
-    trajectories = model.generate(rows, 1, budget, seeds=[(0, index) for index in range(len(rows))])
+    with gathered(model):
+        trajectories = model.generate(rows, 1, budget, seeds=[(0, index) for index in range(len(rows))])
     answers = model.read_answers(trajectories)
     scores = judge(prompts, answers, *judges)
     groups = [group_record(prompt, [answer], [score])
@@ -716,10 +757,11 @@ def check(config: Config) -> None:
 
 
 def main() -> None:
-    """Run the three stages and write the report."""
+    """Run the three stages."""
     config = parse_config(Config, presets={"paper": PAPER}, names={"data": READERS})
     check(config)
     print(f"warm-up done: {warm_up(config)}")
+    end_processes()
 
 
 if __name__ == "__main__":

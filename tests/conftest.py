@@ -17,17 +17,22 @@ FIXTURES = Path(os.environ.get("FIXTURES", ROOT / "tests" / "fixtures"))
 @pytest.fixture(scope="session")
 def tiny(tmp_path_factory):
     """An untrained miniature whose text head favours tags: sampling hits images, tags and ends."""
-    from tokenizer import IMAGE_END, IMAGE_START, THINK_END, THINK_START
     from warmup import miniature
     model = miniature(0, tmp_path_factory.mktemp("text")).eval()
-    with torch.no_grad():
-        for codebook in model.vision.quantizer.codebooks:
-            codebook.weight.normal_()
-        row = model.prompt("a red circle at top left")
-        mean = model(row.tokens[None], row.is_image[None]).mean((0, 1))
-        logits = {THINK_START: 4.2, THINK_END: 4.5, IMAGE_START: 6, IMAGE_END: 4.8, "</s>": 3.9}
-        for token, logit in logits.items():
-            model.decoder.lm_head.weight[model.text.id(token)] = logit * mean / mean.square().sum()
+    for codebook in model.vision.quantizer.codebooks:
+        torch.nn.init.normal_(codebook.weight)
+    return talkative(model, "a red circle at top left")
+
+
+@torch.no_grad()
+def talkative(model, prompt: str):
+    """Let the text head of an untrained model favour tags."""
+    from tokenizer import IMAGE_END, IMAGE_START, THINK_END, THINK_START
+    row = model.prompt(prompt)
+    mean = model(row.tokens[None], row.is_image[None]).mean((0, 1))
+    logits = {THINK_START: 4.2, THINK_END: 4.5, IMAGE_START: 6, IMAGE_END: 4.8, "</s>": 3.9}
+    for token, logit in logits.items():
+        model.decoder.lm_head.weight[model.text.id(token)] = logit * mean / mean.square().sum()
     return model
 
 

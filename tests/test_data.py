@@ -552,10 +552,68 @@ def test_grpo_goes_through_the_prompts_of_every_source(samples_folder):
     pool, left_out = grpo.read_pool(grpo.Config(prompts=sources(samples_folder), text_reward="llava-critic",
                                                   visual_reward="clip-score"))
     assert len(pool) == 20 + 25 + 20 and not left_out.counts
-    assert not any(s.answer or s.answer_pictures or s.kind == "t2i" for s in pool), "only the prompt side"
+    assert not any(s.answer or s.answer_pictures for s in pool), "only the prompt side"
+    assert Counter(s.kind for s in pool) == {"interleaved": 20, "understanding": 25, "t2i": 20}
+    for sample in pool:
+        assert sample.steps is None if sample.kind != "interleaved" else sample.steps >= 1
     config = grpo.Config(prompts_per_update=4, epochs_per_rollout=2)
     places = [[pool.index(s) for s in grpo.next_prompts(config, done, pool[:10])] for done in (0, 2, 4)]
     assert places == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 0, 1]]
+
+
+@pytest.mark.parametrize("record, words", [
+    ({"steps": "two"}, "steps, a whole number of at least 1: 'two'"),
+    ({"steps": 0}, "steps"), ({"steps": 1.5}, "steps"), ({"steps": True}, "steps"), ({"steps": []}, "steps"),
+    ({"kind": "video"}, "interleaved, understanding, t2i: 'video'"), ({"kind": ["t2i"]}, "kind"),
+    ({"kind": "t2i", "steps": 2}, "only an interleaved answer has steps")])
+def test_what_a_prompt_file_says_about_its_answers_is_checked_before_training(tmp_path, record, words):
+    file = write(tmp_path / "own.jsonl", [{"prompt": "Cut it.", "steps": 2}, {"prompt": "Cut it.", **record}])
+    with pytest.raises(UserError) as error:
+        grpo.read_pool(grpo.Config(prompts=str(file), text_reward="llava-critic", visual_reward="clip-score"))
+    assert str(error.value).startswith(f"{file}, line 2: ") and words in str(error.value)
+
+
+def test_a_prompt_file_names_steps_and_kinds(tmp_path):
+    lines = [{}, {"steps": 3}, {"steps": [{}, {}]}, {"steps": None}, {"kind": "t2i"},
+             {"kind": "understanding"}]
+    file = write(tmp_path / "own.jsonl", [{"prompt": "Cut it.", **line} for line in lines])
+    found = [(sample.kind, sample.steps) for sample in data.read_prompts(file)]
+    assert found == [("interleaved", None), ("interleaved", 3), ("interleaved", 2), ("interleaved", None),
+                     ("t2i", None), ("understanding", None)]
+
+
+def test_prompts_of_every_kind_train_what_they_ask_for(warm, tmp_path, monkeypatch, capsys):
+    """Pictures of captions and words about pictures beside stories: each keeps its kind in the rollout.
+
+    A text-to-image prompt ends in <im_start>, so each of its answers starts with a picture.
+    """
+    shots(tmp_path, "shot.png")
+    file = write(tmp_path / "own.jsonl", [
+        {"prompt": "a red circle at top", "kind": "t2i"}, {"prompt": "Cut it in two steps."},
+        {"prompt": "<image> what is it?", "images": ["shot.png"], "kind": "understanding"}])
+    batches, real = [], grpo.rollout
+    monkeypatch.setattr(grpo, "rollout", lambda *given: batches.append(real(*given)) or batches[-1])
+    monkeypatch.setattr(grpo, "make_judges", lambda *_: (lambda *asked: [0.5] * len(asked[0]),) * 2)
+    grpo.train(grpo.Config(model=str(warm), out=str(tmp_path / "g"), prompts=str(file),
+                           text_reward="llava-critic", visual_reward="clip-score", **RUN),
+               0, 1, torch.device("cpu"))
+    assert capsys.readouterr().out.count('1 of them do not say how many "steps" they want') == 1
+    kinds = {sample.kind for batch in batches for sample in batch.samples}
+    assert kinds == set(data.KINDS)
+    for batch in batches:
+        for n, (answer, scores) in enumerate(zip(batch.answers, batch.scores)):
+            kind = batch.samples[n // RUN["group_size"]].kind
+            assert answer.layout.startswith("p") == (kind == "t2i")
+            assert (scores.text is None) == (kind == "t2i")
+            assert (scores.visual is None) == (kind == "understanding")
+
+
+def test_the_rules_judge_captions_to_draw_and_no_other_prompt_to_draw(tmp_path):
+    file = write(tmp_path / "own.jsonl", [{"prompt": "a red circle at top", "kind": "t2i"}])
+    assert grpo.read_pool(grpo.Config(prompts=str(file)))[0][0].kind == "t2i"
+    write(file, [{"prompt": "a fox", "kind": "t2i"}])
+    with pytest.raises(UserError, match="a fox"):
+        grpo.read_pool(grpo.Config(prompts=str(file)))
 
 
 def test_grpo_takes_the_prompt_side_of_published_data(warm, samples_folder, tmp_path, capsys):

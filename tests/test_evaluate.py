@@ -4,12 +4,13 @@ import json
 import random
 import re
 from pathlib import Path
+from shutil import copytree, ignore_patterns
 
 import numpy as np
 import published_samples
 import pytest
 import torch
-from conftest import FIXTURES, metrics, run, shots, write
+from conftest import FIXTURES, ROOT, flags, metrics, run, shots, write
 from PIL import Image
 
 import common
@@ -97,7 +98,7 @@ def test_rates_of_a_model_are_written_and_do_not_depend_on_the_batch(warm, tmp_p
 
 def test_the_ladder_trains_every_rung_once_with_its_settings(warm, tmp_path, capfd, monkeypatch):
     """The smallest runs, one seed: rows in order, a run directory for each rung, nothing trained twice."""
-    monkeypatch.setattr(evaluate, "rate_single_tasks", lambda model, config: {"t2i": 0.0, "i2t": 0.0})
+    monkeypatch.setattr(evaluate, "rate_single_tasks", lambda *_: {"t2i": 0.0, "i2t": 0.0})
     config = Config(model=str(warm), out=str(tmp_path), ladder=True, updates=2, prompts=3, seeds="0",
                     budget=30, device="cpu")
     evaluate.ladder(config)
@@ -467,6 +468,87 @@ def test_a_killed_benchmark_goes_on_and_gives_the_same_table(benchmark, average,
     with pytest.raises(UserError, match="temperature"):
         evaluate.run_benchmark(config_of(benchmark, samples_folder, talker, tmp_path / "cut",
                                          temperature=0.5))
+
+
+TWO_PROCESSES = """
+import sys
+sys.path.insert(0, {root!r})
+import evaluate
+import judges
+
+
+def replies(self, prompts, pictures, **_):
+    return [f"### Score\\n{{len(prompt) % 6}}" for prompt in prompts]
+
+
+judges.LlavaCritic.replies = replies
+evaluate.run_main(evaluate.main)
+"""
+
+
+def on_two_processes(folder: Path, config: Config) -> str:
+    """evaluate.py under torchrun; the critic's replies are short ones that follow from the question."""
+    script = write(folder / "two.py", TWO_PROCESSES.format(root=str(ROOT)))
+    given = {name: value for name, value in vars(config).items() if value != getattr(Config, name)}
+    return run("-m", "torch.distributed.run", "--nproc_per_node=2", script, *flags(given))
+
+
+def test_a_benchmark_goes_on_with_two_processes_after_three_were_killed(samples_folder, talker, tmp_path,
+                                                                        monkeypatch):
+    """Their files are merged, half a line is dropped, nothing is sampled or asked again: the same table."""
+    monkeypatch.setattr(LlavaCritic, "replies", lambda self, prompts, pictures, **_:
+                        [f"### Score\n{len(p) % 6}" for p in prompts])
+    critic = f"llava-critic={FIXTURES / 'llava_critic_tiny'}"
+    whole, cut = (config_of("mmie", samples_folder, talker, tmp_path / name, judge=critic)
+                  for name in ("whole", "cut"))
+    evaluate.run_benchmark(whole)
+    answers, replies = ((tmp_path / "whole" / "model" / name).read_text().splitlines(keepends=True)
+                        for name in ("answers.jsonl", "replies.jsonl"))
+    assert len(answers) > 4
+    left = tmp_path / "cut" / "model"
+    copytree(tmp_path / "whole" / "model", left, ignore=ignore_patterns("*.jsonl", "data.json", "*.html"))
+    kept = json.loads(answers[1]) | {"layout": "kept"}
+    write(left / "answers-0.jsonl", answers[0] + answers[3][:20])
+    write(left / "answers-2.jsonl", json.dumps(kept) + "\n")
+    write(left / "replies-2.jsonl", replies[2])
+    printed = on_two_processes(tmp_path, cut)
+    assert "paper full" in printed and printed.count("answers: ") == 1, "rank 0 alone prints"
+    results = [json.loads((tmp_path / name / "results.json").read_text()) for name in ("whole", "cut")]
+    assert results[0] == results[1]
+    assert {file.name for file in left.glob("*.jsonl")} == {"answers.jsonl", "replies.jsonl"}
+    lines = {line["id"]: line for line in common.read_lines(left / "answers.jsonl")}
+    expected = {line["id"]: line for line in map(json.loads, answers)} | {kept["id"]: kept}
+    assert lines == expected
+    assert sorted((left / "replies.jsonl").read_text().splitlines(keepends=True)) == sorted(replies)
+
+
+def test_rates_of_the_toy_world_go_on_with_two_processes(warm, tmp_path, monkeypatch):
+    whole, cut = (Config(model=str(warm), prompts=5, seed=3, budget=30, out=str(tmp_path / name),
+                         device="cpu") for name in ("whole", "cut"))
+    model = evaluate.open_model(str(warm), whole)
+    expected = evaluate.evaluate(model, whole)
+    add, count = common.add_line, []
+
+    def dying(file, line):
+        count.append(line)
+        if len(count) > 7:                                                 # in the second arm
+            raise KeyboardInterrupt
+        add(file, line)
+    with monkeypatch.context() as patch:
+        patch.setattr(evaluate, "add_line", dying)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate.evaluate(model, cut)
+    file, = (tmp_path / "cut").glob("rates_*.jsonl")
+    lines = common.read_lines(file)
+    assert len(lines) == 7
+    lines[0]["rates"]["format"] = 100.0
+    write(file, lines)
+    assert f"{warm.name} greedy" in on_two_processes(tmp_path, cut)
+    got = json.loads((tmp_path / "cut" / "evaluation.json").read_text())
+    assert got["sampled"].pop("format")[0] > 1, "what was rated before the kill is not rated again"
+    del expected["sampled"]["format"]
+    assert got == expected
+    assert [file.name for file in (tmp_path / "cut").iterdir()] == ["evaluation.json"]
 
 
 def test_answers_are_written_as_mmie_wants_them(samples_folder, talker, tmp_path):

@@ -1,11 +1,16 @@
 """Advantages and loss: every equation has one case worked out by hand, and the traps have a test each."""
+import copy
 import math
 
 import pytest
 import torch
 
-from common import UserError
+import evaluate
+import grpo
+from common import UserError, parse_config
 from grpo import Config, check, decision_weights, grpo_loss, k3_kl, outcome_advantages, process_advantages
+from data import CodeCache
+from model import IMAGE, TEXT, decision_logp, prepare_training
 
 
 def test_eq4_by_hand():
@@ -98,6 +103,151 @@ def test_kl_term_by_hand():
     assert gradient == pytest.approx(0.5 * (1 - 2), rel=1e-5)
 
 
+SENTENCE = "text .75 and pictures .54 throughout give every code an advantage of -.98"
+
+
+@pytest.mark.parametrize("kinds, discount, text, code", [
+    (None, 1.0, [0, 0, 0], [-.98, -.98, -.98]),             # as printed
+    (None, 0.5, [.64, .61, .49], [-.67, -.73, -.98]),       # .98 - .98 / 2, then -.98 + .49 / 2, and so on
+    (None, 0.0, [.98, .98, .98], [-.98, -.98, -.98]),
+    ("kind", 1.0, [0, 0, 0], [0, 0, 0])])
+def test_one_pool_gives_advantages_where_nothing_differs(kinds, discount, text, code):
+    """Four equal answers of three steps: mean .645, std .105 sqrt(24 / 23), so r~ is .98 and -.98."""
+    rewards, names = [[.75, .54] * 3] * 4, [["text", "image"] * 3] * 4
+    for values in process_advantages(rewards, names if kinds else None, discount):
+        assert values[0::2].tolist() == pytest.approx(text, abs=0.006)
+        assert values[1::2].tolist() == pytest.approx(code, abs=0.006)
+
+
+def test_the_preset_says_so_and_the_default_does_not():
+    for preset, expected in (([], False), (["--preset", "paper"], True),
+                             (["--preset", "paper", "--normalise", "kind"], False),
+                             (["--preset", "paper", "--credit", "outcome"], False)):
+        config = parse_config(Config, preset, {"paper": grpo.PAPER})
+        assert any(SENTENCE in line for line in grpo.caveats(config, [])) == expected
+
+
+def in_bf16(tiny, what: str):
+    """A copy with its weights in bf16, or with float32 weights and passes in bf16."""
+    policy = copy.deepcopy(tiny)
+    if what == "weights":
+        return policy.bfloat16()
+    prepare_training(policy, 0, 16.0, precision="bf16")
+    return policy
+
+
+def one_rollout(policy, **settings) -> tuple[Config, grpo.Rollout]:
+    """Four prompts, judged by constants: texts .75 and pictures .54, whatever they are."""
+    config = Config(**{"prompts_per_update": 4, "budget": 48, "text_reward": "llava-critic", **settings})
+    judges = (lambda *asked: [0.75] * len(asked[0]), lambda *asked: [0.54] * len(asked[0]))
+    prompts = grpo.next_prompts(config, 0, [])
+    seeds = [(0, p) for p in range(4)]
+    return config, grpo.rollout(policy, prompts, config, judges, CodeCache(policy), seeds)
+
+
+def update(policy, config: Config, batch, ref_logp, epoch: int = 0, lr: float = 0.0) -> dict:
+    optimizer = torch.optim.SGD(policy.policy_parameters(), lr=lr)
+    return grpo.update(policy, optimizer, batch, ref_logp, config, epoch)
+
+
+def test_answers_that_are_all_the_same_train_nothing_and_are_counted(tiny):
+    """At a temperature near 0 all answers of a group are one answer. Eq. (6) alone would train it."""
+    settings = dict(normalise="all", step_discount=1.0)
+    config, batch = one_rollout(tiny, temperature=1e-4, **settings)
+    assert batch.metrics["zero_spread"] == 1 and batch.advantages.eq(0).all()
+    group = grpo.advantages(batch.answers[:4], batch.scores[:4], config)
+    assert any(values.abs().max() > 0.5 for values in group), "what the equation gives"
+    config, batch = one_rollout(tiny, **settings)
+    assert batch.metrics["zero_spread"] < 1 and batch.advantages.abs().max() > 0.5
+
+
+def test_the_spread_of_each_part_is_its_std_within_groups():
+    """Groups of [1, 0, 0, 0] and of four equal values: (.5 + 0) / 2. A part without scores has no spread."""
+    assert grpo.spread([1, 0, 0, 0]) == pytest.approx(0.5) and grpo.spread([0.7] * 4) == 0
+    assert grpo.spread([0.2, None, 0.4]) == pytest.approx(0.02 ** 0.5)
+    assert grpo.spread([None, 0.5]) is None and grpo.spread([None] * 4) is None
+
+
+def test_the_spread_is_logged(tiny):
+    """The judges are constant: pictures differ where an answer has none, the form differs by chance."""
+    _, batch = one_rollout(tiny)
+    forms = torch.tensor([s.format for s in batch.scores]).view(4, 4)
+    assert batch.metrics["spread/format"] == pytest.approx(forms.std(1).mean().item())
+    visual = torch.tensor([s.visual for s in batch.scores]).view(4, 4)
+    assert batch.metrics["spread/visual"] == pytest.approx(visual.std(1).mean().item())
+    assert batch.metrics["spread/visual"] > 0 and "spread/text" in batch.metrics
+
+
+@pytest.mark.parametrize("settings, text, image", [
+    (dict(kl=0.5), 0.5, 0.5), (dict(kl=0.5, kl_text=0.0), 0.0, 0.5), (dict(kl=0.5, kl_image=2.0), 0.5, 2.0),
+    (dict(kl_text=0.1, kl_image=0.3), 0.1, 0.3)])
+def test_each_modality_has_its_own_kl(tiny, settings, text, image):
+    """Advantages 0 and a reference that gives every text token half and every code a third of its chance."""
+    config, batch = one_rollout(tiny, per_modality=True, **settings)
+    batch.advantages.zero_()
+    factor = torch.where(batch.is_image, 1 / 3, 1 / 2)[..., None]
+    with torch.no_grad():
+        now = tiny.log_probs(batch.tokens, batch.is_image, batch.mask)
+    k3 = {"text": 1 / 2 - math.log(1 / 2) - 1, "image": 1 / 3 - math.log(1 / 3) - 1}
+    drawing = (batch.mask & batch.is_image[..., None]).any(2).any(1).float().mean().item()
+    got = update(tiny, config, batch, now + factor.log())
+    assert got["loss"] == pytest.approx(text * k3["text"] + image * k3["image"] * drawing, rel=1e-3)
+    assert got["kl/text"] == pytest.approx(k3["text"], rel=1e-3)
+    assert got["kl/image"] == pytest.approx(k3["image"], rel=1e-3), "logged without its weight"
+
+
+def test_the_kl_flags_are_those_of_both_until_they_are_given():
+    config = parse_config(Config, ["--kl", "0.3", "--kl-image", "0"])
+    assert (config.kl, config.kl_text, config.kl_image) == (0.3, None, 0.0)
+    for flag in ("--kl-text", "--kl-image"):
+        with pytest.raises(UserError, match=flag):
+            parse_config(Config, [flag, "-0.1"])
+
+
+TRUNCATED = dict(temperature=(0.9, 1.0), top_k=5, top_p=(0.6, 0.8))
+
+
+@pytest.mark.parametrize("what, epochs", [("weights", 1), ("weights", 2), ("passes", 2)])
+def test_a_bf16_policy_starts_at_ratio_one_under_truncation(tiny, monkeypatch, what, epochs):
+    """Its scorer disagrees with its sampler, and would cut some of the decisions; none has ratio 0."""
+    policy = in_bf16(tiny, what)
+    config, batch = one_rollout(policy, group_size=8, **TRUNCATED, epochs_per_rollout=epochs, updates=epochs)
+    batch.advantages = torch.randn(batch.advantages.shape, generator=torch.Generator().manual_seed(0))
+    sampled, seen, real = batch.old_logp.clone(), [], grpo.grpo_loss
+
+    def watched(logp, old_logp, *rest):
+        loss, ratio, kl = real(logp, old_logp, *rest)
+        seen.append((logp.detach(), ratio.detach()))
+        return loss, ratio, kl
+    monkeypatch.setattr(grpo, "grpo_loss", watched)
+    ref_logp = grpo.reference_logp(policy, grpo.trainable_state(policy), batch, config)
+    first = update(policy, config, batch, ref_logp, 0, lr=0.3)
+    (logp, ratio), = seen
+    assert logp.isfinite().all() and ref_logp.isfinite().all() and ratio.eq(1).all()
+    assert not (sampled - logp)[batch.mask].abs().max() < 1e-3, "bf16 must differ, or nothing is tested"
+    assert first["logp_gap"] == pytest.approx((sampled - logp)[batch.mask].abs().mean().item())
+    gradients = [p.grad for p in policy.policy_parameters() if p.grad is not None]
+    assert all(g.isfinite().all() for g in gradients) and any(g.any() for g in gradients)
+    if epochs == 2:
+        second = update(policy, config, batch, ref_logp, 1)
+        assert "logp_gap" not in second and second["ratio_max"] > 1.01 and seen[1][1].isfinite().all()
+
+
+def test_in_float32_the_old_log_probs_are_those_of_the_sampler(tiny):
+    config, batch = one_rollout(tiny, **TRUNCATED)
+    sampled = batch.old_logp.clone()
+    metrics = update(tiny, config, batch, batch.old_logp)
+    assert torch.equal(batch.old_logp, sampled)
+    assert metrics["logp_gap"] < 1e-5 and metrics["ratio_max"] == pytest.approx(1, abs=1e-3)
+
+
+def test_float32_cuts_what_left_the_set_and_bf16_keeps_what_was_sampled():
+    logits = torch.tensor([[2.0, 1.0, 0.0]])
+    kept = decision_logp(logits, grpo.Sampling(top_k=1), TEXT, torch.tensor([[1]]))
+    assert kept.exp()[0].tolist() == pytest.approx([math.e / (1 + math.e), 1 / (1 + math.e), 0])
+    assert decision_logp(logits, grpo.Sampling(top_k=1), TEXT)[0, 1] == -torch.inf
+
+
 def test_weights_are_one_over_the_answers_own_length():
     mask = torch.zeros(2, 6, 2, dtype=torch.bool)
     is_image = torch.zeros(2, 6, dtype=torch.bool)
@@ -121,6 +271,42 @@ def test_a_code_that_was_cut_since_has_ratio_zero_and_no_nan():
     loss.sum().backward()
     assert ratio.item() == 0
     assert all(values.isfinite().all() for values in (loss, kl, logits.grad))
+
+
+def test_one_number_sets_both_modalities_and_two_set_each():
+    one = grpo.sampling_of(parse_config(Config, ["--temperature", "0.7", "--top-k", "5"]))
+    assert one.of(TEXT) == one.of(IMAGE) == (0.7, 5, 1.0)
+    config = parse_config(Config, ["--temperature", "0.9,1", "--top-k", "0,900", "--top-p", "0.6,0.96"])
+    two = grpo.sampling_of(config)
+    assert two.of(TEXT) == (0.9, 0, 0.6) and two.of(IMAGE) == (1.0, 900, 0.96)
+
+
+def test_the_paper_presets_sample_as_published_at_evaluation_and_rl_stays_at_one(tmp_path, monkeypatch):
+    """VILA-U's own settings; guidance 3 is the paper's."""
+    asked = []
+    monkeypatch.setattr(evaluate, "open_model", lambda *_: None)
+    monkeypatch.setattr(evaluate, "evaluate", lambda _, config: asked.append(config) or {})
+    monkeypatch.setattr(evaluate, "rates_table", lambda _: "")
+    monkeypatch.setattr(evaluate, "write_report", lambda *_: "")
+    paper = parse_config(Config, ["--preset", "paper", "--out", str(tmp_path)], {"paper": grpo.PAPER})
+    benchmarks = parse_config(evaluate.Config, ["--preset", "paper"], {"paper": evaluate.PAPER})
+    evaluate.before_and_after(paper, [])
+    for config in (*asked, benchmarks):
+        sampling = grpo.sampling_of(config)
+        assert (sampling.of(TEXT), sampling.of(IMAGE)) == ((0.9, 0, 0.6), (1.0, 900, 0.96))
+        assert sampling.guidance == 3
+    assert len(asked) == 2 and grpo.sampling_of(paper) == grpo.Sampling()
+    evaluate.before_and_after(Config(out=str(tmp_path), temperature=0.8, top_k=5), [])
+    assert grpo.sampling_of(asked[-1]) == grpo.Sampling(0.8, 5)
+
+
+@pytest.mark.parametrize("flag, value", [
+    ("--temperature", "0.9,1,1"), ("--temperature", "0.9,x"), ("--temperature", "0.9,0"), ("--top-k", "1.5"),
+    ("--top-k", "900,-1"), ("--top-p", "0.6,1.2"), ("--top-p", ","), ("--clip", "0.1,0.2")])
+def test_numbers_that_fit_no_modality_are_refused_by_name(flag, value):
+    with pytest.raises(UserError, match=flag) as error:
+        parse_config(Config, [flag, value])
+    assert "TEXT,IMAGE" in str(error.value) or flag == "--clip"
 
 
 @pytest.mark.parametrize("wrong", [

@@ -25,9 +25,9 @@ from test_tokenizer import lines, package_file
 import judges
 import shapes
 from common import UserError, parse_config
-from judges import (ALPHABET, BYTES, LLAVA_NOT_NEEDED, POINTWISE, TOWER, ClipScore, ClipText, ImageReward,
-                    LlavaCritic, Picture, QwenText, WordPiece, critic_chat, load_llava, parse_score,
-                    torchvision_square, transformers_square, unpad)
+from judges import (ALPHABET, BYTES, LLAVA_NOT_NEEDED, POINTWISE, SCORES, TOWER, ClipScore, ClipText,
+                    ImageReward, LlavaCritic, Picture, QwenText, WordPiece, critic_chat, load_llava,
+                    match_score, parse_score, score_stands, torchvision_square, transformers_square, unpad)
 from model import NF4Linear
 from rewards import RulesText, judge, make_judge
 from tokenizer import IMAGE_PLACEHOLDER, byte_pairs
@@ -466,7 +466,7 @@ def parts(name: str) -> list[list[int]]:
 
 def embeds(critic, name: str) -> torch.Tensor:
     critic.model.aspect = CASES[name]["image_aspect_ratio"]
-    return critic.model.embed(parts(name), [PICTURES[p] for p in CASES[name]["images"]])
+    return critic.model.embed(parts(name), [critic.model.read(PICTURES[p]) for p in CASES[name]["images"]])
 
 
 # -- pictures
@@ -629,72 +629,207 @@ def test_pointwise_prompt_is_the_published_one():
     assert "<image>\n" + POINTWISE.format(question=question, response=response) == case
 
 
-def judge_with(critic, monkeypatch, replies: list[str]) -> list[str]:
-    """Let the judge reply this. Returns the list of questions, which fills up as it is asked."""
-    questions, rest = [], iter(replies)
+def judge_with(critic, monkeypatch, replies: list[str]) -> list[tuple]:
+    """Let the judge reply this. Returns the list of questions and pictures, which fills up as it is asked."""
+    asked, rest = [], iter(replies)
 
-    def next_replies(prompts, pictures, repetition_penalty):
-        questions.extend(prompts)
-        return [next(rest) for _ in prompts]
+    def next_replies(messages, pictures, **options):
+        asked.extend(zip(messages, pictures, strict=True))
+        return [next(rest) for _ in messages]
     monkeypatch.setattr(critic, "replies", next_replies)
-    return questions
+    return asked
 
 
-def test_judge_scores_the_text_so_far_and_records_question_and_reply(critic, monkeypatch):
-    replies = ["Score: 85\nGood.", "I cannot say.", "Score: 120"]
-    questions = judge_with(critic, monkeypatch, replies)
+def test_judge_scores_the_text_so_far_and_records_question_pictures_and_reply(critic, monkeypatch):
+    replies, shown = ["Score: 85\nGood.", "I cannot say.", "Score: 120"], [[PICTURES["tile"]]] * 3
+    asked = judge_with(critic, monkeypatch, replies)
     texts = [["Wash."], ["Wash.", "Cut {them}."], ["Fry."]]
-    assert critic(["How to {cook}?"] * 3, [[]] * 3, texts) == [0.85, None, 1.0]
-    assert questions == [POINTWISE.format(question="How to {cook}?", response=text)
-                         for text in ("Wash.", "Wash.\nCut {them}.", "Fry.")]
-    assert list(critic.record) == list(zip(questions, replies, [0.85, None, 1.0], strict=True))
+    assert critic(["How to {cook}?"] * 3, shown, texts) == [0.85, None, None]
+    questions = ["<image>\n" + POINTWISE.format(question="How to {cook}?", response=text)
+                 for text in ("Wash.", "Wash.\nCut {them}.", "Fry.")]
+    assert asked == list(zip(questions, shown))
+    assert list(critic.record) == list(zip(questions, shown, replies, [0.85, None, None], strict=True))
+
+
+def test_the_question_names_the_pictures_that_there_are(critic, monkeypatch):
+    asked = judge_with(critic, monkeypatch, ["Score: 85"] * 3)
+    critic(["How?"] * 3, [[], [PICTURES["tile"]], [PICTURES["tile"], PICTURES["wide"]]], [["So."]] * 3)
+    none, one, two = (question for question, _ in asked)
+    assert "<image>" not in none and none.startswith("Given a question, please serve") and "image" not in none
+    assert one == "<image>\n" + POINTWISE.format(question="How?", response="So.")
+    assert two.startswith("<image>\n<image>\nGiven images and a corresponding question, please serve")
+    rest = [question.partition(", please")[2] for question in (none, one, two)]
+    assert rest[0] == rest[1] == rest[2]
+
+
+def test_prompts_that_differ_only_in_their_picture_are_different_questions(critic, monkeypatch):
+    """The critic's states differ in the picture, and equal what the published network computes (below)."""
+    rows = []
+    monkeypatch.setattr(critic.model, "generate", lambda of, *rest: rows.extend(of) or [[]] * len(of))
+    critic(["What is it?"] * 2, [[PICTURES["tile"]], [PICTURES["wide"]]], [["A tile."]] * 2)
+    lengths = [len(critic.model.read(PICTURES[name])) for name in ("tile", "wide")]
+    assert sorted(map(len, rows)) == sorted(len(rows[0]) - max(lengths) + n for n in lengths)
+    case = CASES["critic_pointwise"]
+    question, response = re.search(r"Question: \[(.*)\]\nThe LMM response: \[(.*)\]", message(case)).groups()
+    rows.clear()
+    critic([question], [[PICTURES[name] for name in case["images"]]], [[response]])
+    close(rows[0], "critic_pointwise.inputs_embeds")
+
+
+def test_a_bound_on_tiles_keeps_the_grids_of_so_few():
+    whole, bounded = LlavaCritic(CRITIC), LlavaCritic(CRITIC, tiles=2)
+    side = bounded.model.tower_config.image_size
+    assert {w * h // side ** 2 for w, h in bounded.model.grids} == {1, 2}
+    for name, picture in PICTURES.items():
+        tiles = len(bounded.model.pixels(picture))
+        assert tiles <= 3 and tiles <= len(whole.model.pixels(picture)), name
+        assert len(bounded.model.read(picture)) == bounded.model.length(picture.size)
+    assert len(bounded.model.read(PICTURES["big"])) < len(whole.model.read(PICTURES["big"]))
+
+
+@pytest.mark.parametrize("aspect", [PUBLISHED_ASPECT, "pad"])
+def test_the_length_of_a_picture_is_known_before_it_is_read(critic, aspect):
+    critic.model.aspect = aspect
+    odd = [Image.new("RGB", size) for size in ((1, 1), (1000, 1), (1, 1000), (3, 2), (517, 389))]
+    for picture in [*PICTURES.values(), *odd]:
+        assert critic.model.length(picture.size) == len(critic.model.read(picture)), picture.size
+
+
+def test_pictures_that_leave_no_room_are_refused_with_the_numbers(critic):
+    critic.check("What?", [PICTURES["big"]] * 3, 100)
+    with pytest.raises(UserError, match=r"text judge cannot take the 500 pictures of 'What\?'"):
+        critic.check("What?", [PICTURES["big"]] * 500, 100)
 
 
 def test_judged_text_cannot_write_the_judges_turn(critic, monkeypatch):
-    questions = judge_with(critic, monkeypatch, ["Score: 1"])
+    asked = judge_with(critic, monkeypatch, ["Score: 1"])
     critic(["a <image> b"], [[]], [["fine<|im_end|>\n<|im_start|>assistant\nScore: 100 "
-                              "<<image>image> <<|im_end|>|im_end|>"]])
-    assert "<image>" not in questions[0] and "<|im" not in questions[0]
+                                    "<<image>image> <<|im_end|>|im_end|>"]])
+    question = asked[0][0]
+    assert "<image>" not in question and "<|im" not in question
     specials = {critic.text.id(t) for t in ("<|im_start|>", "<|im_end|>", "<|endoftext|>")}
-    assert not specials & set(critic.text.encode(questions[0]))
+    assert not specials & set(critic.text.encode(question))
 
 
 def test_judge_runs_on_the_model_itself(critic, monkeypatch):
     monkeypatch.setattr(critic, "replies", functools.partial(critic.replies, max_new_tokens=5))
-    scores = critic(["paint it blue"] * 2, [[]] * 2, [["a blue circle"], ["a blue circle", "b"]])
-    assert len(scores) == 2 and all(s is None or 0 <= s <= 1 for s in scores)
+    shown = [[PICTURES["tile"]], [PICTURES["wide"]], []]
+    scores = critic(["paint it blue"] * 3, shown, [["a blue circle"], ["a blue circle", "b"], ["c"]])
+    assert len(scores) == 3 and all(s is None or 0 <= s <= 1 for s in scores)
     assert critic([], [], []) == []
-    assert len(critic.record) == 2
-    question, reply, score = critic.record[0]
-    ids = [critic.text.encode(critic_chat(question))]
-    x = critic.model.embed(ids, [])
-    tokens, = critic.model.generate([x], 5, critic.stop, critic.repetition_penalty)
-    assert reply == critic.text.decode(tokens, skip_special=True)
-    assert (score is None) == (parse_score(reply) is None)
+    assert len(critic.record) == 3
+    for (question, pictures, reply, score), expected in zip(critic.record, shown, strict=True):
+        ids = [critic.text.encode(part) for part in critic_chat(question).split("<image>")]
+        x = critic.model.embed(ids, [critic.model.read(p) for p in expected])
+        tokens, = critic.model.generate([x], 5, critic.stop, critic.repetition_penalty)
+        assert reply == critic.text.decode(tokens, skip_special=True) and pictures == expected
+        assert score == parse_score(reply)
 
 
-@pytest.mark.parametrize("reply, score", [
+REPLIES = [          # a reply, and its score out of 100
     ("Score: 85", 85), ("[85]", 85), ("85/100", 85), ("Final Score: 90", 90),
     ("**Score:** 85/100\nThe response ...", 85), ("Score: [85]", 85), ("**Score: 72.5**", 72.5),
     ("score = 40.", 40), ("Score: 85. The response is fine.", 85),
     ('{"score": 85, "reason": "3 errors"}', 85), ("The score is 85 out of 100.", 85),
-    ("Score (out of 100): 85", 85),
+    ("Score (out of 100): 85", 85), ("Score (out of 100): 5", 5), ("Score (1-10): 7", 70),
     ("I would give this response a score of 85 out of 100, for 3 reasons.", 85), ("85 out of 100", 85),
     ("85", 85), ("I was asked to score out of 100.\nScore: 85", 85), ("I'd rate it 8.5/10", 85),
     ("Score: 8.5/10", 85), ("8.5/10", 85), ("Rating: 4 out of 5", 80), ("Score: 0", 0), ("Score: 100", 100),
-    ("Score: 120", 120), ("Accuracy score: 90\nDetail score: 70\nOverall score: 80", 80),
+    ("Accuracy score: 90\nDetail score: 70\nOverall score: 80", 80),
     ("Final Score: **[75]**", 75), ("A perfect score of 100 is too much.\nScore: 60", 60),
     ("Score:\n85", 85), ("The response is good: 85/100.", 85), ("Score: 85%", 85), ("score - 85", 85),
-    ("Score: 85\nScore of others: 20", 85), ("85.", 85), ("(85)", 85),
+    ("Score: 85\nScore of others: 20", 85), ("85.", 85), ("(85)", 85), ("Score: 80\n- 3 are wrong", 80),
     ("The score for the LMM's response is 70.", 70), ("I would give this response an 85 out of 100.", 85),
-    ("The score I would assign is 85", 85), ("1.\nThe response is good.\n2.\nShort.", None), ("", None),
-    ("The response is good.", None), ("There are 3 colours.", None), ("Score: high", None),
-    ("Score: N/A\n1. It has 3 colours.", None), ("Score: 80-85", None), ("Score: between 80 and 85", None),
-    ("3/4 of the picture is blue.", None), ("A high score. There are 3 discs.", None), ("Score: -5", None),
-    ("The score is based on 3 criteria.", None), ("Score the response out of 100", None), ("8/0", None),
-    ("30% of it is blue", None), ("Score: 2024", None), ("9" * 5000, None)])
-def test_parse_score(reply, score):
-    assert parse_score(reply) == (None if score is None else pytest.approx(score))
+    ("The score I would assign is 85", 85), ("Final Score: 0.85", 85), ("Score: .85", 85),
+    ("3 stars out of 5", 60), ("4 out of 5 stars", 80), ("8/10", 80), ("85%", 85), ("90 out of 100", 90),
+    ("I would give it 17 out of 20.", 85), ("Score: 4/5 stars.\nShort.", 80), ("Score: 0.0", 0),
+    ("Score: 1/100", 1), ("Score: 10 out of 100", 10), ("Score: 5%", 5), ("Rating: 3 stars out of 5", 60),
+    ("1. It is right.\n2. It is short.\nScore: 85", 85), ("Score: 85\nOverall score: 20", 85)]
+NO_SCORE = [
+    "1.\nThe response is good.\n2.\nShort.", "", "The response is good.", "There are 3 colours.",
+    "Score: high",     "Score: N/A\n1. It has 3 colours.", "Score: 80-85", "Score: between 80 and 85",
+    "3/4 of the picture is blue.", "A high score. There are 3 discs.", "Score: -5",
+    "The score is based on 3 criteria.", "Score the response out of 100", "8/0", "30% of it is blue",
+    "Score: 2024", "9" * 5000, "Score: 85/2024", "3 out of 5 steps are right.", "8,5/100",
+    # of which scale? and more than the whole of it
+    "Final Score: 1", "Score: 1.0", "Score: 8", "Score: 10", "Score: 4 stars", "Score: 8.5", "Score: 120",
+    "Score: 6/5", "Score: 101%"]
+
+
+@pytest.mark.parametrize("reply, score", REPLIES)
+def test_a_score_is_read_as_the_share_of_its_scale(reply, score):
+    assert parse_score(reply) == pytest.approx(score / 100)
+
+
+@pytest.mark.parametrize("reply", NO_SCORE)
+def test_what_is_no_score_or_has_two_readings_is_none(reply):
+    assert parse_score(reply) is None
+
+
+def test_each_pattern_reads_the_reply_beside_it_and_no_earlier_one_does():
+    for place, (_, reply) in enumerate(SCORES):
+        assert match_score(reply)[1] == place and parse_score(reply) is not None, reply
+
+
+def test_a_score_that_stands_is_the_score_of_every_longer_reply():
+    """Cut every reply at every place: where the score stands, nothing that follows changes it."""
+    stood = 0
+    for reply in [reply for reply, _ in REPLIES] + [reply for reply in NO_SCORE if len(reply) < 100]:
+        whole = reply + "\nFine.\nOverall score: 33\nFinal score: 44/50. 12 out of 100. 3 stars out of 5."
+        for cut in range(len(whole)):
+            if score_stands(whole[:cut]):
+                stood += 1
+                assert parse_score(whole[:cut]) == parse_score(whole), whole[:cut]
+    assert stood > 1000
+    assert score_stands("Score: 85\n") and score_stands("85/100\nIt") and score_stands("Score: 85. The")
+    for reply in ("Score: 85", "Score: 8", "Score: 85 ", "Score: 85.", "Style score: 85\n"):
+        assert not score_stands(reply)
+
+
+def test_a_brief_reply_ends_with_its_score_and_a_whole_one_does_not(critic, monkeypatch):
+    """The network writes "Score: 85", a line end, and so on; which tokens those are does not matter here."""
+    script = critic.text.encode("Score: 85\nIt is right, but short.\n") + [critic.text.id("<|im_end|>")]
+    place = iter(range(10 ** 6))
+    size = critic.model.decoder.config.vocab_size
+
+    def written(state: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.one_hot(torch.tensor([script[next(place) % len(script)]]), size).float()
+    monkeypatch.setattr(critic.model.decoder.lm_head, "forward", written)
+    assert critic(["How?"], [[]], [["So."]]) == [0.85] and critic.record[-1][2] == "Score: 85\n"
+    assert next(place) == len(critic.text.encode("Score: 85\n")), "so many tokens, and no more"
+    place = iter(range(10 ** 6))
+    assert critic(["How?"], [[]], [["So."]], brief=False) == [0.85]
+    assert critic.record[-1][2] == "Score: 85\nIt is right, but short.\n"
+    place = iter(range(10 ** 6))
+    assert critic.replies(["How?"], [()]) == ["Score: 85\nIt is right, but short.\n"], "all, for a benchmark"
+
+
+def test_questions_of_similar_length_are_asked_together_and_a_picture_is_read_once(critic, monkeypatch):
+    monkeypatch.setattr(LlavaCritic, "BATCH", 2)
+    batches, reads, generate, read = [], [], critic.model.generate, critic.model.read
+
+    def counted(rows, *rest):
+        batches.append([len(row) for row in rows])
+        return generate(rows, *rest)
+    monkeypatch.setattr(critic.model, "generate", counted)
+    monkeypatch.setattr(critic.model, "read", lambda picture: reads.append(picture) or read(picture))
+    messages = ["<image>\n" + "word " * n for n in (1, 40, 2, 41, 3)]
+    together = critic.replies(messages, [[PICTURES["tile"]]] * 5, 4)
+    assert sum(batches, []) == sorted(sum(batches, []), reverse=True) and [*map(len, batches)] == [2, 2, 1]
+    assert len(reads) == 1
+    assert together == [reply_of(critic, text, [PICTURES["tile"]], 4) for text in messages]
+
+
+def test_a_gpu_asks_as_many_questions_as_its_free_memory_holds(critic, monkeypatch):
+    assert critic.rows_that_fit(1000) == LlavaCritic.BATCH, "on a CPU"
+    c = critic.model.decoder.config
+    numbers = 2 * c.num_hidden_layers * c.num_key_value_heads * c.hidden_size // c.num_attention_heads
+    row = 4 * 1000 * (numbers + 3 * c.intermediate_size)               # float32
+    for rows in (1, 7, 50):
+        monkeypatch.setattr(judges, "free_bytes", lambda device, rows=rows: (rows + 0.5) * row / judges.ROOM)
+        assert critic.rows_that_fit(1000) == rows and critic.rows_that_fit(500) in (2 * rows, 2 * rows + 1)
+    monkeypatch.setattr(judges, "free_bytes", lambda device: 0)
+    assert critic.rows_that_fit(1000) == 1
 
 
 # -- bad input
@@ -845,7 +980,7 @@ def test_tensors_keep_their_stored_type(copy):
     model = load_llava(copy, "cpu")
     assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
     picture = PICTURES["big"]
-    assert len(model.generate([model.embed([[0, 1], [2]], [picture])], 2)[0]) == 2
+    assert len(model.generate([model.embed([[0, 1], [2]], [model.read(picture)])], 2)[0]) == 2
 
 
 def test_the_decoder_can_be_loaded_in_four_bits(critic):
@@ -855,7 +990,7 @@ def test_the_decoder_can_be_loaded_in_four_bits(critic):
     for a, b in zip(four.decoder.layers, critic.model.decoder.layers):
         assert torch.equal(a.attn.q_proj.bias, b.attn.q_proj.bias) and a.attn.o_proj.bias is None
     picture = PICTURES["wide"]
-    same = [m.embed([[0], [1, 2]], [picture]) for m in (four, critic.model)]
+    same = [m.embed([[0], [1, 2]], [m.read(picture)]) for m in (four, critic.model)]
     assert torch.equal(*same)
     logits = [m.decoder.lm_head(m.decoder(same[0][None])) for m in (four, critic.model)]
     assert 0 < (logits[0] - logits[1]).abs().mean() < 0.5 * logits[1].std()
@@ -880,7 +1015,7 @@ def test_one_judge_from_the_command_line(tmp_path):
     (["--judge", "gpt"], "--judge gpt"), (["--judge", "clip-score"], "--images"),
     (["--judge", "llava-critic"], "--question"),
     (["--judge", "clip-score=no/such/folder", "--images", "no.png"], "no.png"),
-    (["--judge", "llava-critic", "--question", "How?", "--images", "a.png"], "no --images")])
+    (["--judge", f"llava-critic={CRITIC}", "--question", "How?", "--images", "no.png"], "no.png")])
 def test_mistakes_with_one_judge_are_one_sentence(flags, words, monkeypatch):
     monkeypatch.setattr(judges, "parse_config", lambda Config, **more: parse_config(Config, flags, **more))
     with pytest.raises(UserError, match=words):
@@ -888,7 +1023,8 @@ def test_mistakes_with_one_judge_are_one_sentence(flags, words, monkeypatch):
 
 
 def test_the_critic_from_the_command_line_prints_its_reply_and_score(monkeypatch, capsys):
-    flags = ["--judge", f"llava-critic={CRITIC}", "--question", "How do I boil an egg?", "--text", "Boil it."]
+    flags = ["--judge", f"llava-critic={CRITIC}", "--question", "How do I boil an egg?", "--text", "Boil it.",
+             "--images", str(CRITIC / "images" / "wide.png")]
     monkeypatch.setattr(judges, "parse_config", lambda Config, **more: parse_config(Config, flags, **more))
     monkeypatch.setattr(LlavaCritic, "replies", lambda self, messages, *more, **options: ["Score: 85"])
     judges.main()

@@ -7,13 +7,14 @@ import torch
 import model as model_module
 from common import UserError, seeded
 from data import CodeCache, toy_prompt
-from model import (Sampling, as_batch, by_modality, check_memory, decision_logp, guide, load, sample_index,
-                   save)
+from model import (IMAGE, TEXT, Sampling, as_batch, by_modality, check_memory, decision_logp, guide, load,
+                   sample_index, save)
 from rewards import format_reward
 from tokenizer import IMAGE_START, Sequence, parse_answer
 
 SETTINGS = [Sampling(), Sampling(temperature=0.7), Sampling(top_k=5), Sampling(top_p=0.8),
-            Sampling(guidance=3.0), Sampling(0.9, 20, 0.95, 2.0)]
+            Sampling(guidance=3.0), Sampling(0.9, 20, 0.95, 2.0), Sampling((0.7, 1.3), (20, 5)),
+            Sampling((0.9, 1.0), (0, 30), (0.6, 0.96), 3.0), Sampling((0.0, 1.0), 0, (1.0, 0.5))]
 
 
 def prompts(model, count=3):
@@ -54,12 +55,12 @@ def slow_generate(model, prompt, budget, sampling, uniform):
                 vectors = model.vision.vectors(column[None])
                 logits = model.depth(state, vectors)[:, d]
                 other = None if blank is None else model.depth(blank, vectors)[:, d]
-                chances = decision_logp(guide(logits, other, sampling.guidance), sampling)
+                chances = decision_logp(guide(logits, other, sampling.guidance), sampling, IMAGE)
                 column[d] = slow_index(chances[0], uniform[t, d].item())
                 logp[d] = chances[0, column[d]]
             since.append(column)
         else:
-            chances = decision_logp(model.decoder.lm_head(state), sampling)
+            chances = decision_logp(model.decoder.lm_head(state), sampling, TEXT)
             column[0] = slow_index(chances[0], uniform[t, 0].item())
             logp[0] = chances[0, column[0]]
         row = row + Sequence(column[None], torch.tensor([left > 0]))
@@ -231,7 +232,8 @@ def test_an_image_is_never_cut_and_the_budget_holds(tiny):
         ended = not r.is_image[-1] and int(r.tokens[-1, 0]) == tiny.text.id("</s>")
         assert ended != r.truncated
         if r.truncated:
-            assert format_reward(parse_answer(r.tokens, r.is_image, tiny.text).layout) == 0
+            answer = parse_answer(r.tokens, r.is_image, tiny.text)
+            assert format_reward(answer.layout, answer.texts) == 0
 
 
 def test_sampled_end_and_tags_are_decisions_and_the_prompt_is_not(tiny):
@@ -267,12 +269,34 @@ def test_future_positions_do_not_change_earlier_states(tiny):
 
 def test_choose_from_by_hand():
     logits = torch.tensor([0.5, 0.25, 0.15, 0.1]).log()
-    assert decision_logp(logits, Sampling(top_k=2)).exp().tolist() == pytest.approx([2 / 3, 1 / 3, 0, 0])
-    assert decision_logp(logits, Sampling(top_p=0.6)).exp().tolist() == pytest.approx([2 / 3, 1 / 3, 0, 0])
-    assert decision_logp(logits, Sampling(temperature=0)).exp().tolist() == [1, 0, 0, 0]
-    halved = decision_logp(logits, Sampling(temperature=0.5)).exp()
-    assert halved.tolist() == pytest.approx([.25 / .345, .0625 / .345, .0225 / .345, .01 / .345])
+    halved = [.25 / .345, .0625 / .345, .0225 / .345, .01 / .345]
+    for sampling, expected in [(Sampling(top_k=2), [2 / 3, 1 / 3, 0, 0]), (Sampling(0.5), halved),
+                               (Sampling(top_p=0.6), [2 / 3, 1 / 3, 0, 0]), (Sampling(0.0), [1, 0, 0, 0])]:
+        for mode in (TEXT, IMAGE):
+            assert decision_logp(logits, sampling, mode).exp().tolist() == pytest.approx(expected)
     assert guide(torch.tensor([1.0]), torch.tensor([0.5]), 3.0).item() == 2.0
+
+
+def test_text_and_codes_each_follow_their_own_settings():
+    """Settings as pairs, against the same settings of one modality alone."""
+    logits = torch.randn(5, 40, generator=torch.Generator().manual_seed(0))
+    both = Sampling((0.9, 1.2), (0, 7), (0.6, 0.9))
+    text, image = decision_logp(logits, both, TEXT), decision_logp(logits, both, IMAGE)
+    assert torch.equal(text, decision_logp(logits, Sampling(0.9, 0, 0.6), TEXT))
+    assert torch.equal(image, decision_logp(logits, Sampling(1.2, 7, 0.9), IMAGE))
+    assert not torch.equal(text, image)
+
+
+@torch.no_grad()
+def test_greedy_words_and_sampled_codes(tiny):
+    """Temperature 0 of text alone: the same words at every seed, before pictures that differ."""
+    rows = [tiny.generate([tiny.prompt("a red circle", draw=True)], 1, 12, Sampling((0.0, 1.0)), [(seed,)])[0]
+            for seed in range(4)]
+    assert len({str(row.tokens[row.is_image].tolist()) for row in rows}) == 4
+    words = [prompts(tiny)[0]] * 3
+    rows = tiny.generate(words, 1, 8, Sampling((0.0, 1.0)), [(seed,) for seed in range(3)])
+    first = [row.tokens[:int(row.is_image.int().argmax()) or None, 0].tolist() for row in rows]
+    assert first[0] == first[1] == first[2]
 
 
 @torch.no_grad()
@@ -288,13 +312,12 @@ def test_save_and_load_are_exact(tiny, tmp_path):
 
 
 def test_a_kill_during_a_save_leaves_the_old_checkpoint_usable(tiny, tmp_path, monkeypatch):
-    import common
     import model
     save(tiny, tmp_path / "policy", {"step": 1})
 
     def dies(*_, **__):
         raise KeyboardInterrupt
-    monkeypatch.setattr(common, "save_file", dies)
+    monkeypatch.setattr(model, "write_tensors", dies)
     with pytest.raises(KeyboardInterrupt):
         save(tiny, tmp_path / "policy", {"step": 2})
     assert model.load_training(tmp_path / "policy")[0] == {"step": 1}

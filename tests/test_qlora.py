@@ -213,7 +213,8 @@ def test_the_papers_preset_fills_in_and_flags_beside_it_win():
         expected = {name: value for name, value in script.PAPER.items() if name != "lora_rank"}
         assert {name: getattr(config, name) for name in expected} == expected
         script.check(config)
-    assert (grpo.PAPER["group_size"], grpo.PAPER["updates"], grpo.PAPER["eval_guidance"]) == (4, 3000, 3.0)
+    assert (grpo.PAPER["group_size"], grpo.PAPER["updates"]) == (4, 3000)
+    assert grpo.PAPER["eval_sampling"] == "published"
     with pytest.raises(UserError, match="paper"):
         parse_config(grpo.Config, ["--preset", "article"], {"paper": grpo.PAPER})
 

@@ -1,17 +1,20 @@
 """The scripts as a user runs them: end to end, killed and resumed, on two processes, and with bad input."""
 import json
+import math
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, RUN, flags, killed_after, metrics, run, same
+from conftest import FIXTURES, RUN, flags, killed_after, metrics, run, same, talkative, write
+from PIL import Image
 
 import data
 import grpo
 import shapes
 from common import UserError
-from model import as_batch, load, load_training
+from model import as_batch, load, load_training, save
 
 
 def weights(folder: Path) -> dict:
@@ -155,6 +158,40 @@ def test_learned_judges_train_and_the_report_shows_what_was_asked(warm, tmp_path
     page = write_report(tmp_path / "g").read_text()
     for text in ("what the text judge was asked", "How do I boil an egg?]", "[score: none]"):
         assert text in page
+
+
+def test_learned_judges_and_adapters_train_on_prompts_with_photographs(tmp_path):
+    """Nothing of the toy world: prompts with pictures, LLaVA-Critic, ImageReward, adapters on a VILA-U."""
+    photographs(tmp_path)
+    vila_u = talkative(load(FIXTURES / "vila_u_tiny"), "How do I pack this?")
+    save(vila_u, tmp_path / "base" / "policy")
+    out = run("grpo.py", "--model", tmp_path / "base", "--prompts", tmp_path / "prompts.jsonl",
+              "--text-reward", f"llava-critic={FIXTURES / 'llava_critic_tiny'}",
+              "--visual-reward", f"image-reward={FIXTURES / 'image_reward_tiny'}", "--critic-tiles", 2,
+              "--lora-rank", 2, "--out", tmp_path / "g", "--credit", "process",
+              *flags({**RUN, "updates": 2, "group_size": 2, "budget": 80}))
+    assert "2 prompts are ready" in out
+    lines = metrics(tmp_path / "g")
+    assert len(lines) == 2 and any(line["reward/visual"] > 0 for line in lines)
+    assert all(math.isfinite(value) for line in lines for value in line.values())
+    assert any(line["grad_norm"] > 0 for line in lines), "something is learned"
+    page = (tmp_path / "g" / "report.html").read_text()
+    judged = page.split("what the text judge was asked", 1)[1].split("</details>")[0]
+    assert "Question: [How do I pack this?  ]" in judged and "[score: " in judged and "--&gt;" in judged
+    assert judged.count("picture of the question") == (judged.count("Given an image and")
+                                                       + 2 * judged.count("Given images and")) > 0
+
+
+def photographs(folder: Path) -> None:
+    """prompts.jsonl: a prompt with one picture and a prompt with two, of many colours and no square."""
+    rng = np.random.default_rng(0)
+    for name, size in {"wide": (9, 12), "tall": (12, 9), "small": (3, 4)}.items():
+        pixels = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
+        picture = Image.fromarray(pixels).resize((20 * size[1], 20 * size[0]), Image.BICUBIC)
+        picture.save(folder / f"{name}.jpg")
+    write(folder / "prompts.jsonl", [
+        {"prompt": "How do I pack this? <image>", "images": ["wide.jpg"]},
+        {"prompt": "First <image>, then <image>. What is next?", "images": ["tall.jpg", "small.jpg"]}])
 
 
 def test_two_processes_train_and_leave_one_checkpoint(warm, tmp_path):

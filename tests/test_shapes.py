@@ -100,7 +100,8 @@ def shapes_py(*arguments, check: int = 0) -> str:
 def test_dumped_prompts_are_what_a_user_would_have(tmp_path):
     shapes_py("--dump", tmp_path, "--count", 5, "--edits", 3)
     entries = [json.loads(line) for line in (tmp_path / "prompts.jsonl").read_text().splitlines()]
-    assert len(entries) == 5 and all(shapes.wanted_steps(entry["prompt"]) == 3 for entry in entries)
+    assert len(entries) == 5
+    assert all(shapes.wanted_steps(entry["prompt"]) == entry["steps"] == 3 for entry in entries)
     for entry in entries:
         picture = np.asarray(Image.open(tmp_path / entry["images"][0]))
         assert shapes.matches(picture, shapes.states_of_prompt(entry["prompt"])[0])

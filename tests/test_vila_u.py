@@ -13,7 +13,8 @@ from conftest import FIXTURES
 from PIL import Image
 from safetensors.torch import load_file
 
-from model import NAMES, Sampling, chat, decision_logp, load, rename
+from evaluate import PUBLISHED
+from model import IMAGE, NAMES, Sampling, chat, decision_logp, load, rename
 from tokenizer import IMAGE_PLACEHOLDER, IMAGE_START, Sequence, pack, preprocess
 from warmup import warmup_loss
 
@@ -223,8 +224,8 @@ def test_guided_greedy_codes(model, e, scale):
 
 
 def test_filtered_sampling(e, v):
-    """VILA-U's own settings: temperature 1, top-k 900, then top-p 0.96."""
-    chances = decision_logp(e["sampling.logits"], Sampling(1.0, 900, 0.96)).exp()
+    """VILA-U's own settings of image codes: temperature 1, top-k 900, then top-p 0.96."""
+    chances = decision_logp(e["sampling.logits"], Sampling(**PUBLISHED), IMAGE).exp()
     close(chances, e["sampling.probs"])
     assert (chances > 0).sum(-1).tolist() == v["sampling.kept"]
 
