@@ -35,6 +35,9 @@ and nothing takes its place.
     python data.py                                      # one sample of each kind, of the toy world
     python data.py --data activitynet=data/activitynet  # counts, reasons, a sample of each kind
 """
+from common import (Seed, UserError, hash_files, open_tensors, parse_config, process_count, process_rank,
+                    read_picture, read_text, run_main, summed, wait_for_all, write_tensors, write_whole)
+
 import csv
 import difflib
 import hashlib
@@ -57,8 +60,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 import shapes
-from common import (Seed, UserError, hash_files, open_tensors, parse_config, process_count, process_rank,
-                    read_picture, read_text, run_main, summed, wait_for_all, write_tensors, write_whole)
 from model import UnifiedModel
 from tokenizer import IMAGE_END, IMAGE_START, SPECIAL_TOKENS, THINK_END, THINK_START
 
@@ -157,7 +158,6 @@ def toy_i2t(rng: random.Random, edits: int = 0) -> Sample:
     scene = rng.choice(shapes.SCENES)
     return Sample(f"<image> {I2T_QUESTION}", [shapes.render(scene)], f"{shapes.caption(scene)}</s>",
                   kind="understanding")
-
 
 PRETRAINING = {toy_words: 0.5, toy_t2i: 0.25, toy_i2t: 0.25}
 
@@ -465,7 +465,6 @@ def read_segments(entry: object, origin: tuple, left_out: LeftOut) -> list[tuple
                 raise Broken("a segment is empty", span)
             segments.append((start, stop, i, text))
     return sorted(segments)
-
 
 HOWTO_COLUMNS = ("VID_ID", "DS_CAT_NAME", "FRAME_S1", "FRAME_AC", "FRAME_S2", "FILENAME")
 HOWTO_PROMPTS = ("FRAME_AC_PROMPT", "FRAME_S2_PROMPT")           # one in actions.*.txt, one in states.*.txt

@@ -34,6 +34,13 @@ criteria in our words (llava-critic). The same command resumes a run that was in
 
     torchrun --nproc_per_node=8 evaluate.py ...           # the same tables, the work shared by 8 processes
 """
+from common import (COLUMNS, Count, Names, Natural, Naturals, NonNegative, NonNegatives, Seed, TopPs,
+                    UserError, Weights, add_line, check_config, check_content, check_settings, claim,
+                    end_processes, flag_of, fold, free_folder, hash_files, parse_config, pick_device,
+                    picture_html, process_count, process_rank, read_json, read_lines, read_picture,
+                    require, run_main, shown, start_processes, steps_html, wait_for_all, write_comparison,
+                    write_page, write_report, write_text, write_whole)
+
 import hashlib
 import html
 import json
@@ -55,12 +62,6 @@ from tqdm import tqdm
 
 import data
 import shapes
-from common import (COLUMNS, Count, Names, Natural, Naturals, NonNegative, NonNegatives, Seed, TopPs,
-                    UserError, Weights, add_line, check_config, check_content, check_settings, claim,
-                    end_processes, flag_of, fold, free_folder, hash_files, parse_config, pick_device,
-                    picture_html, process_count, process_rank, read_json, read_lines, read_picture,
-                    require, run_main, shown, start_processes, steps_html, wait_for_all, write_comparison,
-                    write_page, write_report, write_text, write_whole)
 from data import (I2T_QUESTION, Broken, CodeCache, LeftOut, Question, Sample, fingerprint, hash_samples,
                   keep_usable, toy_prompt)
 from judges import LlavaCritic, strip_marks
@@ -323,7 +324,6 @@ def before_and_after(run, prompts: list[str]) -> None:
         write_text(folder / "evaluation.json", json.dumps(results, indent=1))
         print(rates_table(results))
     print(f"answers, curves and rates: {write_report(folder)}")
-
 
 LADDER = {                           # rung -> its GRPO settings: the rows of the paper's ablation
     "r_f": {"reward_weights": "0,0,1", "credit": "outcome"},
@@ -923,7 +923,6 @@ def benchmark_table(benchmark: Benchmark, ours: dict[str, Rows]) -> str:
         others = ", ".join(f"{metric} {value}" for metric, value in benchmark.OTHER.items())
         lines.append(f"paper full, in other measures of the same ability, not this one: {others}")
     return "\n".join(lines)
-
 
 PAGE = 200                           # answers that a page shows
 

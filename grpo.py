@@ -12,6 +12,13 @@
     torchrun --nproc_per_node=2 grpo.py     # two processes share the prompts of each update
     python grpo.py --preset paper           # the paper's settings, QLoRA on VILA-U 7B (a GPU)
 """
+from common import (LEGEND, Count, LearningRate, Natural, Naturals, NonNegative, Part, Positive, Positives,
+                    Range, Run, Seed, Share, TopPs, UserError, Weights, average_gradients, averaged,
+                    check_config, check_content, check_finite, check_settings, claim, end_processes,
+                    group_html, note_processes, optimizer_tensors, parse_config, part_html, part_text,
+                    parts_of, peak_gib, png, require, restore_optimizer, run_main, shown, start_over,
+                    start_processes, whole, write_page)
+
 import itertools
 import math
 import random
@@ -29,12 +36,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 import warmup
-from common import (LEGEND, Count, LearningRate, Natural, Naturals, NonNegative, Part, Positive, Positives,
-                    Range, Run, Seed, Share, TopPs, UserError, Weights, average_gradients, averaged,
-                    check_config, check_content, check_finite, check_settings, claim, end_processes,
-                    group_html, note_processes, optimizer_tensors, parse_config, part_html, part_text,
-                    parts_of, peak_gib, png, require, restore_optimizer, run_main, shown, start_over,
-                    start_processes, whole, write_page)
 from data import (PROMPT_READERS, CodeCache, LeftOut, Sample, hash_samples, keep_usable, read_prompts,
                   read_sources, toy_prompt)
 from evaluate import before_and_after

@@ -12,6 +12,9 @@ tests/test_judges.py holds every network here to what its official implementatio
     python judges.py --judge image-reward=FOLDER --text "a fox in the snow" --images fox.png,cat.png
     python judges.py --judge llava-critic=FOLDER --question "How long?" --images egg.png --text "9 minutes."
 """
+from common import (Natural, UserError, free_bytes, parse_config, pick_device, read_json, read_picture,
+                    read_text, reading, run_main, snapshot, split_paths)
+
 import math
 import re
 import unicodedata
@@ -29,8 +32,6 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from common import (Natural, UserError, free_bytes, parse_config, pick_device, read_json, read_picture,
-                    read_text, reading, run_main, snapshot, split_paths)
 from model import (COMPACT, NAMES, ROOM, Decoder, DecoderConfig, KVCache, Stored, decoder_config, fill,
                    row_bytes, stored_tensors, tensor_files)
 from tokenizer import (CACHE_SIZE, SIGLIP_HEADS, Attention, Block, SiglipTower, TowerConfig, byte_pairs,
@@ -120,7 +121,6 @@ def bert_words(text: str) -> list[str]:
     lower = " ".join("".join(map(str.lower, word)) for word in "".join(clean).split())
     letters = [c for c in unicodedata.normalize("NFD", lower) if unicodedata.category(c) != "Mn"]
     return "".join(f" {c} " if is_punctuation(c) else c for c in letters).split()
-
 
 IDEOGRAPHS = [(0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F), (0x2B740, 0x2B81F),
               (0x2B820, 0x2CEAF), (0xF900, 0xFAFF), (0x2F800, 0x2FA1F)]
@@ -545,7 +545,6 @@ class Clip(nn.Module):
             x = block(x, causal=True)               # so what stands behind `end` changes nothing
         state = self.norm(x[torch.arange(len(x), device=x.device), end])
         return F.normalize(self.text_out(state), dim=-1)
-
 
 CLIP_NAMES = {     # prefixes in the published files -> here; {} is a number
     "vision_model.embeddings.class_embedding": "tower.cls",

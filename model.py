@@ -17,6 +17,12 @@ and `decision_logp`, which both call. Behind them come QLoRA, then loading and s
     python model.py --model mit-han-lab/vila-u-7b-256 --quantize nf4 --draw --guidance 3 --prompt "a fox"
                                 # one picture from the published model
 """
+from common import (Count, Naturals, NonNegative, NonNegatives, Seed, TopPs, UserError, check_replaceable,
+                    claim, foreign, free_bytes, hash_folder, open_tensors, parse_config, pick_device,
+                    picture_html, process_count, process_rank, read_json, read_picture, read_tensor, reading,
+                    run_main, seeded, settled, sharded_like, snapshot, split_paths, steps_html, total_bytes,
+                    write_folder, write_page, write_tensors, write_text)
+
 import json
 import math
 import re
@@ -42,11 +48,6 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from common import (Count, Naturals, NonNegative, NonNegatives, Seed, TopPs, UserError, check_replaceable,
-                    claim, foreign, free_bytes, hash_folder, open_tensors, parse_config, pick_device,
-                    picture_html, process_count, process_rank, read_json, read_picture, read_tensor, reading,
-                    run_main, seeded, settled, sharded_like, snapshot, split_paths, steps_html, total_bytes,
-                    write_folder, write_page, write_tensors, write_text)
 from tokenizer import (IMAGE_END, IMAGE_PLACEHOLDER, IMAGE_START, THINK_END, THINK_START, VISION_NAMES,
                        Answer, Attention, Block, ImageTokenizer, Sequence, TextTokenizer, VisionConfig, pack,
                        pad, parse_answer, preprocess, to_pictures)
@@ -1262,7 +1263,6 @@ def fill(model: nn.Module, stored: dict[str, Stored], names: dict[str, str], fol
     if missing:
         theirs = rename(min(missing), {ours: theirs for theirs, ours in names.items()})
         raise UserError(f"{folder}: tensor {theirs} is missing ({len(missing)} in all)")
-
 
 BUFFERS = re.compile(r".*(\.inv_freq|_cached|position_ids|\.masked_bias)$")     # computed here, or not used
 EMBEDDING = "model.embed_tokens.weight"

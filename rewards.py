@@ -14,6 +14,8 @@ sum (`hybrid_rewards`), Eq. (6) on the steps.
 
     python rewards.py           # score one right and three wrong answers and print the parts
 """
+from common import UserError, hash_folder, pick_device, png, read_picture, run_main
+
 import argparse
 import math
 import re
@@ -29,7 +31,6 @@ from torch import Tensor
 
 import judges
 import shapes
-from common import UserError, hash_folder, pick_device, png, read_picture, run_main
 from tokenizer import Answer, Segment
 
 # A judge gives None where it has no opinion, for example where a reply holds no score. None is no
@@ -49,7 +50,6 @@ VisualJudge = Callable[[list[str], list[np.ndarray]], list[Score]]
 def visible(text: str | None) -> bool:
     """Whether a text has a character that a reader sees."""
     return any(c.isprintable() and not c.isspace() for c in text or "")
-
 
 FORMS = {                        # kind of a prompt (data.KINDS) -> the layout of its answer, see `Answer`
     "interleaved": r"(TwtVpv)+E",

@@ -11,6 +11,8 @@ N positions of one image, D depth (codes a position), K codes a codebook, C widt
 
     python tokenizer.py --model out/warmup/policy/llm --text "a red circle"        # its ids and pieces
 """
+from common import UserError, parse_config, read_json, reading, run_main
+
 import heapq
 import json
 import re
@@ -25,8 +27,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-
-from common import UserError, parse_config, read_json, reading, run_main
 
 THINK_START, THINK_END = "<think>", "</think>"
 # Choice: <vis> and </vis> of the paper are VILA-U's own tokens. Their pretrained meaning is "an image starts
@@ -705,7 +705,6 @@ class ImageTokenizer(nn.Module):
     def decode(self, codes: Tensor) -> Tensor:
         """codes [B, N, D] -> pixels [B, 3, H, W], about -1..1, not clamped"""
         return self.decoder(self.vectors(codes).sum(dim=-2))
-
 
 VISION_NAMES = {     # prefixes in vision_tower/model.safetensors -> here; {} is a number
     SIGLIP + "embeddings.patch_embedding.": "tower.patch.",
