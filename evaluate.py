@@ -15,7 +15,8 @@ temperature, at a low one, and greedy. A model that was only sharpened gains in 
 `kept` rates what the model could do before: text-to-image and image-to-text, greedy, over all scenes.
 
     python evaluate.py --model out/grpo                   # rates -> out/evaluate/evaluation.json
-    python evaluate.py --ladder                           # trains and rates r_f, + r_t, + r_v, + process
+    python evaluate.py --compare out/grpo out/try         # runs side by side -> out/compare/compare.html
+    python evaluate.py --reproduce                        # trains and rates every row of the paper's ablation
     python evaluate.py --preset paper --benchmark mmie --data DIR --judge file:eval_result.json
     python evaluate.py --preset paper --benchmark interleavedbench --data DIR --judge llava-critic
 
@@ -34,22 +35,26 @@ criteria in our words (llava-critic). The same command resumes a run that was in
 
     torchrun --nproc_per_node=8 evaluate.py ...           # the same tables, the work shared by 8 processes
 """
-from common import (COLUMNS, Count, Names, Natural, Naturals, NonNegative, NonNegatives, Seed, TopPs,
-                    UserError, Weights, add_line, check_config, check_content, check_settings, claim,
-                    end_processes, flag_of, fold, free_folder, hash_files, parse_config, pick_device,
-                    picture_html, process_count, process_rank, read_json, read_lines, read_picture,
-                    require, run_main, shown, start_processes, steps_html, wait_for_all, write_comparison,
-                    write_page, write_report, write_text, write_whole)
+from common import (COLUMNS, Count, Names, Natural, Naturals, NonNegative, NonNegatives, Part, Seed, TopPs,
+                    UserError, Weights, add_line, chart, check_config, check_content, check_settings, claim,
+                    end_processes, flag_of, fold, free_folder, hash_files, parse_config, part_html,
+                    pick_device, picture_html, process_count, process_rank, read_json, read_lines,
+                    read_metrics, read_picture, require, run_main, shown, start_processes, steps_html,
+                    wait_for_all, write_comparison, write_page, write_report, write_text, write_whole)
 
 import hashlib
 import html
 import json
+import os
+import platform
 import random
 import re
+import signal
 import subprocess
 import sys
+import time
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Callable, Hashable, Iterable, Iterator, Literal, NamedTuple
@@ -80,10 +85,14 @@ class Config:
     prompts: Count = 384             # fresh prompts
     edits: Count = 3                 # edits that a prompt asks for
     split: Literal["heldout", "pairs", "train"] = "heldout"    # new: edit chains, colour-shape pairs, nothing
-    ladder: bool = False             # train from --model with more and more rewards, and rate each rung
-    updates: Count = 40              # --ladder: GRPO updates of each run
-    seeds: str = "0,1"               # --ladder: seeds of each rung's GRPO runs
-    compare: Names = ()              # run directories: their rates and curves on one page, and stop
+    compare: Names = ()              # run directories: one page of all, or one run's report anew; and stop
+    # -- reproduction
+    reproduce: bool = False          # train and rate all rows of ROWS, compare them, write one page
+    only: Names = ()                 # rows; by default all
+    seeds: str = "0,1,2,3,4,5"       # seeds of each row's GRPO runs
+    bases: Count = 3                 # base models; seed s starts from number s modulo this
+    updates: Count = 40              # GRPO updates of each run
+    jobs: Count = 2                  # runs side by side, one thread each
     # -- sampling
     temperature: NonNegatives = 1.0  # of the sampled arm and of benchmarks; two: of text, of image codes
     top_k: Naturals = 0              # 0: off; two: of text tokens, of image codes
@@ -105,8 +114,8 @@ class Config:
     judge: str = ""                  # file:REPLIES of one that ran elsewhere, or llava-critic[=FOLDER]
     skip: Literal["both", "editing", "none"] = "both"    # tasks of interleavedbench without text aspects
     # -- run
-    out: str = ""                    # folder of the results; empty: out/evaluate, out/ladder or out/BENCHMARK
-    seed: Seed = 7                   # of prompts and sampling
+    out: str = ""                    # folder of the results; empty: out/evaluate, reproduce or BENCHMARK
+    seed: Seed = 7                   # of prompts and sampling; --reproduce has its own, see FRESH
     device: str = "auto"             # cpu, cuda, mps; auto takes the best there is
     preset: str = ""                 # paper: the paper's settings, see PAPER; flags beside it win
 
@@ -209,9 +218,10 @@ def open_model(source: str, config: Config, quantize: str = "none") -> UnifiedMo
     return load(source, device, quantize, config.base).eval()
 
 
-def evaluate(model: UnifiedModel, config: Config) -> dict:
-    """Rate a model in all three arms and on the single tasks -> what evaluation.json holds.
+def rate_prompts(model: UnifiedModel, config: Config) -> dict[str, dict[str, list]]:
+    """Rate a model in all three arms and on the single tasks -> {arm: {rate: a value for each prompt}}.
 
+    Beside COLUMNS there is r_v, the visual reward alone; None where its judge gave no score.
     Until all is rated, --out/rates_WEIGHTS.jsonl keeps what is.
     """
     file = Path(config.out or "out/evaluate") / f"rates_{fingerprint(model)[:16]}.jsonl"
@@ -229,14 +239,28 @@ def evaluate(model: UnifiedModel, config: Config) -> dict:
         lines = rate_all(model, samples, config, sampling, arm, rate, file)
         # A part without a score takes the mean over all prompts, which leaves the column's mean as it is.
         rewards = hybrid_rewards([Scores(*line["scores"], []) for line in lines], config.reward_weights)
-        rates = [{**line["rates"], "reward": reward} for line, reward in zip(lines, rewards, strict=True)]
-        result[arm] = {name: interval(np.array([r[name] for r in rates]), config.seed) for name in COLUMNS}
-    result |= {"kept": rate_single_tasks(model, config, file), "prompts": config.prompts, "seed": config.seed,
-               "split": config.split, "edits": config.edits, "model": str(config.model)}
+        rates = [{**line["rates"], "reward": reward, "r_v": line["scores"][1]}
+                 for line, reward in zip(lines, rewards, strict=True)]
+        result[arm] = {name: [values[name] for values in rates] for name in (*COLUMNS, "r_v")}
+    result["kept"] = rate_single_tasks(model, config, file)
     wait_for_all()
     if process_rank() == 0:
         file.unlink(missing_ok=True)
     return result
+
+
+def evaluate(model: UnifiedModel, config: Config) -> dict:
+    """Rate a model -> what evaluation.json holds."""
+    return summary(rate_prompts(model, config), config)
+
+
+def summary(values: dict[str, dict[str, list]], config: Config) -> dict:
+    """The values of every prompt -> means with intervals, and how they were measured."""
+    arms = {arm: {name: interval(np.array(of[name]), config.seed) for name in COLUMNS}
+            for arm, of in values.items() if arm != "kept"}
+    kept = {name: round(fmean(scenes), 4) for name, scenes in values["kept"].items()}
+    return {**arms, "kept": kept, "prompts": config.prompts, "seed": config.seed, "split": config.split,
+            "edits": config.edits, "model": str(config.model)}
 
 
 def rate_all(model: UnifiedModel, samples: list[Sample], config: Config, sampling: Sampling, title: str,
@@ -262,8 +286,8 @@ def rate_all(model: UnifiedModel, samples: list[Sample], config: Config, samplin
     return [done[key] for key in places]
 
 
-def rate_single_tasks(model: UnifiedModel, config: Config, file: Path) -> dict[str, float]:
-    """Rate what the model could do before, greedy and without guidance, over all scenes -> shares in 0..1.
+def rate_single_tasks(model: UnifiedModel, config: Config, file: Path) -> dict[str, list[bool]]:
+    """Rate what the model could do before, greedy and without guidance -> whether it can, for every scene.
 
     t2i: a caption, and the first picture of the answer shows it. i2t: a picture, and the answer names it.
     """
@@ -280,11 +304,9 @@ def rate_single_tasks(model: UnifiedModel, config: Config, file: Path) -> dict[s
 
     def rate(part: list[Sample], answers: list) -> list[dict]:
         return [{"right": right(sample, answer)} for sample, answer in zip(part, answers, strict=True)]
-    shares = {}
-    for task, samples in {"t2i": captions, "i2t": questions}.items():
-        lines = rate_all(model, samples, config, Sampling(0.0), task, rate, file)
-        shares[task] = round(fmean(line["right"] for line in lines), 4)
-    return shares
+    return {task: [line["right"] for line in
+                   rate_all(model, samples, config, Sampling(0.0), task, rate, file)]
+            for task, samples in {"t2i": captions, "i2t": questions}.items()}
 
 
 def rates_table(results: dict[str, dict]) -> str:
@@ -299,7 +321,7 @@ def rates_table(results: dict[str, dict]) -> str:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Before and after GRPO; the ladder
+# Before and after GRPO
 
 def before_and_after(run, prompts: list[str]) -> None:
     """Rate the warm-up model and the trained one on the same fresh prompts: evaluation.json and report.html.
@@ -320,67 +342,454 @@ def before_and_after(run, prompts: list[str]) -> None:
                 visual_reward=run.visual_reward, reward_weights=run.reward_weights,
                 reward_device=run.reward_device, critic_quantize=run.critic_quantize,
                 critic_tiles=run.critic_tiles, device=run.device, rows=run.rows, out=str(folder))
+            began = time.perf_counter()
             results[name] = evaluate(open_model(model, config, run.quantize), config)
+            results[name]["seconds"] = round(time.perf_counter() - began, 1)
+    if process_rank() > 0:
+        return
+    if results:
         write_text(folder / "evaluation.json", json.dumps(results, indent=1))
         print(rates_table(results))
     print(f"answers, curves and rates: {write_report(folder)}")
 
-LADDER = {                           # rung -> its GRPO settings: the rows of the paper's ablation
-    "r_f": {"reward_weights": "0,0,1", "credit": "outcome"},
-    "r_f + r_t": {"reward_weights": "1,0,1", "credit": "outcome"},
-    "r_f + r_t + r_v": {"reward_weights": "1,1,1", "credit": "outcome"},
-    "+ process": {"reward_weights": "1,1,1", "credit": "process"},
+
+# ------------------------------------------------------------------------------------------------------------
+# --reproduce, the protocol: what is trained, what is compared, and the rule of the verdict
+
+FRESH = 2026                         # seed of the prompts that rows are rated on; nothing was tuned on them
+WARM_UP = dict(                      # of every base model: all settings of warmup.py that change its weights
+    edits=3, mix=(2.0, 1.0, 1.0), loss="eq1", tokenizer_steps=500, pretrain_steps=200, warmup_steps=180,
+    batch=48, lr=2e-3, warmup_lr=1e-3)
+GRPO = dict(                         # of every run: all settings of grpo.py that change what it learns
+    edits=3, prompts_per_update=16, group_size=4, epochs_per_rollout=1, lr=2e-4, clip=0.2, kl=0.2,
+    credit="process", step_discount=0.5, normalise="kind", per_modality=False, text_reward="rules",
+    visual_reward="rules", reward_weights=(1.0, 1.0, 1.0), temperature=1.0, top_k=0, top_p=1.0, guidance=1.0,
+    score_guided=True, budget=160, lora_rank=0, lora_alpha=16.0, quantize="none")
+# Choice: stories of 2 and 4 edits have base models of their own. One that has learned stories of 3 edits
+# writes 3 steps whatever it is asked, so its format reward is 0 and GRPO has nothing to start from.
+BASES = {                            # kind of base model -> how it differs from WARM_UP
+    "base": {},
+    "base-pretrained": {"warmup_steps": 0},
+    "base-2-edits": {"edits": 2},
+    "base-4-edits": {"edits": 4},
 }
-PAPER_LADDER = {                     # rung -> the paper's MMIE and InterleavedBench averages
+ROWS = {                             # row -> how it differs from GRPO; "base": its kind; updates 0: no GRPO
+    "no-warm-up": {"base": "base-pretrained", "updates": 0},
+    "warm-up": {"updates": 0},
+    "r_f": {"reward_weights": (0.0, 0.0, 1.0), "credit": "outcome"},
+    "r_f+r_t": {"reward_weights": (1.0, 0.0, 1.0), "credit": "outcome"},
+    "r_f+r_t+r_v": {"credit": "outcome"},
+    "process-as-printed": {"step_discount": 1.0, "normalise": "all"},
+    "process": {},
+    "G2-no-kl": {"group_size": 2, "prompts_per_update": 32, "kl": 0.0},
+    "G2": {"group_size": 2, "prompts_per_update": 32},
+    "G8": {"group_size": 8, "prompts_per_update": 8},
+    "weak-judge": {"visual_reward": "rules-weak"},
+    "qlora": {"lora_rank": 16, "quantize": "nf4", "lr": 2e-3},
+    "no-warm-up-grpo": {"base": "base-pretrained"},
+    "guided": {"guidance": 3.0},
+    "guided-scored-unguided": {"guidance": 3.0, "score_guided": False},
+    "per-modality": {"per_modality": True},
+    "discount-0": {"step_discount": 0.0},
+    "discount-1": {"step_discount": 1.0},
+    "one-pool": {"normalise": "all"},
+    "one-pool-discount-0": {"normalise": "all", "step_discount": 0.0},
+    "2-edits-outcome": {"base": "base-2-edits", "edits": 2, "credit": "outcome"},
+    "2-edits-process": {"base": "base-2-edits", "edits": 2},
+    "4-edits-outcome": {"base": "base-4-edits", "edits": 4, "credit": "outcome"},
+    "4-edits-process": {"base": "base-4-edits", "edits": 4},
+    "warm-up-weak-judge": {"updates": 0, "visual_reward": "rules-weak"},     # how the two judges agree
+}
+PAPER_ROWS = {                       # row -> the paper's MMIE and InterleavedBench averages
+    "no-warm-up": (None, 0.51),
     "warm-up": (53.31, 1.97),
     "r_f": (53.56, 2.05),
-    "r_f + r_t": (54.62, 2.30),
-    "r_f + r_t + r_v": (57.83, 2.79),
-    "+ process": (59.50, 3.13),
+    "r_f+r_t": (54.62, 2.30),
+    "r_f+r_t+r_v": (57.83, 2.79),
+    "process-as-printed": (59.50, 3.13),
+    "process": (59.50, 3.13),        # the paper's full method: Eq. (6), KL, G = 4
+    "G2-no-kl": (53.04, 1.72),
+    "G2": (55.14, 2.27),
+    "weak-judge": (56.94, 2.58),     # CLIP-score
+    "qlora": (57.27, 2.87),
 }
+CLAIMS = [                           # the first row is better than the second in a measure; whose claim it is
+    ("warm-up", "no-warm-up", "format", "paper"),          # whether it interleaves at all
+    ("r_f", "warm-up", "story", "paper"),
+    ("r_f+r_t", "r_f", "story", "paper"),
+    ("r_f+r_t+r_v", "r_f+r_t", "story", "paper"),
+    ("process-as-printed", "r_f+r_t+r_v", "story", "paper"),
+    ("process", "r_f+r_t+r_v", "story", "paper"),
+    ("G2", "G2-no-kl", "story", "paper"),
+    ("G2", "G2-no-kl", "kept", "ours"),
+    ("process", "G2", "story", "paper"),
+    ("process", "weak-judge", "story", "paper"),
+    ("process", "qlora", "story", "paper"),
+    ("process", "no-warm-up-grpo", "story", "ours"),
+    ("G8", "process", "story", "ours"),
+    ("guided", "guided-scored-unguided", "story", "ours"),
+    ("per-modality", "process", "story", "ours"),
+    ("process", "discount-0", "story", "ours"),
+    ("process", "discount-1", "story", "ours"),
+    ("process", "one-pool", "story", "ours"),
+    ("discount-0", "one-pool-discount-0", "story", "ours"),
+    ("discount-1", "process-as-printed", "story", "ours"),
+    ("2-edits-process", "2-edits-outcome", "story", "ours"),
+    ("4-edits-process", "4-edits-outcome", "story", "ours"),
+]
+LEVEL = 0.05                         # of the verdict, after Holm's correction over all claims
+RESAMPLES = 2000
 
 
-def ladder(config: Config, folder: Path) -> None:
-    """Train every rung from the same warm-up model with every seed, rate all, print one table.
+def weights_of(bases: list[int]) -> np.ndarray:
+    """The base model of each run -> the weight of each run: all base models weigh the same."""
+    return np.array([1 / (len(set(bases)) * bases.count(base)) for base in bases])
 
-    The runs are FOLDER/RUNG-SEED. One that is finished is not trained again.
+
+def bootstrap(values: np.ndarray, bases: list[int]) -> np.ndarray:
+    """values [runs, prompts], the base model of each run -> RESAMPLES means of resampled values.
+
+    Base models are drawn with replacement, then runs of each, then prompts, the same ones for all runs.
+    Choice: all three are drawn, because the claim is about new base models, new seeds and new prompts.
     """
-    config = replace(config, out=str(folder))
-    results = {"warm-up": [evaluate(open_model(config.model, config), config)]}
-    for rung, settings in LADDER.items():
-        results[rung] = []
-        for seed in config.seeds.split(","):
-            out = folder / f"{re.sub('[^a-z]+', '_', rung).strip('_')}-{seed}"
-            flags = {"model": config.model, "base": config.base, "out": out, "seed": seed,
-                     "updates": config.updates, "edits": config.edits, "budget": config.budget,
-                     "eval_prompts": 0, "device": config.device, **settings}
-            command = [sys.executable, Path(__file__).with_name("grpo.py")]
-            command += [f"{flag_of(name)}={value}" for name, value in flags.items()]
-            if subprocess.run(command).returncode:
-                raise UserError(f"--ladder: grpo.py did not finish {out}, for the reason above")
-            rung_config = replace(config, model=str(out))
-            results[rung].append(evaluate(open_model(str(out), rung_config), rung_config))
-    write_text(folder / "evaluation.json", json.dumps(results, indent=1))
-    print(f"mean (range) over GRPO seeds {config.seeds}; {config.prompts} {config.split} prompts, seed "
-          f"{config.seed}; sampled at temperature {shown(config.temperature)}")
-    print(ladder_table(results))
-    print(f"rates: {folder / 'evaluation.json'}")
+    rng, prompts, n = np.random.default_rng(0), values.shape[1], len(set(bases))
+    run_means = rng.multinomial(prompts, np.full(prompts, 1 / prompts), RESAMPLES) @ values.T / prompts
+    copies = rng.multinomial(n, np.full(n, 1 / n), RESAMPLES)                              # (RESAMPLES, n)
+    means = np.zeros(RESAMPLES)
+    for i, base in enumerate(sorted(set(bases))):
+        runs = np.flatnonzero(np.array(bases) == base)
+        k = len(runs)
+        means += (rng.multinomial(copies[:, i] * k, np.full(k, 1 / k)) * run_means[:, runs]).sum(1) / (k * n)
+    return means
 
 
-def ladder_table(results: dict[str, list[dict]]) -> str:
-    """Format the results of each rung's seeds. The paper's numbers stand right of a bar: the same ablation of
-    another model on another task."""
-    lines = [f"{'':24}" + "".join(f"{name:>19}" for name in RATES)
-             + "  |  paper's MMIE  paper's InterleavedBench"]
-    for rung, runs in results.items():
-        for arm in ("sampled", "greedy"):
-            cells = ""
-            for rate in RATES:
-                values = [run[arm][rate][0] for run in runs]
-                cells += f"{fmean(values):>6.3f} ({min(values):.2f}-{max(values):.2f})"
-            paper = "{:>14.2f}{:>26.2f}".format(*PAPER_LADDER[rung]) if arm == "sampled" else ""
-            lines.append(f"{rung + ' ' + arm:24}{cells}  |{paper}")
-    return "\n".join(lines)
+def three_way_interval(values: np.ndarray, bases: list[int]) -> list[float]:
+    """The mean with its 95% percentile interval -> [mean, low, high]."""
+    low, high = np.percentile(bootstrap(values, bases), [2.5, 97.5])
+    return [float(weights_of(bases) @ values.mean(1)), float(low), float(high)]
+
+
+def p_value(values: np.ndarray, bases: list[int]) -> float:
+    """Two-sided p of a mean of 0: Student's t with the bootstrap's standard error.
+
+    Its degrees of freedom are those of runs and of prompts, weighed by their shares of the variance (Welch,
+    Satterthwaite). t is sampled, so p is at least 1e-6.
+    Choice: not the share of resampled means beyond 0. Of six runs with one sign it would be about 0 always.
+    """
+    n, prompts = values.shape
+    weights = weights_of(bases)
+    of_prompts = (weights @ values).var() / prompts
+    of_runs = max(0.0, bootstrap(values, bases).var() - of_prompts)
+    # resampling k values shrinks their variance by (k - 1) / k
+    parts = [(part * k / (k - 1), k - 1) for part, k in ((of_runs, n), (of_prompts, prompts)) if k > 1]
+    mean, total = weights @ values.mean(1), sum(part for part, _ in parts)
+    if mean == 0 or not parts:
+        return 1.0
+    freedom = total ** 2 / max(sum(part ** 2 / df for part, df in parts), 1e-300)
+    t = np.abs(np.random.default_rng(0).standard_t(max(1.0, freedom), 1_000_000))
+    return float(((t * total ** 0.5 >= abs(mean)).sum() + 1) / (len(t) + 1))
+
+
+def holm(p: list[float]) -> list[float]:
+    """p-values -> Holm's adjusted ones: the smallest times n, the next times n - 1, .., never decreasing."""
+    adjusted, largest = [0.0] * len(p), 0.0
+    for rank, i in enumerate(sorted(range(len(p)), key=p.__getitem__)):
+        largest = max(largest, min(1.0, (len(p) - rank) * p[i]))
+        adjusted[i] = largest
+    return adjusted
+
+
+def verdict(difference: float, adjusted_p: float) -> str:
+    """The rule: a difference counts below LEVEL; then its sign decides."""
+    if adjusted_p >= LEVEL:
+        return "not distinguishable"
+    return "reproduced" if difference > 0 else "opposite"
+
+
+# ------------------------------------------------------------------------------------------------------------
+# --reproduce, the runs: each a command of its own in a folder of its own
+
+@dataclass
+class Job:
+    """Commands to run one after the other, and the file that the last one writes."""
+    folder: Path
+    commands: list[list[str]]
+    reason: str = ""                 # why it failed
+
+
+def command_of(script: str, settings: dict) -> list[str]:
+    """A script and its settings by field name -> a command line."""
+    flags = [flag_of(name if value else f"no_{name}") if isinstance(value, bool)
+             else f"{flag_of(name)}={shown(value)}" for name, value in settings.items()]
+    return [sys.executable, str(Path(__file__).with_name(script)), *flags]
+
+
+def weights_hash(base: Path) -> str:
+    """A hash of a base model's weights. A run on other weights is another run."""
+    digest = hashlib.sha256()
+    for file in sorted((base / "policy").rglob("*.safetensors")):
+        if file.name != "training.safetensors":
+            digest.update(file.read_bytes())
+    return digest.hexdigest()[:16]
+
+
+def check_cached(folder: Path, settings: dict) -> None:
+    """Refuse a folder whose run had other settings or another base model; note those of a new one.
+
+    Choice: refuse rather than train anew, which would delete hours of work for a flag. Raises UserError.
+    """
+    run, job, rates = folder / "config.json", folder / "job.json", folder / "rates" / "values.json"
+    if run.exists():
+        check_settings(folder, read_json(run)["settings"], settings)
+    if job.exists() and (run.exists() or rates.exists()):
+        check_settings(folder, read_json(job), settings)
+    write_text(job, json.dumps(settings, indent=1))
+
+
+def base_job(kind: str, number: int, folder: Path, config: Config) -> Job:
+    """Train base model `number` of a kind, unless it is there."""
+    settings = {**WARM_UP, **BASES[kind], "seed": number}
+    check_cached(folder, settings)
+    state = folder / "policy" / "training.json"
+    if state.exists() and read_json(state).get("stage") == "done":
+        return Job(folder, [])
+    return Job(folder, [command_of("warmup.py", {**settings, "out": folder, "device": config.device})])
+
+
+def run_job(row: str, number: int, folder: Path, base: Path, config: Config) -> Job:
+    """Train and rate one run of a row, or rate a base model, unless that is done."""
+    settings = {**GRPO, "updates": config.updates, **ROWS[row], "model": str(base), "seed": number}
+    settings.pop("base", None)
+    check_cached(folder, {**settings, "base_weights": weights_hash(base)})
+    rated = Config(model=str(folder if settings["updates"] else base), prompts=config.prompts, seed=FRESH,
+                   edits=settings["edits"], guidance=settings["guidance"], budget=settings["budget"],
+                   visual_reward=settings["visual_reward"], device=config.device, out=str(folder / "rates"))
+    values, now = folder / "rates" / "values.json", asdict(rated)
+    if values.exists() and read_json(values)["settings"] == json.loads(json.dumps(now)):
+        return Job(folder, [])
+    changed = {f.name: now[f.name] for f in fields(Config) if now[f.name] != f.default}
+    commands = [command_of("evaluate.py", changed)]
+    if settings["updates"]:
+        options = {"out": folder, "device": config.device, "eval_prompts": 0}
+        commands.insert(0, command_of("grpo.py", {**settings, **options}))
+    return Job(folder, commands)
+
+
+def start(job: Job) -> subprocess.Popen:
+    """Start the next command of a job with one thread; its output goes to log.txt."""
+    job.folder.mkdir(parents=True, exist_ok=True)
+    with open(job.folder / "log.txt", "ab") as log:
+        return subprocess.Popen(job.commands.pop(0), stdout=log, stderr=subprocess.STDOUT,
+                                env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+def last_words(log: Path) -> str:
+    """The last line that a command wrote, without the bars before it: an error's one sentence."""
+    lines = [line.split("\r")[-1].strip() for line in log.read_text(errors="replace").splitlines(True)]
+    return next((line.removeprefix("error: ") for line in reversed(lines) if line), "")
+
+
+def run_jobs(jobs: list[Job], at_once: int, bar: tqdm) -> None:
+    """Run the commands of all jobs, some side by side. A command that fails ends its job, with the reason.
+
+    When this process is interrupted or terminated, the commands end with it.
+    """
+    waiting, running = [job for job in jobs if job.commands], {}
+    for job in jobs:
+        bar.initial, bar.n = bar.initial + (not job.commands), bar.n + (not job.commands)    # takes no time
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                job = waiting.pop(0)
+                running[start(job)] = job
+            for process in [process for process in running if process.poll() is not None]:
+                job = running.pop(process)
+                if process.returncode == 0 and job.commands:
+                    running[start(job)] = job
+                    continue
+                if process.returncode:
+                    job.reason = last_words(job.folder / "log.txt") or f"exit code {process.returncode}"
+                bar.update()
+            bar.set_postfix_str(" ".join(str(job.folder) for job in running.values()), refresh=False)
+            time.sleep(0.2)
+    finally:
+        for process in running:
+            process.terminate()
+        for process in running:
+            process.wait()
+
+
+def run_of(row: str, seed: int, bases: int) -> int:
+    """The number of the run that a seed means in a row: the seed, or without GRPO that of its base model."""
+    return seed % bases if ROWS[row].get("updates") == 0 else seed
+
+
+def reproduce(config: Config, out: Path) -> None:
+    """Train and rate all rows, compare them, write reproduction.json, .md and .html.
+
+    The same command goes on where it was interrupted: finished runs are not trained again.
+    """
+    seeds = [int(seed) for seed in config.seeds.split(",")]
+    rows = [row for row in ROWS if not config.only or row in config.only]
+    runs = dict.fromkeys((row, run_of(row, seed, config.bases)) for row in rows for seed in seeds)
+    base_of = {run: (ROWS[run[0]].get("base", "base"), run[1] % config.bases) for run in runs}
+    bases = {base: base_job(*base, out / base[0] / str(base[1]), config)
+             for base in dict.fromkeys(base_of.values())}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    jobs = {}
+    with tqdm(total=len(bases) + len(runs), desc="runs", smoothing=0) as bar:
+        run_jobs(list(bases.values()), config.jobs, bar)
+        for row, number in runs:
+            folder, base = out / row / str(number), bases[base_of[row, number]]
+            jobs[row, number] = run_job(row, number, folder, base.folder, config) if not base.reason else (
+                Job(folder, [], f"its base model {base.folder}: {base.reason}"))
+        run_jobs(list(jobs.values()), config.jobs, bar)
+    measured = {row: {number: read_values(job.folder) for (of, number), job in jobs.items()
+                      if of == row and not job.reason} for row in rows}
+    result = {
+        "settings": asdict(config), "base_models": WARM_UP, "grpo": GRPO, "prompts_seed": FRESH,
+        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, torch {torch.__version__}",
+        "rows": {row: row_result(row, measured[row], config) for row in rows},
+        "claims": claim_results(measured, seeds, config), "judges": judge_agreement(measured),
+        "failed": {f"{row}/{number}": job.reason for (row, number), job in jobs.items() if job.reason}}
+    write_text(out / "reproduction.json", json.dumps(result, indent=1))
+    table = "\n".join(map(markdown, reproduction_parts(result)))
+    write_text(out / "reproduction.md", table)
+    print(table)
+    curves = {row: {seed: read_metrics(out / row / str(seed) / "metrics.jsonl") for seed in measured[row]}
+              for row in rows if "updates" not in ROWS[row]}
+    print(f"table, intervals and curves: {write_reproduction_page(out, result, curves)}")
+
+
+# ------------------------------------------------------------------------------------------------------------
+# --reproduce, the results: numbers, a table, a page
+
+MEASURES = (*RATES, "story, greedy", "kept")
+
+
+def read_values(folder: Path) -> dict[str, np.ndarray]:
+    """A run's rates -> {measure: a value for each prompt}; kept: for each scene, of both single tasks."""
+    values = read_json(folder / "rates" / "values.json")["values"]
+    return {**{name: np.array(values["sampled"][name], float) for name in (*RATES, "r_v")},
+            "story, greedy": np.array(values["greedy"]["story"]),
+            "kept": np.array(values["kept"]["t2i"] + values["kept"]["i2t"], float)}
+
+
+def row_result(row: str, runs: dict[int, dict], config: Config) -> dict:
+    """A row's measures as [mean, low, high] over its runs, {} if none finished, and the paper's numbers."""
+    bases = [number % config.bases for number in runs]
+    rates = {name: three_way_interval(np.stack([values[name] for values in runs.values()]), bases)
+             for name in MEASURES if runs}
+    return {"settings": ROWS[row], "runs": list(runs), "rates": rates,
+            "paper": PAPER_ROWS.get(row, (None, None))}
+
+
+def claim_results(measured: dict[str, dict], seeds: list[int], config: Config) -> list[dict]:
+    """Test every claim whose two rows have a seed in common, paired by base model, seed and prompt."""
+    results, tested = [], []
+    for better, worse, measure, source in CLAIMS:
+        result = {"claim": f"{better} > {worse}", "measure": measure, "source": source, "runs": 0}
+        rows = measured.get(better, {}), measured.get(worse, {})
+        pairs = dict.fromkeys((run_of(better, seed, config.bases), run_of(worse, seed, config.bases))
+                              for seed in seeds)
+        pairs = [(a, b) for a, b in pairs if a in rows[0] and b in rows[1]]
+        if pairs:
+            differences = np.stack([rows[0][a][measure] - rows[1][b][measure] for a, b in pairs])
+            both = differences, [a % config.bases for a, _ in pairs]
+            result |= {"runs": len(pairs), "difference": three_way_interval(*both), "p": p_value(*both)}
+            tested.append(result)
+        paper = zip(PAPER_ROWS.get(better, (None, None)), PAPER_ROWS.get(worse, (None, None)))
+        result["paper"] = [round(a - b, 2) if source == "paper" and a and b else None for a, b in paper]
+        results.append(result)
+    for result, adjusted in zip(tested, holm([result["p"] for result in tested])):
+        result |= {"adjusted_p": adjusted, "verdict": verdict(result["difference"][0], adjusted)}
+    return results
+
+
+def judge_agreement(measured: dict[str, dict]) -> dict:
+    """How the weak visual judge agrees with the true rule on the warm-up models' answers: r_v of each answer.
+
+    {} where the rows were not measured. The correlation is None where one judge gives one score to all.
+    """
+    true, weak = measured.get("warm-up", {}), measured.get("warm-up-weak-judge", {})
+    both = sorted(set(true) & set(weak))
+    if not both:
+        return {}
+    a, b = (np.concatenate([of[number]["r_v"] for number in both]) for of in (true, weak))
+    spread = a.std() > 0 and b.std() > 0
+    return {"answers": len(a), "equal": float((a == b).mean()), "mean_true": float(a.mean()),
+            "mean_weak": float(b.mean()), "correlation": float(np.corrcoef(a, b)[0, 1]) if spread else None}
+
+
+def reproduction_parts(result: dict) -> list[Part]:
+    """reproduction.json as tables: rows, claims with their verdicts; judges and failures as sentences."""
+    settings, number = result["settings"], "{:.3f} [{:.3f} {:.3f}]".format
+    paper = ["paper: MMIE", "paper: InterleavedBench"]
+    rows, claims = [["row", "differs by", "runs", *MEASURES, *paper]], []
+    for row, of in result["rows"].items():
+        different = ", ".join(f"{name} {shown(value)}" for name, value in of["settings"].items())
+        reasons = [reason for run, reason in result["failed"].items() if run.startswith(f"{row}/")]
+        cells = [f"failed: {reasons[0]}", *[""] * (len(MEASURES) - 1)] if not of["rates"] else [
+            number(*of["rates"][name]) for name in MEASURES]
+        rows.append([row, different, str(len(of["runs"])), *cells, *map(paper_cell, of["paper"])])
+    claims.append(["claim", "in", "runs", "difference", "p, Holm", "verdict", "whose", *paper])
+    for of in result["claims"]:
+        cells = ["", "", "not measured"]
+        if of["runs"]:
+            cells = [number(*of["difference"]), f"{of['adjusted_p']:.4f}", of["verdict"]]
+        claims.append([of["claim"], of["measure"], str(of["runs"]), *cells, of["source"],
+                       *map(paper_cell, of["paper"])])
+    words = "".join(f"{run} failed: {reason}\n" for run, reason in result["failed"].items())
+    if judges := result["judges"]:
+        words += (f"rules-weak against rules, r_v of {judges['answers']} answers of the warm-up models: "
+                  f"correlation {paper_cell(judges['correlation'])}, {judges['equal']:.0%} equal, mean "
+                  f"{judges['mean_weak']:.2f} against {judges['mean_true']:.2f}.\n")
+    made = (f"{settings['prompts']} fresh prompts (seed {result['prompts_seed']}); GRPO seeds "
+            f"{settings['seeds']} on {settings['bases']} base models, {settings['updates']} updates; sampled "
+            f"at temperature 1 unless it says greedy; 95% intervals; {result['machine']}.")
+    return [Part("Rows", made, rows), Part("Claims", words, claims)]
+
+
+def markdown(part: Part) -> str:
+    """A part as markdown."""
+    lines = [f"| {' | '.join(cells)} |" for cells in part.rows]
+    lines.insert(1, "|---" * len(part.rows[0]) + "|")
+    return "\n".join([f"## {part.title}", "", part.words, "", *lines, ""])
+
+
+def paper_cell(value: float | None) -> str:
+    return "-" if value is None else f"{value:.2f}"
+
+
+def write_reproduction_page(out: Path, result: dict, curves: dict[str, dict[int, list[dict]]]) -> Path:
+    """Write reproduction.html: the intervals drawn, the reward of each row's runs overlaid, the table."""
+    stories = {row: of["rates"]["story"] for row, of in result["rows"].items() if of["rates"]}
+    body = ["<h2>story, sampled: mean and 95% interval</h2>", intervals_svg(stories, 0, 1),
+            "<h2>Claims: difference and 95% interval (before Holm's correction)</h2>",
+            intervals_svg({f"{of['claim']}, {of['measure']}: {of['verdict']}": of["difference"]
+                           for of in result["claims"] if of["runs"]}, -1, 1),
+            '<h2>Reward, Eq. (5), a line for each run</h2><div class="row">']
+    for row, runs in curves.items():
+        lines = {f"seed {seed}": [(of["update"], of["reward"]) for of in run] for seed, run in runs.items()}
+        body.append(chart(row, lines, 3.0, "update") if lines else "")
+    body += ["</div><style>.part{display:block;max-width:none}</style>",
+             *map(part_html, reproduction_parts(result))]
+    return write_page(out / "reproduction.html", "The paper's ablation, reproduced", body)
+
+
+def intervals_svg(rows: dict[str, list[float]], low: float, high: float) -> str:
+    """[mean, low, high] by name -> a line for each interval with a dot at its mean, on a scale low..high."""
+    def x(value: float) -> str:
+        return f"{470 + 400 * (value - low) / (high - low):.1f}"
+    parts = [f'<path d="M{x(tick)} 0V{22 * len(rows)}" style="stroke:var(--line)"/><text x="{x(tick)}" '
+             f'y="{22 * len(rows) + 14}" text-anchor="middle">{tick:g}</text>'
+             for tick in (low, (low + high) / 2, high)]
+    for i, (name, (mean, left, right)) in enumerate(rows.items()):
+        y = 22 * i + 11
+        parts.append(f'<text x="0" y="{y + 4}">{html.escape(name)}</text>'
+                     f'<path d="M{x(left)} {y}H{x(right)}" style="stroke:var(--c0);stroke-width:3"/>'
+                     f'<circle cx="{x(mean)}" cy="{y}" r="4" style="fill:var(--c0)"/>')
+    return f'<div class="wide"><svg width="890" height="{22 * len(rows) + 20}">{"".join(parts)}</svg></div>'
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -663,10 +1072,10 @@ class TextToImage(Benchmark):
     read = staticmethod(data.captions)
 
     def check(self, questions: list[Question], config: Config) -> None:
-        for question in questions if config.visual_reward == "rules" else ():
+        for question in questions if config.visual_reward.startswith("rules") else ():
             if shapes.parse_caption(question.prompt) is None:
-                raise UserError(f"--visual-reward rules: knows only the toy world's captions, not "
-                                f"{question.prompt[:60]!r}; choose image-reward or clip-score")
+                raise UserError(f"--visual-reward {config.visual_reward}: knows only the toy world's "
+                                f"captions, not {question.prompt[:60]!r}; choose image-reward or clip-score")
 
     def rows(self, of: AnswerSet, config: Config) -> Rows:
         """The mean visual reward of each answer's first picture. An answer without a picture counts 0."""
@@ -777,7 +1186,8 @@ def ask_critic(critic: LlavaCritic, name: str, requests: list[JudgeRequest], fol
                ) -> dict[tuple[str, str], str]:
     """Ask our critic -> {(id, aspect): reply}.
 
-    replies.jsonl keeps the replies of each judge by its `name`; what is there is not asked again.
+    replies.jsonl keeps the replies of each judge by its `name`; what is there is not asked again. Questions
+    of similar length go together, whole batches between two writes.
     """
     hashes = {(r.id, r.aspect): hash_files(r.pictures, [r.message]) for r in requests}
 
@@ -788,8 +1198,9 @@ def ask_critic(critic: LlavaCritic, name: str, requests: list[JudgeRequest], fol
         return [{"id": request.id, "aspect": request.aspect, "judge": name, "reply": reply,
                  "request": hashes[request.id, request.aspect]}
                 for request, reply in zip(part, critic_replies(critic, part), strict=True)]
+    requests = sorted(requests, key=lambda request: (len(request.pictures), len(request.message)))
     asked = {(name, r.id, r.aspect, hashes[r.id, r.aspect]): r for r in requests}
-    lines = share_out(folder / "replies.jsonl", asked, key, critic.BATCH, work, f"judging {folder.name}")
+    lines = share_out(folder / "replies.jsonl", asked, key, 4 * critic.BATCH, work, f"judging {folder.name}")
     return {(id, aspect): lines[of, id, aspect, value]["reply"] for of, id, aspect, value in asked}
 
 
@@ -992,7 +1403,7 @@ def check(config: Config, world: int = 1) -> None:
     """Refuse settings that cannot work before anything is loaded. Raises UserError."""
     check_config(config)
     check_judges(config)
-    require(config, "ladder", world == 1 or not config.ladder, "one process: each rung starts grpo.py")
+    require(config, "reproduce", world == 1 or not config.reproduce, "one process: it starts the others")
     require(config, "reward_device", world == 1 or ":" not in config.reward_device,
             "no number: under torchrun each process has its judges on its own device")
     seeds = re.fullmatch(r"\d{1,9}(,\d{1,9})*", config.seeds)
@@ -1000,6 +1411,7 @@ def check(config: Config, world: int = 1) -> None:
     for run in config.compare:
         if not Path(run).is_dir():
             raise UserError(f"--compare {run}: expected a run directory")
+    require(config, "only", set(config.only) <= set(ROWS), f"names of {', '.join(ROWS)}")
     require(config, "benchmark", config.benchmark in ("", *BENCHMARKS), " or ".join(BENCHMARKS))
     if not config.benchmark:
         for name in ("data", "judge", "before"):
@@ -1025,26 +1437,30 @@ def check(config: Config, world: int = 1) -> None:
 
 
 def main() -> None:
-    """Rate one model in the toy world, climb the ladder, or run a benchmark."""
+    """Rate one model in the toy world, reproduce the paper's ablation, or run a benchmark."""
     config = parse_config(Config, presets={"paper": PAPER}, names={
         "benchmark": BENCHMARKS, "text_reward": judge_names("text"), "visual_reward": judge_names("visual")})
     _, world, _ = start_processes(config.device)
     check(config, world)
-    modes = {"compare": config.compare, config.benchmark: config.benchmark, "ladder": config.ladder}
+    modes = {"compare": config.compare, config.benchmark: config.benchmark, "reproduce": config.reproduce}
     with claim(config.out or f"out/{next((name for name, on in modes.items() if on), 'evaluate')}") as out:
-        if config.compare:
+        if len(config.compare) == 1:
+            print(f"report: {write_report(Path(config.compare[0]))}")
+        elif config.compare:
             runs = {str(Path(run)).removeprefix("out/"): Path(run) for run in config.compare}
             print(f"side by side: {write_comparison(runs, out)}")
         elif config.benchmark:
             run_benchmark(config, out)
-        elif config.ladder:
-            ladder(config, out)
+        elif config.reproduce:
+            reproduce(config, out)
         else:
-            result = evaluate(open_model(config.model, config), replace(config, out=str(out)))
+            values = rate_prompts(open_model(config.model, config), replace(config, out=str(out)))
+            result = summary(values, config)
             if process_rank() == 0:
                 write_text(out / "evaluation.json", json.dumps(result, indent=1))
+                write_text(out / "values.json", json.dumps({"settings": asdict(config), "values": values}))
             print(rates_table({Path(config.model).name: result}))
-            print(f"rates: {out / 'evaluation.json'}")
+            print(f"rates: {out / 'evaluation.json'}, those of every prompt: {out / 'values.json'}")
     end_processes()
 
 

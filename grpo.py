@@ -9,8 +9,10 @@
   7 log          one line of metrics, now and then a sheet of answers               `train`
 
     python grpo.py                          # two CPU cores: train a warm-up model if there is none, then GRPO
+    python grpo.py --explain                # one prompt through one update, with all its numbers
     torchrun --nproc_per_node=2 grpo.py     # two processes share the prompts of each update
-    python grpo.py --preset paper           # the paper's settings, QLoRA on VILA-U 7B (a GPU)
+    python grpo.py --preset paper --prompts FILE        # the paper's settings, QLoRA on VILA-U 7B (a GPU)
+    torchrun --nproc_per_node=8 --nnodes=4 grpo.py --preset paper-full --prompts FILE   # all of it (32 GPUs)
 """
 from common import (LEGEND, Count, LearningRate, Natural, Naturals, NonNegative, Part, Positive, Positives,
                     Range, Run, Seed, Share, TopPs, UserError, Weights, average_gradients, averaged,
@@ -84,6 +86,7 @@ class Config:
     top_k: Naturals = 0                      # 0: off; two: of text tokens, of image codes
     top_p: TopPs = 1.0                       # 1: off; two: of text tokens, of image codes
     guidance: NonNegative = 1.0              # 1: off; else rollouts and scoring both are guided
+    score_guided: bool = True                # --no-score-guided: rollouts alone, as public codes do (biased)
     budget: Count = 160                      # positions that an answer may have
     rows: Natural = 0                        # answers in the KV cache at a time; 0: as many as fit the device
     # -- adapters
@@ -102,7 +105,7 @@ class Config:
     eval_prompts: Natural = 96               # held-out prompts of the evaluation before and after; 0: none
     eval_sampling: Literal["rollouts", "published"] = "rollouts"    # published: as VILA-U and the paper do
     explain: bool = False                    # print one prompt's way through one update, and stop
-    preset: str = ""                         # paper: the paper's settings (PAPER); flags beside it win
+    preset: str = ""                         # paper: QLoRA on VILA-U 7B; paper-full: all of it, on 32 GPUs
 
 
 FREE = ("model", "base", "prompts", "text_reward", "visual_reward",            # compared by their content
@@ -121,6 +124,13 @@ PAPER = dict(
     prompts_per_update=8, micro_batch=2, lr=2e-5, kl=0.04, budget=1024,            # ours
     save_every=50, eval_prompts=32,                                                # ours
 )
+# --preset paper-full: the paper's own full fine-tune, without adapters and 4-bit weights.
+PAPER_FULL = PAPER | dict(
+    model="out/warmup-7b-full",                                   # of warmup.py --preset paper-full
+    lora_rank=0, quantize="none",                                 # paper
+    prompts_per_update=32, micro_batch=2, lr=1e-6,                # ours; the paper has 32 GPUs
+)
+PRESETS = {"paper": PAPER, "paper-full": PAPER_FULL}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -183,7 +193,13 @@ def advantages(answers: list, scores: list[Scores], config: Config) -> list[Tens
     credit "process": Eq. (6) of the step rewards.
     Choice: the format reward is given with the last token and belongs to text decisions alone, because no
     code can mend a tag.
+    Choice: exact zeros where all answers are the same, because there is nothing to compare. Eq. (6) alone
+    would train them on the fixed differences between their steps.
     """
+    contents = [(answer.layout, [(s.text, None if s.picture is None else s.picture.tobytes())
+                                 for s in answer.segments]) for answer in answers]
+    if all(content == contents[0] for content in contents):
+        return [torch.zeros(len(answer.step_of), 1) for answer in answers]
     r_t, r_v, r_f = config.reward_weights
     if config.credit == "outcome":
         values = outcome_advantages(torch.tensor(hybrid_rewards(scores, config.reward_weights)))
@@ -295,7 +311,7 @@ class Rollout:
     tokens: Tensor                   # [B, T, D], prompts included
     is_image: Tensor                 # [B, T]
     mask: Tensor                     # [B, T, D], True on the policy's decisions
-    old_logp: Tensor                 # [B, T, D], kept while sampling; in bf16 see `update`
+    old_logp: Tensor                 # [B, T, D], kept while sampling; in bf16 or unguided see `update`
     advantages: Tensor               # [B, T, 1]
     metrics: dict[str, float]        # means over the rollout
 
@@ -324,13 +340,12 @@ def rollout(policy: UnifiedModel, samples: list[Sample], config: Config, judges:
     scores = judge([s for s in samples for _ in range(G)], answers, *judges, config.credit)
     judged = time.perf_counter()
     groups = [slice(b, b + G) for b in range(0, len(answers), G)]
-    values = [compared(advantages(answers[g], scores[g], config), trajectories[g]) for g in groups]
+    values = [advantages(answers[g], scores[g], config) for g in groups]
     rewards = [r for g in groups for r in hybrid_rewards(scores[g], config.reward_weights)]
     tokens, is_image, mask, logp = as_batch(trajectories, policy.device)
     padded = torch.zeros(*tokens.shape[:2], 1)                                             # [B, T, 1]
     for row, t, value in zip(padded, trajectories, sum(values, [])):
         row[len(t.prompt):len(t.prompt) + len(value)] = value
-    text, _ = by_modality(mask, is_image)
     metrics = {
         "reward": mean(rewards), "reward/text": mean(s.text for s in scores),
         "reward/visual": mean(s.visual for s in scores), "reward/format": mean(s.format for s in scores),
@@ -339,21 +354,10 @@ def rollout(policy: UnifiedModel, samples: list[Sample], config: Config, judges:
            for part in ("text", "visual", "format")},
         "steps_per_answer": mean(len(a.segments) for a in answers),
         "truncated": mean(t.truncated for t in trajectories),
-        "text_share": (text.sum() / mask.sum()).item(),
         "no_score": mean(float(missing) for s in scores for missing in s.unscored),
         "cut_texts": mean(float(cut) for s in scores for cut in s.cut),
         "seconds/rollout": sampled - began, "seconds/reward": judged - sampled}
     return Rollout(samples, answers, scores, tokens, is_image, mask, logp, padded.to(policy.device), metrics)
-
-
-def compared(advantages: list[Tensor], trajectories: list) -> list[Tensor]:
-    """The advantages of a group, 0 where all its answers are the same, token for token.
-
-    Choice: there is nothing to compare then. Eq. (6) as printed would train such a group: it normalises the
-    fixed difference between texts and pictures.
-    """
-    same = all(torch.equal(t.tokens, trajectories[0].tokens) for t in trajectories)
-    return [torch.zeros_like(values) for values in advantages] if same else advantages
 
 
 def spread(values: list[float | None]) -> float | None:
@@ -363,9 +367,10 @@ def spread(values: list[float | None]) -> float | None:
 
 
 def mean(values) -> float:
-    """The mean of the values that are not None, 0 where there is none."""
+    """The mean of all processes' values that are not None, 0 where there is none."""
     values = [v for v in values if v is not None]
-    return sum(values) / max(1, len(values))
+    over_all = averaged({"sum": sum(values), "count": len(values)})
+    return over_all["sum"] / (over_all["count"] or 1)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -376,7 +381,7 @@ def reference_logp(policy: UnifiedModel, reference: dict[str, Tensor], batch: Ro
     """Log-probs [B, T, D] of the rollout under the KL's reference: the policy with its first parameters."""
     columns = (batch.tokens, batch.is_image, batch.mask)
     with torch.no_grad(), with_trainable(policy, reference):
-        return torch.cat([policy.log_probs(*part, sampling_of(config))
+        return torch.cat([policy.log_probs(*part, scoring_of(config))
                           for part in zip(*(column.split(config.micro_batch) for column in columns))])
 
 
@@ -398,7 +403,7 @@ def update(policy: UnifiedModel, optimizer: torch.optim.Optimizer, batch: Rollou
     before any weight has moved. There the first update's own pass gives the old ones, in batch.old_logp.
     Raises UserError on a loss that is not finite, before any weight moves.
     """
-    B, sampling = len(batch.tokens), sampling_of(config)
+    B, sampling = len(batch.tokens), scoring_of(config)
     weights = decision_weights(batch.mask, batch.is_image, config.per_modality)
     beta, total, sums = kl_weights(config, batch.is_image), 0.0, Counter()
     optimizer.zero_grad()
@@ -409,7 +414,7 @@ def update(policy: UnifiedModel, optimizer: torch.optim.Optimizer, batch: Rollou
         if epoch == 0:
             gap = (logp.detach() - batch.old_logp[part])[mask].abs()
             sums["logp_gap"] += gap[gap.isfinite()].sum().item()
-            if policy.pass_dtype != torch.float32:
+            if policy.pass_dtype != torch.float32 or not config.score_guided:
                 batch.old_logp[part] = logp.detach()
         values = batch.advantages[part].expand_as(logp)
         loss, ratio, kl = grpo_loss(logp, batch.old_logp[part], ref_logp[part], values, weights[part],
@@ -429,10 +434,13 @@ def update(policy: UnifiedModel, optimizer: torch.optim.Optimizer, batch: Rollou
     norm = whole(torch.nn.utils.clip_grad_norm_(policy.policy_parameters(), 1.0))
     check_finite("the gradient", norm.item())
     optimizer.step()
-    means = {f"{key}/{name}": sums[f"{key}/{name}"] / max(1, sums[f"count/{name}"])
+    sums = averaged(sums)
+    means = {f"{key}/{name}": sums[f"{key}/{name}"] / (sums[f"count/{name}"] or 1)
              for key in ("kl", "clip_frac") for name in ("text", "image")}
+    decisions = sums["count/text"] + sums["count/image"]
+    means["text_share"] = sums["count/text"] / decisions
     if epoch == 0:
-        means["logp_gap"] = sums["logp_gap"] / batch.mask.sum().item()
+        means["logp_gap"] = sums["logp_gap"] / decisions
     return {"loss": total, "grad_norm": norm.item(), "ratio_max": sums["ratio_max"], **means}
 
 
@@ -444,6 +452,16 @@ def sampling_of(config: Config) -> Sampling:
     return Sampling(config.temperature, config.top_k, config.top_p, config.guidance)
 
 
+def scoring_of(config: Config) -> Sampling:
+    """The same distribution, but with --no-score-guided that without guidance.
+
+    Two public codes for image GRPO (T2I-R1, ULM-R1) sample guided codes and score them unguided, new and old
+    policy alike. Their update is about another distribution than the one that was sampled. The flag is there
+    to measure what that costs.
+    """
+    return sampling_of(config) if config.score_guided else replace(sampling_of(config), guidance=1.0)
+
+
 def check(config: Config, world: int = 1) -> None:
     """Refuse settings that cannot work before anything is loaded. Raises UserError."""
     check_config(config)
@@ -453,10 +471,11 @@ def check(config: Config, world: int = 1) -> None:
             f"a multiple of the {world} processes, which share them")
     require(config, "reward_device", world == 1 or ":" not in config.reward_device,
             "no number: under torchrun each process has its judges on its own device")
-    require(config, "precision", config.precision == "auto" or not config.lora_rank,
-            "auto: with adapters the passes have the type of the frozen base")
     require(config, "explain", world == 1 or not config.explain, "one process, no torchrun")
     check_judges(config)
+    if config.preset and not config.prompts:
+        raise UserError(f"--preset {config.preset}: expected --prompts as well, a JSONL file or NAME=DIR,.. "
+                        f"of published data; without it the prompts would be the toy world's")
 
 
 def start_policy(config: Config, state: dict, device: torch.device) -> tuple[UnifiedModel, dict[str, Tensor]]:
@@ -493,7 +512,7 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> list[S
     policy, reference = start_policy(config, state, device)
     optimizer = torch.optim.Adam(policy.policy_parameters(), lr=config.lr, betas=(0.9, 0.95))
     restore_optimizer(optimizer, tensors)
-    judges, codes = make_judges(config, device), CodeCache(policy)
+    judges, codes = make_judges(config, device), CodeCache(policy, together=bool(pool))
     pool = ready_prompts(pool, left_out, policy, codes, config)
     check_prompts(judges[0], pool, config.budget)
     if rank == 0 and not config.resume:
@@ -522,7 +541,7 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> list[S
         now, before, done = time.perf_counter(), done, done + config.epochs_per_rollout
         metrics = averaged({**batch.metrics, **metrics, "seconds": now - began,
                             "seconds/reference": scored - sampled, "seconds/update": now - scored,
-                            "peak_gib": peak_gib(device)}, device)
+                            "peak_gib": peak_gib(device)})
         silent = silent + 1 if metrics["zero_spread"] == 1 else 0
         log(run, bar, done, metrics, silent)                                               # step 7
         if done // config.save_every > before // config.save_every or done == config.updates:
@@ -673,7 +692,8 @@ def explain(config: Config, device: torch.device) -> Path:
         """Print a part, and put it on the page, its rows replaced by pictures if there are any."""
         part = part._replace(title=f"{len(body) + 1}. {part.title}")
         print(part_text(part))
-        body.append(part_html(part._replace(rows=()) if pictures else part) + pictures)
+        words = part_html(part._replace(rows=()) if pictures else part)
+        body.append(f"<div>{words}{pictures}</div>" if pictures else words)
 
     def answer() -> tuple[Rollout, dict, list[list[str]]]:
         """The group's rollout, its record, and its answers as rows; the same random numbers every time."""
@@ -713,7 +733,7 @@ def judge_records(judges: tuple, most: int = 24) -> list[dict]:
 
 def main() -> None:
     """Warm-up model if there is none, training, evaluation before and after."""
-    config = parse_config(Config, presets={"paper": PAPER}, names={
+    config = parse_config(Config, presets=PRESETS, names={
         "prompts": PROMPT_READERS, "text_reward": judge_names("text"),
         "visual_reward": judge_names("visual")})
     rank, world, device = start_processes(config.device)
@@ -727,9 +747,8 @@ def main() -> None:
             print(f"the same with pictures: {explain(config, device)}")
             return
         pool = train(config, rank, world, device)
+        before_and_after(config, [sample.prompt for sample in pool])
         end_processes()
-        if rank == 0:
-            before_and_after(config, [sample.prompt for sample in pool])
 
 
 if __name__ == "__main__":

@@ -919,6 +919,7 @@ def nf4_buffer(blocks: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         return torch.empty(blocks, NF4_BLOCK, dtype=dtype, device=device)
 
 
+@torch.no_grad()
 def to_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Quantise a weight of n values in any shape -> bytes uint8 [n / 2], scales float32 [n / 64].
 
@@ -1080,6 +1081,9 @@ def prepare_training(model: UnifiedModel, rank: int, alpha: float, seed: int = 0
     linear layer of the decoder; a model that was loaded with adapters keeps them.
     Raises UserError where the model has other adapters than asked for, or 4-bit weights are to be trained.
     """
+    if rank and precision != "auto":
+        raise UserError(f"--precision {precision}: with adapters passes have the type of the frozen base, "
+                        f"leave it out")
     if model.adapter and rank and model.adapter != {"rank": rank, "alpha": alpha}:
         raise UserError(f"--lora-rank {rank} --lora-alpha {alpha}: the model already has adapters of rank "
                         f"{model.adapter['rank']} and alpha {model.adapter['alpha']}")

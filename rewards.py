@@ -6,6 +6,7 @@
     r_v    every picture, given its own text    RulesVisual     share of attributes that are right (toy world)
                                                 ImageReward     normal CDF of its reward (the paper's judge)
                                                 ClipScore       2.5 max(0, cosine) (the paper's ablation)
+                                                RulesWeak       shape and colour alone (toy world)
     r_f    the form of the answer               format_reward   0 or 1
 
 A judge is a callable, and any callable of the same signature can take its place. The published judges are in
@@ -76,9 +77,9 @@ def wanted(sample) -> tuple[int | None, int | None]:
     return {"understanding": (1, 0), "t2i": (0, 1)}.get(sample.kind, (sample.steps, sample.steps))
 
 
-def agreement(named: shapes.Scene | None, true: shapes.Scene | None) -> float:
-    """Share of the attributes (shape, colour, cell) that two scenes have in common; 0 where one is None."""
-    return sum(a == b for a, b in zip(named, true)) / len(named) if named and true else 0.0
+def agreement(named: shapes.Scene | None, true: shapes.Scene | None, first: int = 3) -> float:
+    """Share of the first attributes (shape, colour, cell) that two scenes share; 0 where one is None."""
+    return sum(a == b for a, b in zip(named[:first], true[:first])) / first if named and true else 0.0
 
 
 class RulesText:
@@ -103,11 +104,22 @@ class RulesText:
 
 class RulesVisual:
     """r_v in the toy world: the scene in a picture against the scene that its text names, right or wrong."""
+    attributes = 3               # of shape, colour, cell: how many are compared
 
     def __call__(self, texts: list[str], pictures: list[np.ndarray]) -> list[float]:
         """texts [n], pictures uint8 [H, W, 3] -> n scores 0..1."""
         scenes = shapes.recognise(np.stack(pictures)) if pictures else []
-        return [agreement(shapes.parse_caption(text), scene) for text, scene in zip(texts, scenes)]
+        return [agreement(shapes.parse_caption(text), scene, self.attributes)
+                for text, scene in zip(texts, scenes)]
+
+
+class RulesWeak(RulesVisual):
+    """r_v that does not look where the object is. It stands for CLIP-score in the paper's ablation.
+
+    CLIP matches texts and pictures much like bags of words (arXiv 2210.01936): it sees what there is and
+    hardly how it is arranged. So a policy can put the object anywhere without losing reward.
+    """
+    attributes = 2
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -260,19 +272,19 @@ def mean_reward(rewards: list[float | None], wanted: int | None) -> float | None
 # ------------------------------------------------------------------------------------------------------------
 # Judges by name: --text-reward and --visual-reward, NAME or NAME=FOLDER
 
-RULES = {"text": RulesText, "visual": RulesVisual}
+RULES = {"text": {"rules": RulesText}, "visual": {"rules": RulesVisual, "rules-weak": RulesWeak}}
 
 
 def judge_names(part: str) -> list[str]:
     """The names that --text-reward (part "text") or --visual-reward ("visual") takes."""
-    return ["rules", *judges.JUDGES[part]]
+    return [*RULES[part], *judges.JUDGES[part]]
 
 
 def make_judge(part: str, spec: str, device: torch.device, quantize: str = "none", tiles: int = 0):
     """NAME or NAME=FOLDER -> a judge. Raises UserError where its weights are missing or damaged."""
     name, _, folder = spec.partition("=")
-    if name == "rules":
-        return RULES[part]()
+    if name in RULES[part]:
+        return RULES[part][name]()
     judge_class = judges.JUDGES[part][name]
     options = {"quantize": quantize, "tiles": tiles} if part == "text" else {}
     return judge_class(folder or judge_class.HUB, device, **options)
@@ -325,8 +337,8 @@ def check_rules(config, samples: list) -> None:
     r_t, r_v, _ = config.reward_weights
     for sample in samples:
         n_texts, n_pictures = wanted(sample)
-        asked = (r_t and n_texts != 0 and config.text_reward == "rules",
-                 r_v and n_pictures != 0 and config.visual_reward == "rules")
+        asked = (r_t and n_texts != 0 and config.text_reward in RULES["text"],
+                 r_v and n_pictures != 0 and config.visual_reward in RULES["visual"])
         known = shapes.parse_caption if sample.kind == "t2i" else shapes.wanted_steps
         if any(asked) and known(sample.prompt) is None:
             raise UserError(f"--prompts {config.prompts}: the rule judges know only the toy world's edits, "

@@ -11,6 +11,7 @@ Stages 2 and 3 minimise Eq. (1), the negative log-likelihood of every answer tok
     torchrun --nproc_per_node=2 warmup.py        # two processes share the samples of each step
     python warmup.py --preset paper --out out/warmup-7b \\
         --data activitynet=DIR,genhowto=DIR,openstory=DIR,emova=DIR,journeydb=DIR   # stage 3, QLoRA, on a GPU
+    torchrun --nproc_per_node=8 warmup.py --preset paper-full --data ... --out out/warmup-7b-full   # all
 
 The same command resumes a run that was interrupted, and ends with the same weights.
 """
@@ -59,7 +60,7 @@ class Config:
     loss: Literal["eq1", "official"] = "eq1"   # eq1: mean over decisions; official: text mean + image mean
     tokenizer_steps: Count = 500     # stage 1: optimizer steps
     pretrain_steps: Count = 200      # stage 2
-    warmup_steps: Count = 180        # stage 3
+    warmup_steps: Natural = 180      # stage 3; 0: leave it out
     batch: Count = 48                # samples a step of stages 2 and 3
     lr: LearningRate = 2e-3          # peak learning rate of stage 2 (AdamW)
     warmup_lr: LearningRate = 1e-3   # peak learning rate of stage 3 (AdamW)
@@ -77,7 +78,7 @@ class Config:
     micro_batch: Count = 48          # samples a forward pass; changes memory, never the gradient
     checkpointing: bool = False      # recompute layers in the backward pass: less memory, a third more time
     save_every: Count = 100          # steps between checkpoints
-    preset: str = ""                 # paper: the paper's settings on VILA-U 7B; flags given beside it win
+    preset: str = ""                 # paper: QLoRA on VILA-U 7B; paper-full: all of it, on a node
 
 
 # --preset paper: what the paper states is marked so. The rest is ours and fits one GPU (its QLoRA variant).
@@ -88,6 +89,12 @@ PAPER = dict(
     warmup_steps=3000, warmup_lr=1e-4, batch=64,           # ours
     micro_batch=2, checkpointing=True, save_every=100,     # ours
 )
+# --preset paper-full: all of the model is trained, as in the paper's main result.
+PAPER_FULL = PAPER | dict(
+    lora_rank=0, quantize="none",                          # paper
+    warmup_lr=2e-5, batch=128,                             # ours
+)
+PRESETS = {"paper": PAPER, "paper-full": PAPER_FULL}
 # Settings that may change when a run is resumed.
 FREE = ("model", "base", "data",     # compared by their content
         "device", "save_every", "out", "micro_batch", "checkpointing", "precision", "preset", "cache")
@@ -553,7 +560,7 @@ def add_gradients(model: UnifiedModel, samples: list[Sample], codes: CodeCache,
     decisions = [by_modality(mask, is_image) for _, is_image, mask in batches]
     total = averaged({"text": sum(text.sum().item() for text, _ in decisions),
                       "image": sum(image.sum().item() for _, image in decisions),
-                      "passes_max": len(batches)}, model.device)
+                      "passes_max": len(batches)})
     counts = torch.tensor(total["text"]), torch.tensor(total["image"])
     if model.sharded:                                  # all make as many passes, see `with_every_part`
         tokens, is_image, mask = batches[-1]
@@ -584,7 +591,7 @@ def train_decoder(model: UnifiedModel, run: Run, config: Config, stage: str, bat
         began = time.perf_counter()
         samples = batch(step)
         model.zero_grad()
-        metrics = averaged(add_gradients(model, samples[share], codes, config), model.device)
+        metrics = averaged(add_gradients(model, samples[share], codes, config))
         check_finite(f"{stage}, step {step}: the loss", metrics["loss"], flag)
         for optimizer in optimizers:
             average_gradients(optimizer)
@@ -747,6 +754,9 @@ def check(config: Config) -> None:
     check_config(config)
     if not config.model and (config.lora_rank or config.quantize != "none"):
         raise UserError("--lora-rank and --quantize need --model: the miniature is trained from nothing")
+    if config.preset and not config.data:
+        raise UserError(f"--preset {config.preset}: expected --data as well, NAME=DIR,.. of published data; "
+                        f"without it the samples would be the toy world's")
     if not config.data:
         return
     kinds = {READERS[name][1] for name, _ in parse_sources(config.data, "--data")}
@@ -759,7 +769,7 @@ def check(config: Config) -> None:
 
 def main() -> None:
     """Run the three stages."""
-    config = parse_config(Config, presets={"paper": PAPER}, names={"data": READERS})
+    config = parse_config(Config, presets=PRESETS, names={"data": READERS})
     check(config)
     print(f"warm-up done: {warm_up(config)}")
     end_processes()

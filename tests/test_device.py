@@ -145,7 +145,8 @@ def test_the_depth_transformer_and_its_sampler(model):
 @pytest.mark.parametrize("sampling", [Sampling(), Sampling(0), Sampling(0.7, 5, 0.9, 3.0)], ids=str)
 def test_the_distribution_and_the_draw(mode, sampling):
     logits = torch.zeros(2, 3, 50, device=GPU)
-    logp = decision_logp(guide(*logits, sampling.guidance), sampling)
+    keep = torch.zeros(3, 1, dtype=torch.long, device=GPU)
+    logp = decision_logp(guide(*logits, sampling.guidance), sampling, IMAGE, keep)
     assert on_gpu(logp, *sample_index(logp, torch.rand(3, device=GPU)))
 
 

@@ -1,5 +1,5 @@
-"""Rates, the ladder, and the benchmarks: published averages from published columns, every known pitfall of
-the files, runs as a user's."""
+"""Rates and the benchmarks: published averages from published columns, every known pitfall of the files,
+runs as a user's."""
 import json
 import random
 import re
@@ -10,7 +10,7 @@ import numpy as np
 import published_samples
 import pytest
 import torch
-from conftest import FIXTURES, ROOT, flags, metrics, run, shots, write
+from conftest import FIXTURES, ROOT, flags, run, shots, write
 from PIL import Image
 
 import common
@@ -18,7 +18,7 @@ import evaluate
 import shapes
 from common import UserError
 from data import LeftOut, Question, Sample
-from evaluate import (ASPECTS, BENCHMARKS, LADDER, MMIE, PAPER_LADDER, AnswerSet, Config, InterleavedBench,
+from evaluate import (ASPECTS, BENCHMARKS, MMIE, PAPER_ROWS, AnswerSet, Config, InterleavedBench,
                       JudgeRequest, TextToImage, find_score, rate_answer)
 from judges import LlavaCritic
 from model import save
@@ -26,6 +26,11 @@ from tokenizer import Answer, Segment
 
 
 @pytest.fixture(scope="session")
+def run_benchmark(config):
+    """Run a benchmark as the command line does."""
+    evaluate.run_benchmark(config, Path(config.out))
+
+
 def samples_folder(tmp_path_factory):
     return published_samples.make(tmp_path_factory.mktemp("published"), 0.5, seed=1)
 
@@ -44,7 +49,7 @@ def read(benchmark: str, path: Path) -> tuple[list[Question], LeftOut]:
 
 
 # ------------------------------------------------------------------------------------------------------------
-# Rates and the ladder
+# Rates
 
 PROMPT = "paint it blue, move it to center. <BEGIN> a red circle at top left <image>"
 BLUE, CENTRE = shapes.states_of_prompt(PROMPT)[1:]
@@ -96,44 +101,6 @@ def test_rates_of_a_model_are_written_and_do_not_depend_on_the_batch(warm, tmp_p
             assert 0 <= low <= mean <= high <= 1
 
 
-def test_the_ladder_trains_every_rung_once_with_its_settings(warm, tmp_path, capfd, monkeypatch):
-    """The smallest runs, one seed: rows in order, a run directory for each rung, nothing trained twice."""
-    monkeypatch.setattr(evaluate, "rate_single_tasks", lambda *_: {"t2i": 0.0, "i2t": 0.0})
-    config = Config(model=str(warm), out=str(tmp_path), ladder=True, updates=2, prompts=3, seeds="0",
-                    budget=30, device="cpu")
-    evaluate.ladder(config)
-    lines = [line for line in capfd.readouterr().out.splitlines() if "  |" in line]
-    rungs = ["warm-up", *LADDER]
-    assert [line[:24].strip() for line in lines[1:]] == [f"{rung} {arm}" for rung in rungs
-                                                         for arm in ("sampled", "greedy")]
-    assert lines[0].split()[:5] == list(evaluate.RATES) and "paper's MMIE" in lines[0]
-    for line, rung in zip(lines[1::2], rungs, strict=True):
-        assert [float(word) for word in line.split("|")[1].split()] == list(PAPER_LADDER[rung])
-    folders = ["r_f-0", "r_f_r_t-0", "r_f_r_t_r_v-0", "process-0"]
-    settings = [json.loads((tmp_path / name / "config.json").read_text())["settings"] for name in folders]
-    assert [s["reward_weights"] for s in settings] == [[0, 0, 1], [1, 0, 1], [1, 1, 1], [1, 1, 1]]
-    assert [s["credit"] for s in settings] == ["outcome", "outcome", "outcome", "process"]
-    assert all(s["updates"] == 2 and s["seed"] == 0 and s["model"] == str(warm) for s in settings)
-    assert all(len(metrics(tmp_path / name)) == 2 for name in folders)
-    results = json.loads((tmp_path / "evaluation.json").read_text())
-    assert list(results) == rungs and all(len(of) == 1 for of in results.values())
-    for rung, name in zip(LADDER, folders, strict=True):
-        assert results[rung][0]["model"] == str(tmp_path / name)
-
-    times = [(tmp_path / name / "policy").stat().st_mtime_ns for name in folders]
-    monkeypatch.setattr(evaluate, "evaluate", lambda model, config: results["warm-up"][0])
-    evaluate.ladder(config)
-    assert capfd.readouterr().out.count("is finished: 2 updates") == len(folders)
-    assert [(tmp_path / name / "policy").stat().st_mtime_ns for name in folders] == times
-
-
-def test_a_rung_that_fails_ends_the_ladder_with_its_folder(warm, tmp_path, monkeypatch):
-    monkeypatch.setattr(evaluate, "evaluate", lambda model, config: {})
-    monkeypatch.setitem(LADDER, "r_f", {"reward_weights": "0,0,0"})
-    with pytest.raises(UserError, match="r_f-0"):
-        evaluate.ladder(Config(model=str(warm), out=str(tmp_path), seeds="0", device="cpu"))
-
-
 # ------------------------------------------------------------------------------------------------------------
 # Scores
 
@@ -166,7 +133,7 @@ def test_the_papers_rows_stand_as_printed():
                              "paper full": 3.13}}
     for benchmark in BENCHMARKS.values():
         assert all(len(values) == len(benchmark.ROWS) for values in benchmark.PAPER.values())
-    assert PAPER_LADDER["+ process"] == tuple(of["paper full"] for of in averages.values())
+    assert PAPER_ROWS["process"] == tuple(of["paper full"] for of in averages.values())
 
 
 def test_other_metrics_of_the_paper_stand_in_a_footnote_and_its_columns_right_of_a_bar():
@@ -405,10 +372,10 @@ def test_missing_empty_and_broken_files_are_named(tmp_path, benchmark, file):
     (tmp_path / file).write_text("")
     config = Config(benchmark=benchmark, data=str(tmp_path), visual_reward="clip-score")
     with pytest.raises(UserError, match="expected|no usable question"):
-        evaluate.run_benchmark(config)
+        run_benchmark(config)
     (tmp_path / file).write_bytes(b"\xff\xfe\x00[")
     with pytest.raises(UserError):
-        evaluate.run_benchmark(config)
+        run_benchmark(config)
 
 
 def test_replies_from_elsewhere_are_read_in_their_schemas(tmp_path):
@@ -445,7 +412,7 @@ def test_a_killed_benchmark_goes_on_and_gives_the_same_table(benchmark, average,
                     for q in questions for aspect in BENCHMARKS[benchmark].aspects(q, Config())])
     whole, cut = (config_of(benchmark, samples_folder, talker, tmp_path / name, judge=f"file:{replies}")
                   for name in ("whole", "cut"))
-    evaluate.run_benchmark(whole)
+    run_benchmark(whole)
     add, count = common.add_line, []
 
     def dying(file, line):
@@ -457,16 +424,16 @@ def test_a_killed_benchmark_goes_on_and_gives_the_same_table(benchmark, average,
     with monkeypatch.context() as patch:
         patch.setattr(evaluate, "add_line", dying)
         with pytest.raises(KeyboardInterrupt):
-            evaluate.run_benchmark(cut)
+            run_benchmark(cut)
     cut.batch = 3
-    evaluate.run_benchmark(cut)
+    run_benchmark(cut)
     assert result(tmp_path / "whole") == result(tmp_path / "cut")
     rows = result(tmp_path / "whole")[0]["rows"]["model"]
     assert list(rows) == list(BENCHMARKS[benchmark].ROWS)
     table = capsys.readouterr().out
     assert "paper full" in table and average in table
     with pytest.raises(UserError, match="temperature"):
-        evaluate.run_benchmark(config_of(benchmark, samples_folder, talker, tmp_path / "cut",
+        run_benchmark(config_of(benchmark, samples_folder, talker, tmp_path / "cut",
                                          temperature=0.5))
 
 
@@ -501,7 +468,7 @@ def test_a_benchmark_goes_on_with_two_processes_after_three_were_killed(samples_
     critic = f"llava-critic={FIXTURES / 'llava_critic_tiny'}"
     whole, cut = (config_of("mmie", samples_folder, talker, tmp_path / name, judge=critic)
                   for name in ("whole", "cut"))
-    evaluate.run_benchmark(whole)
+    run_benchmark(whole)
     answers, replies = ((tmp_path / "whole" / "model" / name).read_text().splitlines(keepends=True)
                         for name in ("answers.jsonl", "replies.jsonl"))
     assert len(answers) > 4
@@ -552,7 +519,7 @@ def test_rates_of_the_toy_world_go_on_with_two_processes(warm, tmp_path, monkeyp
 
 
 def test_answers_are_written_as_mmie_wants_them(samples_folder, talker, tmp_path):
-    evaluate.run_benchmark(config_of("mmie", samples_folder, talker, tmp_path))
+    run_benchmark(config_of("mmie", samples_folder, talker, tmp_path))
     questions, written = (json.loads((folder / "data.json").read_text())
                       for folder in (samples_folder / "mmie", tmp_path / "model"))
     assert [record["id"] for record in written] == [record["id"] for record in questions]
@@ -576,14 +543,14 @@ def test_answers_are_written_as_mmie_wants_them(samples_folder, talker, tmp_path
 def test_a_budget_without_room_for_a_picture_is_refused(samples_folder, talker, tmp_path):
     config = config_of("mmie", samples_folder, talker, tmp_path, budget=8)
     with pytest.raises(UserError, match="--budget 8.*9 positions"):
-        evaluate.run_benchmark(config)
+        run_benchmark(config)
     assert not (tmp_path / "model").exists()
 
 
 def test_half_a_character_does_not_end_a_run(samples_folder, talker, tmp_path):
     write(tmp_path / "data" / "data.json",
           r'[{"id": "SA-1\ud83d", "question": "cut \ud83d emoji", "extra": "\udc00"}]')
-    evaluate.run_benchmark(config_of("mmie", samples_folder, talker, tmp_path / "out",
+    run_benchmark(config_of("mmie", samples_folder, talker, tmp_path / "out",
                                      data=str(tmp_path / "data")))
     record, = json.loads((tmp_path / "out" / "model" / "data.json").read_text())
     assert record["id"] == "SA-1?" and record["question"][0]["text"] == "cut ? emoji"
@@ -599,13 +566,13 @@ def test_our_critic_judges_and_is_called_by_its_name(samples_folder, talker, tmp
     monkeypatch.setattr(LlavaCritic, "replies", replies)
     config = config_of("interleavedbench", samples_folder, talker, tmp_path,
                        judge=f"llava-critic={FIXTURES / 'llava_critic_tiny'}")
-    evaluate.run_benchmark(config)
+    run_benchmark(config)
     results = json.loads((tmp_path / "results.json").read_text())
     assert [of["value"] for of in results["rows"]["model"].values()] == [3] * 6
     page = (tmp_path / "model" / "answers.html").read_text()
     assert "LLaVA-Critic, NOT the official judge" in page and "text aspects do not count for" in page
     count = len(questions)
-    evaluate.run_benchmark(config)
+    run_benchmark(config)
     assert len(questions) == count, "replies are kept"
 
 
@@ -628,7 +595,7 @@ def test_the_real_critic_sees_the_pictures(samples_folder, talker, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         real = LlavaCritic.replies
         patch.setattr(LlavaCritic, "replies", lambda self, *of, **more: real(self, *of, 2, **more))
-        evaluate.run_benchmark(config_of("mmie", samples_folder, talker, tmp_path,
+        run_benchmark(config_of("mmie", samples_folder, talker, tmp_path,
                                          judge=f"llava-critic={FIXTURES / 'llava_critic_tiny'}"))
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["rows"] == {"model": {}}

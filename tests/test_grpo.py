@@ -155,8 +155,8 @@ def test_answers_that_are_all_the_same_train_nothing_and_are_counted(tiny):
     settings = dict(normalise="all", step_discount=1.0)
     config, batch = one_rollout(tiny, temperature=1e-4, **settings)
     assert batch.metrics["zero_spread"] == 1 and batch.advantages.eq(0).all()
-    group = grpo.advantages(batch.answers[:4], batch.scores[:4], config)
-    assert any(values.abs().max() > 0.5 for values in group), "what the equation gives"
+    steps = process_advantages([scores.steps for scores in batch.scores[:4]], discount=1.0)
+    assert any(values.abs().max() > 0.5 for values in steps), "what the equation gives"
     config, batch = one_rollout(tiny, **settings)
     assert batch.metrics["zero_spread"] < 1 and batch.advantages.abs().max() > 0.5
 
@@ -239,6 +239,22 @@ def test_in_float32_the_old_log_probs_are_those_of_the_sampler(tiny):
     metrics = update(tiny, config, batch, batch.old_logp)
     assert torch.equal(batch.old_logp, sampled)
     assert metrics["logp_gap"] < 1e-5 and metrics["ratio_max"] == pytest.approx(1, abs=1e-3)
+
+
+@pytest.mark.parametrize("guided", [True, False])
+def test_guided_rollouts_are_scored_guided_unless_the_flag_says_otherwise(tiny, guided):
+    """Unguided, both policies of the ratio are the plain model, not the one that was sampled from."""
+    config, batch = one_rollout(tiny, guidance=3.0, score_guided=guided)
+    sampled, drawn = batch.old_logp.clone(), batch.mask & batch.is_image[..., None]
+    with torch.no_grad():
+        plain = tiny.log_probs(batch.tokens, batch.is_image, batch.mask)
+    assert (plain - sampled)[drawn].abs().max() > 0.1, "guidance must matter, or nothing is tested"
+    ref_logp = grpo.reference_logp(tiny, grpo.trainable_state(tiny), batch, config)
+    metrics = update(tiny, config, batch, ref_logp)
+    scored = sampled if guided else plain
+    assert torch.allclose(batch.old_logp, scored, atol=1e-4) and torch.allclose(ref_logp, scored, atol=1e-4)
+    assert metrics["ratio_max"] == pytest.approx(1, abs=1e-3)
+    assert (metrics["logp_gap"] < 1e-4) == guided
 
 
 def test_float32_cuts_what_left_the_set_and_bf16_keeps_what_was_sampled():

@@ -204,19 +204,25 @@ def test_both_scripts_run_with_qlora_resume_and_merge(warm, tmp_path, monkeypatc
     assert torch.allclose(logp, expected, atol=1e-4)
 
 
-def test_the_papers_preset_fills_in_and_flags_beside_it_win():
-    for script in (grpo, warmup):
-        assert set(script.PAPER) <= {f.name for f in fields(script.Config)}
-        arguments = ["--preset", "paper", "--lora-rank", "8"]
-        config = parse_config(script.Config, arguments, {"paper": script.PAPER})
-        assert config.lora_rank == 8 and config.preset == "paper" and config.quantize == "nf4"
-        expected = {name: value for name, value in script.PAPER.items() if name != "lora_rank"}
-        assert {name: getattr(config, name) for name in expected} == expected
-        script.check(config)
-    assert (grpo.PAPER["group_size"], grpo.PAPER["updates"]) == (4, 3000)
-    assert grpo.PAPER["eval_sampling"] == "published"
-    with pytest.raises(UserError, match="paper"):
-        parse_config(grpo.Config, ["--preset", "article"], {"paper": grpo.PAPER})
+@pytest.mark.parametrize("preset", ["paper", "paper-full"])
+@pytest.mark.parametrize("script, data", [
+    (warmup, ["--data", f"openstory={ROOT},emova={ROOT},journeydb={ROOT}"]), (grpo, ["--prompts", "x"])])
+def test_the_papers_presets_fill_in_and_flags_beside_them_win(script, data, preset):
+    values = script.PRESETS[preset]
+    assert set(values) <= {f.name for f in fields(script.Config)}
+    config = parse_config(script.Config, ["--preset", preset, "--save-every", "8", *data], script.PRESETS)
+    assert config.save_every == 8 and config.preset == preset
+    expected = {name: value for name, value in values.items() if name != "save_every"}
+    assert {name: getattr(config, name) for name in expected} == expected
+    assert (config.lora_rank > 0, config.quantize) == ((False, "none") if "full" in preset else (True, "nf4"))
+    script.check(config)
+    if script is grpo:
+        script.check(config, world=32 if "full" in preset else 8)
+        assert (config.group_size, config.updates, config.eval_sampling) == (4, 3000, "published")
+    else:
+        assert config.batch % 32 == 0
+    with pytest.raises(UserError, match="article: expected paper or paper-full"):
+        parse_config(script.Config, ["--preset", "article"], script.PRESETS)
 
 
 @pytest.mark.parametrize("arguments, said", [
@@ -227,6 +233,8 @@ def test_the_papers_preset_fills_in_and_flags_beside_it_win():
     (["warmup.py", "--lora-rank", "4"], "--model"),
     (["model.py", "--model", FOLDER, "--merge", "nowhere"], "no adapters"),
     (["grpo.py", "--model", FOLDER, "--budget", "2"], "--budget 2"),
+    (["warmup.py", "--preset", "paper"], "--preset paper: expected --data"),
+    (["grpo.py", "--preset", "paper-full", "--model", FOLDER], "--preset paper-full: expected --prompts"),
 ])
 def test_adapter_mistakes_are_one_sentence_and_write_nothing(tmp_path, arguments, said):
     out = run(*arguments, *(["--out", tmp_path / "out"] if arguments[0] != "model.py" else []), check=2)

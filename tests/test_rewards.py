@@ -10,7 +10,7 @@ import torch
 import shapes
 from common import UserError
 from data import Sample
-from rewards import (RulesText, RulesVisual, Scores, check_judges, check_prompts, format_reward,
+from rewards import (RulesText, RulesVisual, RulesWeak, Scores, check_judges, check_prompts, format_reward,
                      hybrid_rewards, judge, make_judges)
 from tokenizer import Answer, Segment
 
@@ -109,6 +109,16 @@ def test_the_visual_judge_believes_the_generated_text_not_the_truth():
     wrong = [shapes.Scene("square", "green", "left"), shapes.Scene("cross", "yellow", "top")]
     s = score(answer(texts=[shapes.caption(x) for x in wrong], scenes=wrong))
     assert s.visual == 1 and s.text < 0.5
+
+
+@pytest.mark.parametrize("scene, rules, weak", [
+    (("circle", "red", "top left"), 1, 1), (("circle", "red", "bottom"), 2 / 3, 1),
+    (("square", "red", "top left"), 2 / 3, 1 / 2), (("square", "blue", "top left"), 1 / 3, 0)])
+def test_the_weak_visual_judge_does_not_see_where_the_object_is(scene, rules, weak):
+    texts, pictures = ["a red circle at top left"], [shapes.render(shapes.Scene(*scene))]
+    assert RulesVisual()(texts, pictures) == pytest.approx([rules])
+    assert RulesWeak()(texts, pictures) == pytest.approx([weak])
+    assert RulesWeak()(["no caption", texts[0]], [pictures[0], shapes.render(None)]) == [0, 0]
 
 
 def test_noise_and_empty_boards_are_no_scene():

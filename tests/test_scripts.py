@@ -83,9 +83,9 @@ def test_image_codes_alone_can_be_taught_redness(warm):
     If it does not rise, the image branch is broken.
     """
     policy = load(warm)
-    optimizer = torch.optim.Adam(policy.policy_parameters(), lr=3e-3)
+    optimizer = torch.optim.Adam(policy.policy_parameters(), lr=1e-3)
     prompt, redness = policy.prompt("a red circle at top", draw=True), []
-    for step in range(15):
+    for step in range(30):
         rows = policy.generate([prompt], 32, policy.vision_config.positions + 1, seeds=[(step,)])
         pictures = policy.decode_pictures(torch.stack([r.tokens[r.is_image] for r in rows])).astype(float)
         reward = torch.tensor((pictures[..., 0] - pictures[..., 1:].mean(-1)).mean((1, 2)) / 255,
@@ -192,13 +192,6 @@ def photographs(folder: Path) -> None:
     write(folder / "prompts.jsonl", [
         {"prompt": "How do I pack this? <image>", "images": ["wide.jpg"]},
         {"prompt": "First <image>, then <image>. What is next?", "images": ["tall.jpg", "small.jpg"]}])
-
-
-def test_two_processes_train_and_leave_one_checkpoint(warm, tmp_path):
-    run("-m", "torch.distributed.run", "--nproc_per_node=2",
-        "grpo.py", "--model", warm, "--out", tmp_path / "ddp", *flags(RUN))
-    assert load_training(tmp_path / "ddp" / "policy")[0]["update"] == RUN["updates"]
-    assert len(metrics(tmp_path / "ddp")) == RUN["updates"]
 
 
 def test_one_answer_from_the_command_line(warm, tmp_path):
