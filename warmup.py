@@ -36,8 +36,8 @@ from tqdm import tqdm
 import shapes
 from common import (Count, LearningRate, Natural, Positive, Run, UserError, Weights, average_gradients,
                     averaged, check_config, check_settings, end_processes, note_processes, optimizer_tensors,
-                    parse_config, process_count, process_rank, require, restore_optimizer, run_main, seeded,
-                    shown, start_processes, wait_for_all, whole, write_report, write_text)
+                    parse_config, peak_gib, process_count, process_rank, require, restore_optimizer, run_main,
+                    seeded, shown, start_processes, wait_for_all, whole, write_report, write_text)
 from data import (I2T_QUESTION, KINDS, MARKS, PRETRAINING, READERS, CodeCache, LeftOut, Sample, keep_usable,
                   parse_sources, read_sources, row_of, toy_i2t, toy_prompt, toy_story, toy_t2i)
 from model import (DecoderConfig, DepthConfig, UnifiedModel, by_modality, chat, gathered, load, load_training,
@@ -587,7 +587,8 @@ def train_decoder(model: UnifiedModel, run: Run, config: Config, stage: str, bat
         began = time.perf_counter()
         samples = batch(step)
         model.zero_grad()
-        metrics = averaged(add_gradients(model, samples[share], codes, config))
+        metrics = add_gradients(model, samples[share], codes, config)
+        metrics = averaged({**metrics, "peak_gib": peak_gib(model.device)})
         if not math.isfinite(metrics["loss"]):
             raise UserError(f"{stage}: the loss became {metrics['loss']} at step {step}: lower {flag}; "
                             f"the last good checkpoint is intact")
