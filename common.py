@@ -4,7 +4,7 @@
     errors      `UserError`: one sentence and exit code 2, never a traceback for a user's mistake
     files       read with one-sentence errors, written whole or not at all
     runs        `Run`: config.json (how it was made), metrics.jsonl, samples/; training state that resumes
-    pages       `draw_sheet` (PNG) and `write_report` (one HTML file that opens offline)
+    pages       `draw_sheet` (PNG); `write_report`, `write_comparison` (HTML files that open offline)
 
 Nothing here is from the paper, and nothing here knows a model or a task. Read it last.
 """
@@ -25,6 +25,7 @@ import re
 import resource
 import shutil
 import signal
+import subprocess
 import sys
 import textwrap
 from collections import Counter
@@ -623,6 +624,21 @@ def check_settings(folder: Path, before: dict, now: dict, free: tuple[str, ...] 
                             f"choose another --out, or delete the folder")
 
 
+def machine() -> dict[str, str]:
+    """The processor, the GPUs, the versions and the commit (-dirty: with changes) of a run."""
+    info, here = Path("/proc/cpuinfo"), Path(__file__).parent
+    names = re.findall(r"model name\s*: (.+)", info.read_text()) if info.exists() else []
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    processor = (names or [platform.processor() or platform.machine()])[0]
+    commit = ""
+    if shutil.which("git"):
+        command = ["git", "-C", here, "describe", "--always", "--dirty"]
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    words = ", ".join([processor, f"{os.cpu_count()} cores", *gpus])
+    return {"machine": words, "system": platform.platform(), "python": platform.python_version(),
+            "torch": torch.__version__, "commit": commit or "unknown"}
+
+
 class Run:
     """A run directory: config.json (settings, versions), metrics.jsonl, policy/, samples/."""
 
@@ -637,9 +653,8 @@ class Run:
             return
         (self.folder / "samples").mkdir(parents=True, exist_ok=True)
         write_text(self.folder / "config.json", json.dumps(
-            {"settings": asdict(config), "command": " ".join(sys.argv), "python": platform.python_version(),
-             "torch": torch.__version__, "threads": torch.get_num_threads(), "processes": process_count()},
-            indent=1))
+            {"settings": asdict(config), "command": " ".join(sys.argv), **machine(),
+             "threads": torch.get_num_threads(), "processes": process_count()}, indent=1))
         self.metrics = self.folder / "metrics.jsonl"
         earlier = read_metrics(self.metrics)[:lines]
         write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in earlier))
@@ -773,18 +788,20 @@ STYLE = """
 body{font:16px/1.4 system-ui,sans-serif;max-width:1120px;margin:1.5em auto;padding:0 12px;color:var(--ink);
 background:var(--page);overflow-wrap:break-word}h1{font-size:1.5em}h2{font-size:1.3em;margin:1.6em 0 .4em}
 h3{font-size:1.05em;margin:.8em 0 .2em}p{margin:.4em 0;max-width:75ch}.headline{font-size:1.3em}
-figure{margin:0;max-width:336px}figcaption,table,.note{font-size:13px}.note svg{float:left;margin:5px 5px 0 0}
+figure{margin:0;max-width:336px}figure,.part,.pair{break-inside:avoid}
+figcaption,table,.note{font-size:13px}.note svg{float:left;margin:5px 5px 0 0}
 pre{white-space:pre-wrap;background:var(--card);padding:.8em;font-size:13px}.wide{overflow-x:auto}
 pre.wide{white-space:pre}.row{display:flex;flex-wrap:wrap;gap:12px 26px;align-items:start}
 .answer .row{gap:10px 6px}.note{white-space:nowrap}.soft{white-space:normal}
-.part{display:inline-block;vertical-align:top;max-width:500px;margin-right:40px}
+.part{display:inline-block;vertical-align:top;max-width:min(520px,100%);padding-right:24px;
+box-sizing:border-box}
 svg{display:block;font-size:12px}svg text{fill:currentColor}td svg{display:inline;margin-left:4px}
 table{border-collapse:collapse;margin:.4em 0}
 td,th{padding:2px 6px;text-align:left;vertical-align:top;border-top:1px solid var(--line)}
 .group{background:var(--card);padding:2px 12px 12px;margin:14px 0;border-radius:6px}
 .sides{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,480px),1fr));gap:4px 20px}
 .answer{border-top:1px solid var(--line);padding:6px 0}
-.pair{min-width:150px;max-width:258px;width:min-content;break-inside:avoid}
+.pair{min-width:150px;max-width:258px;width:min-content}
 img{display:block;image-rendering:pixelated;max-width:100%;height:auto;
 border:1px solid var(--line);margin:3px 0}
 .right{color:var(--good)}.wrong,.missing{color:var(--bad)}summary{cursor:pointer;margin:.4em 0}"""
@@ -795,14 +812,21 @@ COLUMNS = {          # of an evaluation -> what it counts
 ARMS = {"sampled": "Sampled as in training", "greedy": "Greedy", "low": "Sampled at a low temperature"}
 CHARTS = (           # title with the unit, metrics, top of the scale (None: their largest value)
     ("Reward and its parts, 0..1", "reward.*", 1.0),
-    ("KL to the reference, Eq. (7), nats a decision", "kl/.*", None),
-    ("Ratio, Eq. (3), and share outside the clip", "ratio_.*|clip_frac/.*|logp_gap", 2.0),
-    ("Length of an answer, texts and pictures", "steps_per_answer", None),
-    ("Standard deviation of a group's rewards", "spread/.*", None),
+    ("KL to the reference, Eq. (7), nats", "kl/.*", None),
+    ("Ratio, Eq. (3), and share clipped", "ratio_.*|clip_frac/.*|logp_gap", 2.0),
+    ("Texts and pictures an answer", "steps_per_answer", None),
+    ("Standard deviation in a group", "spread/.*", None),
     ("Shares, 0..1", "truncated|no_score|cut_texts|zero_spread|text_share|padding", 1.0),
     ("Norm of the gradient", "grad_norm", None),
     ("Seconds, stacked", "seconds/.*", None),
+    ("Seconds in all", "seconds", None),
+    ("Peak memory, GiB", "peak_gib", None),
     ("Loss, nats a decision", "loss.*", None))
+METRICS = {          # metric whose name does not say it -> what it is
+    "truncated": "answers cut by the budget", "no_score": "steps that a judge gave no score",
+    "cut_texts": "texts that a judge read in part", "zero_spread": "groups without any advantage",
+    "text_share": "text among all decisions", "ratio_max": "1 but for later updates on a rollout",
+    "logp_gap": "sampler against scorer", "padding": "of a batch"}
 LEGEND = (
     "r_t, r_v and r_f are the text, visual and format rewards of Eq. (5), each 0..1. The form that is asked "
     "for: think, words, /think, vis, picture, /vis for every step, then end. Right and wrong compare with "
@@ -875,7 +899,7 @@ def group_html(sides: dict[str, dict], most: int = 1) -> str:
     group = next(iter(sides.values()))
     start = "".join(picture_html(p, "picture of the prompt") for p in group["pictures"])
     body = f'<h3>{html.escape(group["prompt"])}</h3><div class="row">{start}'
-    if group["truth"]:
+    if group.get("truth"):
         body += f'<div>The true answer:{steps_html(group["truth"])}</div>'
     body += '</div><div class="sides">'
     for name, of in sides.items():
@@ -887,10 +911,10 @@ def group_html(sides: dict[str, dict], most: int = 1) -> str:
 
 
 def part_html(part: Part) -> str:
-    """A part as HTML. A number with a sign gets a bar."""
+    """A part as HTML. A number with a sign and two decimals gets a bar."""
     lines, tag = [], "th"
     for row in part.rows:
-        bars = [bar(float(cell), 2.0) if re.fullmatch(r"[+-][\d.]+", cell) else "" for cell in row]
+        bars = [bar(float(cell), 2.0) if re.fullmatch(r"[+-]\d+\.\d\d", cell) else "" for cell in row]
         lines.append("".join(f"<{tag}>{html.escape(c)}{b}</{tag}>" for c, b in zip(row, bars, strict=True)))
         tag = "td"
     words = "".join(f"<p>{html.escape(line)}</p>" for line in part.words.splitlines())
@@ -913,32 +937,34 @@ def chart(title: str, lines: dict[str, list[tuple[float, float]]], top: float | 
     first, last, low, high = min(xs), max(*xs, min(xs) + 1), min(0.0, *ys), top or max(ys)
     if stacked:
         high = max(sum(y for _, y in of) for of in zip(*lines.values()))
-    quarter = max((high - low) / 4, 1e-9)
+    quarter = max(high / 4, -low, 1e-9)                    # of the scale: a round number
     unit = 10 ** math.floor(math.log10(quarter))
-    high = low + 4 * unit * min(k for k in (1, 2, 2.5, 4, 5, 10) if k * unit >= 0.9999 * quarter)
+    quarter = unit * min(k for k in (1, 2, 2.5, 4, 5, 10) if k * unit >= 0.9999 * quarter)
+    low, high = -quarter * (low < 0), quarter * (4 - (low < 0))
 
     def at(x: float, y: float) -> str:
         share = (min(max(y, low), high) - low) / (high - low)
-        return f"{46 + 278 * (x - first) / (last - first):.1f},{150 - 140 * share:.1f}"
+        return f"{50 + 274 * (x - first) / (last - first):.1f},{150 - 140 * share:.1f}"
     for i in range(5):
         y, x = low + (high - low) * i / 4, round(first + (last - first) * i / 4)
         level, place = 150 - 35 * i, at(x, low).partition(",")[0]
-        body += (f'<path d="M46 {level}H324" style="stroke:var(--line)"/><text x="42" y="{level + 4}" '
+        body += (f'<path d="M50 {level}H324" style="stroke:var(--line)"/><text x="46" y="{level + 4}" '
                  f'text-anchor="end">{y:.3g}</text><text x="{place}" y="166" text-anchor="middle">{x}</text>')
     for i, (name, line) in enumerate(lines.items()):
         colour, every, wide = f"var(--c{i % 6})", math.ceil(len(line) / 200), max(1, len(line) // 16)
         means = [(line[n][0], fmean(y for _, y in line[max(0, n - wide):n + wide + 1]))
-                 for n in range(len(line))]
+                 for n in range(0, len(line), every)]
         if stacked:
             edge = [at(x, below[x]) for x, _ in line[::every]]
             below.update(dict(line))
             edge += [at(x, below[x]) for x, _ in reversed(line[::every])]
             body += f'<polygon points="{" ".join(edge)}" style="fill:{colour}"/>'
-        for points, style in ((line, "1;opacity:.5"), (means, "2.5")) if not stacked else ():
-            path = " ".join(at(*point) for point in points[::every])
+        for points, style in ((line[::every], "1;opacity:.5"), (means, "2.5")) if not stacked else ():
+            path = " ".join(at(*point) for point in points)
             body += f'<polyline points="{path}" style="fill:none;stroke:{colour};stroke-width:{style}"/>'
-        ends = f"{line[0][1]:.3g} → {line[-1][1]:.3g}"
-        keys += f'<br><b style="color:{colour}">▬</b> {html.escape(name)}: {ends}'
+        words = f"{name}: {line[0][1]:.3g} → {line[-1][1]:.3g}"
+        words += f" ({METRICS[name]})" if name in METRICS else ""
+        keys += f'<br><b style="color:{colour}">▬</b> {html.escape(words)}'
     title, words = html.escape(title), html.escape(f"by {across}: {', '.join(lines)}")
     return (f'<figure><b>{title}</b><svg width="336" height="184" role="img" aria-label="{title} {words}">'
             f'{body}<text x="185" y="182" text-anchor="middle">{across}</text></svg>'
@@ -953,7 +979,7 @@ def curves_html(runs: dict[str, list[dict]]) -> str:
             across = "step" if "step" in m else "update"
             metrics = stages.setdefault((m.get("stage", ""), across), {})
             for name, value in m.items():
-                if name not in (across, "stage") and value is not None:
+                if name != across and isinstance(value, (int, float)) and math.isfinite(value):
                     metrics.setdefault(name, {}).setdefault(run, []).append((m[across], value))
     for (stage, across), metrics in stages.items():
         zeros = [name for name, of in metrics.items() if not any(y for line in of.values() for _, y in line)]
@@ -966,6 +992,7 @@ def curves_html(runs: dict[str, list[dict]]) -> str:
             else:
                 charts += [chart(name, metrics[name], top, across) for name in group]
         body += f'<h3>{html.escape(stage)}</h3><div class="row">{"".join(charts)}</div>'
+        zeros = [f"{name} ({METRICS[name]})" if name in METRICS else name for name in zeros]
         body += f"<p>Zero all the time: {html.escape(', '.join(zeros))}.</p>" if zeros else ""
     return body
 
@@ -980,7 +1007,7 @@ def rates_html(results: dict[str, dict]) -> str:
             body += f'<text y="{y + 14}"><tspan font-weight="700">{rate}</tspan> {meaning}</text>'
             for i, (name, result) in enumerate(results.items()):
                 y, (mean, low, high) = y + 18, result[arm][rate]
-                x, left, right = (92 + 190 * value / top for value in (mean, low, high))
+                x, left, right = (92 + 190 * min(1.0, value / top) for value in (mean, low, high))
                 body += (f'<text x="86" y="{y + 14}" text-anchor="end">{html.escape(name[-13:])}</text>'
                          f'<path d="M92 {y + 10}h190" style="stroke:var(--line)"/>'
                          f'<g style="color:var(--c{i % 6})" fill="currentColor" stroke="currentColor">'
@@ -1020,6 +1047,8 @@ def headline(folder: Path) -> str:
         first, last = (of["greedy"]["story"][0] for of in (before, after))
         split = {"heldout": "held-out"}.get(after["split"], after["split"])
         words = f"greedy stories right: {first:.0%} → {last:.0%} on {after['prompts']} {split} prompts; "
+        if "seconds" in after:
+            seconds += f", evaluation {before['seconds'] + after['seconds']:.0f} s"
         seconds += f"; kept tasks {min(after['kept'].values()):.2f}"
     return f'<p class="headline">{html.escape(words + seconds)}</p>'
 
@@ -1041,7 +1070,7 @@ def section(title: str, file: Path, make: Callable[[], str]) -> str:
             body = make()
     except (UserError, OSError) as error:
         body = f'<p class="missing">{html.escape(f"This cannot be shown. {error}")}</p>'
-    return (f"<h2>{html.escape(title)}</h2>" if title else "") + body
+    return (f"<h2>{html.escape(title)}</h2>" if title and body else "") + body
 
 
 def answers_html(samples: Path) -> str:
@@ -1082,7 +1111,7 @@ def rollouts_html(samples: Path) -> str:
 def write_report(folder: Path) -> Path:
     """Write a run directory's report.html. What the directory lacks is named on the page."""
     samples, metrics, settings = folder / "samples", folder / "metrics.jsonl", folder / "config.json"
-    rates, warm_up = folder / "evaluation.json", metrics.exists() and '"stage"' in metrics.read_text()
+    rates, warm_up = folder / "evaluation.json", metrics.exists() and b'"stage"' in metrics.read_bytes()
     made = section("", settings, lambda: settings_html({folder.name: folder}))
     body = [section("", metrics, lambda: headline(folder)), fold("how this run was made", made),
             section("The same prompts before and after", samples, lambda: answers_html(samples))]

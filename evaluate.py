@@ -15,6 +15,7 @@ temperature, at a low one, and greedy. A model that was only sharpened gains in 
 `kept` rates what the model could do before: text-to-image and image-to-text, greedy, over all scenes.
 
     python evaluate.py --model out/grpo                   # rates -> out/evaluate/evaluation.json
+    python evaluate.py --compare out/grpo out/try         # runs side by side -> out/compare/compare.html
     python evaluate.py --reproduce                        # trains and rates every row of the paper's ablation
     python evaluate.py --preset paper --benchmark mmie --data DIR --judge file:eval_result.json
     python evaluate.py --preset paper --benchmark interleavedbench --data DIR --judge llava-critic
@@ -59,10 +60,10 @@ from tqdm import tqdm
 
 import data
 import shapes
-from common import (COLUMNS, Count, Names, Natural, Naturals, NonNegative, NonNegatives, TopPs, UserError,
-                    Weights, add_line, chart, check_config, check_settings, end_processes, flag_of, fold,
-                    parse_config, pick_device, picture_html, process_count, process_rank, read_json,
-                    read_lines, read_metrics, read_picture, remove, require, run_main, shown,
+from common import (COLUMNS, Count, Names, Natural, Naturals, NonNegative, NonNegatives, Part, TopPs,
+                    UserError, Weights, add_line, chart, check_config, check_settings, end_processes, flag_of,
+                    fold, parse_config, part_html, pick_device, picture_html, process_count, process_rank,
+                    read_json, read_lines, read_metrics, read_picture, remove, require, run_main, shown,
                     start_processes, steps_html, wait_for_all, write_comparison, write_page, write_report,
                     write_text, write_whole)
 from data import (I2T_QUESTION, Broken, CodeCache, LeftOut, Question, Sample, fingerprint, keep_usable,
@@ -79,10 +80,10 @@ class Config:
     model: str = "out/warmup"        # model to rate: run directory, checkpoint folder or hub id
     before: str = ""                 # --benchmark: a second model to compare with, say the warm-up model
     # -- toy world
-    prompts: Count = 192             # fresh prompts
+    prompts: Count = 384             # fresh prompts
     edits: Count = 3                 # edits that a prompt asks for
     split: Literal["heldout", "pairs", "train"] = "heldout"    # new: edit chains, colour-shape pairs, nothing
-    compare: Names = ()              # run directories: their rates and curves on one page, and stop
+    compare: Names = ()              # run directories: one page of all, or one run's report anew; and stop
     # -- reproduction
     reproduce: bool = False          # train and rate all rows of ROWS, compare them, write one page
     only: Names = ()                 # rows; by default all
@@ -337,7 +338,9 @@ def before_and_after(run, prompts: list[str]) -> None:
                 visual_reward=run.visual_reward, reward_weights=run.reward_weights,
                 reward_device=run.reward_device, critic_quantize=run.critic_quantize,
                 critic_tiles=run.critic_tiles, device=run.device, rows=run.rows, out=str(folder))
+            began = time.perf_counter()
             results[name] = evaluate(open_model(model, config, run.quantize), config)
+            results[name]["seconds"] = round(time.perf_counter() - began, 1)
         print(rates_table(results))
     if process_rank() > 0:
         return
@@ -406,8 +409,8 @@ PAPER_ROWS = {                       # row -> the paper's MMIE and InterleavedBe
     "weak-judge": (56.94, 2.58),     # CLIP-score
     "qlora": (57.27, 2.87),
 }
-CLAIMS = [                           # the first row is better than the second in: story or kept; whose claim
-    ("warm-up", "no-warm-up", "story", "paper"),
+CLAIMS = [                           # the first row is better than the second in a measure; whose claim it is
+    ("warm-up", "no-warm-up", "format", "paper"),          # whether it interleaves at all
     ("r_f", "warm-up", "story", "paper"),
     ("r_f+r_t", "r_f", "story", "paper"),
     ("r_f+r_t+r_v", "r_f+r_t", "story", "paper"),
@@ -431,48 +434,56 @@ CLAIMS = [                           # the first row is better than the second i
     ("4-edits-process", "4-edits-outcome", "story", "ours"),
 ]
 LEVEL = 0.05                         # of the verdict, after Holm's correction over all claims
-RESAMPLES = 10_000
+RESAMPLES = 2000
 
 
-def bootstrap(values: np.ndarray, bases: list[int]) -> tuple[float, np.ndarray]:
-    """values [runs, prompts], the base model of each run -> the mean, and RESAMPLES means of drawn values.
+def weights_of(bases: list[int]) -> np.ndarray:
+    """The base model of each run -> the weight of each run: all base models weigh the same."""
+    return np.array([1 / (len(set(bases)) * bases.count(base)) for base in bases])
+
+
+def bootstrap(values: np.ndarray, bases: list[int]) -> np.ndarray:
+    """values [runs, prompts], the base model of each run -> RESAMPLES means of resampled values.
 
     Base models are drawn with replacement, then runs of each, then prompts, the same ones for all runs.
-    Every base model has the same weight.
     Choice: all three are drawn, because the claim is about new base models, new seeds and new prompts.
     """
-    rng, prompts = np.random.default_rng(0), values.shape[1]
-    of_base = [np.flatnonzero(np.array(bases) == base) for base in sorted(set(bases))]
-    n = len(of_base)
+    rng, prompts, n = np.random.default_rng(0), values.shape[1], len(set(bases))
     run_means = rng.multinomial(prompts, np.full(prompts, 1 / prompts), RESAMPLES) @ values.T / prompts
-    times = rng.multinomial(n, np.full(n, 1 / n), RESAMPLES)                               # (RESAMPLES, n)
+    copies = rng.multinomial(n, np.full(n, 1 / n), RESAMPLES)                              # (RESAMPLES, n)
     means = np.zeros(RESAMPLES)
-    for runs, copies in zip(of_base, times.T):
+    for i, base in enumerate(sorted(set(bases))):
+        runs = np.flatnonzero(np.array(bases) == base)
         k = len(runs)
-        means += (rng.multinomial(copies * k, np.full(k, 1 / k)) * run_means[:, runs]).sum(1) / (k * n)
-    return float(np.mean([values[runs].mean() for runs in of_base])), means
+        means += (rng.multinomial(copies[:, i] * k, np.full(k, 1 / k)) * run_means[:, runs]).sum(1) / (k * n)
+    return means
 
 
 def three_way_interval(values: np.ndarray, bases: list[int]) -> list[float]:
     """The mean with its 95% percentile interval -> [mean, low, high]."""
-    mean, means = bootstrap(values, bases)
-    return [mean, *map(float, np.percentile(means, [2.5, 97.5]))]
+    low, high = np.percentile(bootstrap(values, bases), [2.5, 97.5])
+    return [float(weights_of(bases) @ values.mean(1)), float(low), float(high)]
 
 
 def p_value(values: np.ndarray, bases: list[int]) -> float:
     """Two-sided p of a mean of 0: Student's t with the bootstrap's standard error.
 
-    It has runs - 1 degrees of freedom; a single run has its prompts in place of runs. t is sampled, so p is
-    at least 1e-6.
+    Its degrees of freedom are those of runs and of prompts, weighed by their shares of the variance (Welch,
+    Satterthwaite). t is sampled, so p is at least 1e-6.
     Choice: not the share of resampled means beyond 0. Of six runs with one sign it would be about 0 always.
     """
-    mean, means = bootstrap(values, bases)
-    n = len(values) if len(values) > 1 else values.shape[1]
-    if n == 1 or mean == 0:
+    n, prompts = values.shape
+    weights = weights_of(bases)
+    of_prompts = (weights @ values).var() / prompts
+    of_runs = max(0.0, bootstrap(values, bases).var() - of_prompts)
+    # resampling k values shrinks their variance by (k - 1) / k
+    parts = [(part * k / (k - 1), k - 1) for part, k in ((of_runs, n), (of_prompts, prompts)) if k > 1]
+    mean, total = weights @ values.mean(1), sum(part for part, _ in parts)
+    if mean == 0 or not parts:
         return 1.0
-    error = means.std() * (n / (n - 1)) ** 0.5               # resampling n values shrinks it by this factor
-    t = np.abs(np.random.default_rng(0).standard_t(n - 1, 1_000_000))
-    return float(((t * error >= abs(mean)).sum() + 1) / (len(t) + 1))
+    freedom = total ** 2 / max(sum(part ** 2 / df for part, df in parts), 1e-300)
+    t = np.abs(np.random.default_rng(0).standard_t(max(1.0, freedom), 1_000_000))
+    return float(((t * total ** 0.5 >= abs(mean)).sum() + 1) / (len(t) + 1))
 
 
 def holm(p: list[float]) -> list[float]:
@@ -638,8 +649,9 @@ def reproduce(config: Config) -> None:
         "claims": claim_results(measured, seeds, config), "judges": judge_agreement(measured),
         "failed": {f"{row}/{number}": job.reason for (row, number), job in jobs.items() if job.reason}}
     write_text(out / "reproduction.json", json.dumps(result, indent=1))
-    write_text(out / "reproduction.md", reproduction_table(result))
-    print(reproduction_table(result))
+    table = "\n".join(map(markdown, reproduction_parts(result)))
+    write_text(out / "reproduction.md", table)
+    print(table)
     curves = {row: {seed: read_metrics(out / row / str(seed) / "metrics.jsonl") for seed in measured[row]}
               for row in rows if "updates" not in ROWS[row]}
     print(f"table, intervals and curves: {write_reproduction_page(out, result, curves)}")
@@ -673,12 +685,13 @@ def claim_results(measured: dict[str, dict], seeds: list[int], config: Config) -
     results, tested = [], []
     for better, worse, measure, source in CLAIMS:
         result = {"claim": f"{better} > {worse}", "measure": measure, "source": source, "runs": 0}
-        pairs = [(measured.get(better, {}).get(run_of(better, seed, config.bases)),
-                  measured.get(worse, {}).get(run_of(worse, seed, config.bases)), seed) for seed in seeds]
-        pairs = [pair for pair in pairs if pair[0] and pair[1]]
+        rows = measured.get(better, {}), measured.get(worse, {})
+        pairs = dict.fromkeys((run_of(better, seed, config.bases), run_of(worse, seed, config.bases))
+                              for seed in seeds)
+        pairs = [(a, b) for a, b in pairs if a in rows[0] and b in rows[1]]
         if pairs:
-            differences = np.stack([a[measure] - b[measure] for a, b, _ in pairs])
-            both = differences, [seed % config.bases for *_, seed in pairs]
+            differences = np.stack([rows[0][a][measure] - rows[1][b][measure] for a, b in pairs])
+            both = differences, [a % config.bases for a, _ in pairs]
             result |= {"runs": len(pairs), "difference": three_way_interval(*both), "p": p_value(*both)}
             tested.append(result)
         paper = zip(PAPER_ROWS.get(better, (None, None)), PAPER_ROWS.get(worse, (None, None)))
@@ -704,37 +717,40 @@ def judge_agreement(measured: dict[str, dict]) -> dict:
             "mean_weak": float(b.mean()), "correlation": float(np.corrcoef(a, b)[0, 1]) if spread else None}
 
 
-def reproduction_table(result: dict) -> str:
-    """reproduction.json as markdown: rows, claims with their verdicts, judges, failures."""
-    settings = result["settings"]
-    number = "{:.3f} [{:.3f} {:.3f}]".format
-    lines = [f"{settings['prompts']} fresh prompts (seed {result['prompts_seed']}); GRPO seeds "
-             f"{settings['seeds']} on {settings['bases']} base models, {settings['updates']} updates; "
-             f"sampled at temperature 1 unless it says greedy; 95% intervals; {result['machine']}.", "",
-             f"| Row | differs by | runs | {' | '.join(MEASURES)} | paper: MMIE | paper: InterleavedBench |",
-             "|---" * (5 + len(MEASURES)) + "|"]
+def reproduction_parts(result: dict) -> list[Part]:
+    """reproduction.json as tables: rows, claims with their verdicts; judges and failures as sentences."""
+    settings, number = result["settings"], "{:.3f} [{:.3f} {:.3f}]".format
+    paper = ["paper: MMIE", "paper: InterleavedBench"]
+    rows, claims = [["row", "differs by", "runs", *MEASURES, *paper]], []
     for row, of in result["rows"].items():
         different = ", ".join(f"{name} {shown(value)}" for name, value in of["settings"].items())
-        cells = [number(*of["rates"][name]) for name in MEASURES if of["rates"]]
         reasons = [reason for run, reason in result["failed"].items() if run.startswith(f"{row}/")]
-        cells = cells or [f"failed: {reasons[0]}", *[""] * (len(MEASURES) - 1)]
-        cells = [row, different, str(len(of["runs"])), *cells, *map(paper_cell, of["paper"])]
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "| Claim | in | runs | difference | p, Holm | verdict | whose | paper: MMIE | paper: "
-              "InterleavedBench |", "|---" * 9 + "|"]
+        cells = [f"failed: {reasons[0]}", *[""] * (len(MEASURES) - 1)] if not of["rates"] else [
+            number(*of["rates"][name]) for name in MEASURES]
+        rows.append([row, different, str(len(of["runs"])), *cells, *map(paper_cell, of["paper"])])
+    claims.append(["claim", "in", "runs", "difference", "p, Holm", "verdict", "whose", *paper])
     for of in result["claims"]:
-        cells = [str(of["runs"]), "", "", "not measured"]
+        cells = ["", "", "not measured"]
         if of["runs"]:
-            cells[1:] = [number(*of["difference"]), f"{of['adjusted_p']:.4f}", of["verdict"]]
-        cells += [of["source"], *map(paper_cell, of["paper"])]
-        lines.append(f"| {' | '.join([of['claim'], of['measure'], *cells])} |")
+            cells = [number(*of["difference"]), f"{of['adjusted_p']:.4f}", of["verdict"]]
+        claims.append([of["claim"], of["measure"], str(of["runs"]), *cells, of["source"],
+                       *map(paper_cell, of["paper"])])
+    words = "".join(f"{run} failed: {reason}\n" for run, reason in result["failed"].items())
     if judges := result["judges"]:
-        words = "none" if judges["correlation"] is None else f"{judges['correlation']:.2f}"
-        lines += ["", f"rules-weak against rules, r_v of {judges['answers']} answers of the warm-up models: "
-                      f"correlation {words}, {judges['equal']:.0%} equal, mean {judges['mean_weak']:.2f} "
-                      f"against {judges['mean_true']:.2f}."]
-    lines += ["", *(f"- {run} failed: {reason}" for run, reason in result["failed"].items())]
-    return "\n".join(lines) + "\n"
+        words += (f"rules-weak against rules, r_v of {judges['answers']} answers of the warm-up models: "
+                  f"correlation {paper_cell(judges['correlation'])}, {judges['equal']:.0%} equal, mean "
+                  f"{judges['mean_weak']:.2f} against {judges['mean_true']:.2f}.\n")
+    made = (f"{settings['prompts']} fresh prompts (seed {result['prompts_seed']}); GRPO seeds "
+            f"{settings['seeds']} on {settings['bases']} base models, {settings['updates']} updates; sampled "
+            f"at temperature 1 unless it says greedy; 95% intervals; {result['machine']}.")
+    return [Part("Rows", made, rows), Part("Claims", words, claims)]
+
+
+def markdown(part: Part) -> str:
+    """A part as markdown."""
+    lines = [f"| {' | '.join(cells)} |" for cells in part.rows]
+    lines.insert(1, "|---" * len(part.rows[0]) + "|")
+    return "\n".join([f"## {part.title}", "", part.words, "", *lines, ""])
 
 
 def paper_cell(value: float | None) -> str:
@@ -752,7 +768,8 @@ def write_reproduction_page(out: Path, result: dict, curves: dict[str, dict[int,
     for row, runs in curves.items():
         lines = {f"seed {seed}": [(of["update"], of["reward"]) for of in run] for seed, run in runs.items()}
         body.append(chart(row, lines, 3.0, "update") if lines else "")
-    body.append(f"</div><pre>{html.escape(reproduction_table(result))}</pre>")
+    body += ["</div><style>.part{display:block;max-width:none}</style>",
+             *map(part_html, reproduction_parts(result))]
     return write_page(out / "reproduction.html", "The paper's ablation, reproduced", body)
 
 
@@ -1157,7 +1174,8 @@ def ask_critic(critic: LlavaCritic, name: str, requests: list[JudgeRequest], fol
                ) -> dict[tuple[str, str], str]:
     """Ask our critic -> {(id, aspect): reply}.
 
-    replies.jsonl keeps the replies of each judge by its `name`; what is there is not asked again.
+    replies.jsonl keeps the replies of each judge by its `name`; what is there is not asked again. Questions
+    of similar length go together, whole batches between two writes.
     """
     def key(line: dict) -> tuple[str, str, str]:
         return line["judge"], line["id"], line["aspect"]
@@ -1165,8 +1183,9 @@ def ask_critic(critic: LlavaCritic, name: str, requests: list[JudgeRequest], fol
     def work(part: list[JudgeRequest]) -> list[dict]:
         return [{"id": request.id, "aspect": request.aspect, "judge": name, "reply": reply}
                 for request, reply in zip(part, critic_replies(critic, part), strict=True)]
+    requests = sorted(requests, key=lambda request: (len(request.pictures), len(request.message)))
     asked = {(name, request.id, request.aspect): request for request in requests}
-    lines = share_out(folder / "replies.jsonl", asked, key, critic.BATCH, work, f"judging {folder.name}")
+    lines = share_out(folder / "replies.jsonl", asked, key, 4 * critic.BATCH, work, f"judging {folder.name}")
     return {(id, aspect): line["reply"] for (of, id, aspect), line in lines.items() if of == name}
 
 
@@ -1408,7 +1427,9 @@ def main() -> None:
         "benchmark": BENCHMARKS, "text_reward": judge_names("text"), "visual_reward": judge_names("visual")})
     _, world, _ = start_processes(config.device)
     check(config, world)
-    if config.compare:
+    if len(config.compare) == 1:
+        print(f"report: {write_report(Path(config.compare[0]))}")
+    elif config.compare:
         runs = {str(Path(run)).removeprefix("out/"): Path(run) for run in config.compare}
         print(f"side by side: {write_comparison(runs, Path(config.out or 'out/compare'))}")
     elif config.benchmark:

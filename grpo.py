@@ -9,6 +9,7 @@
   7 log          one line of metrics, now and then a sheet of answers               `train`
 
     python grpo.py                          # two CPU cores: train a warm-up model if there is none, then GRPO
+    python grpo.py --explain                # one prompt through one update, with all its numbers
     torchrun --nproc_per_node=2 grpo.py     # two processes share the prompts of each update
     python grpo.py --preset paper --prompts FILE        # the paper's settings, QLoRA on VILA-U 7B (a GPU)
     torchrun --nproc_per_node=8 --nnodes=4 grpo.py --preset paper-full --prompts FILE   # all of it (32 GPUs)
@@ -675,7 +676,8 @@ def explain(config: Config, device: torch.device) -> Path:
         """Print a part, and put it on the page, its rows replaced by pictures if there are any."""
         part = part._replace(title=f"{len(body) + 1}. {part.title}")
         print(part_text(part))
-        body.append(part_html(part._replace(rows=()) if pictures else part) + pictures)
+        words = part_html(part._replace(rows=()) if pictures else part)
+        body.append(f"<div>{words}{pictures}</div>" if pictures else words)
 
     def answer() -> tuple[Rollout, dict, list[list[str]]]:
         """The group's rollout, its record, and its answers as rows; the same random numbers every time."""

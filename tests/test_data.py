@@ -394,7 +394,8 @@ def test_our_own_lines(tmp_path):
 
 @pytest.mark.parametrize("text, message",
                          [("emowa=.", "did you mean emova"), ("emova=no/such", "no/such"), ("emova", "emova"),
-                          ("emova=tests", "annotations"), ("journeydb=tests", "train_anno_realease_repath")])
+                          ("emova=tests/fixtures", "annotations"),
+                          ("journeydb=tests", "train_anno_realease_repath")])
 def test_sources_that_are_not_there_are_named(text, message):
     with pytest.raises(UserError, match=message):
         read_sources(text, "--data", data.READERS, LeftOut())

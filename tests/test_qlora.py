@@ -205,8 +205,8 @@ def test_both_scripts_run_with_qlora_resume_and_merge(warm, tmp_path, monkeypatc
 
 
 @pytest.mark.parametrize("preset", ["paper", "paper-full"])
-@pytest.mark.parametrize("script, data", [(warmup, ["--data", f"openstory={ROOT},emova={ROOT},journeydb={ROOT}"]),
-                                          (grpo, ["--prompts", "x"])])
+@pytest.mark.parametrize("script, data", [
+    (warmup, ["--data", f"openstory={ROOT},emova={ROOT},journeydb={ROOT}"]), (grpo, ["--prompts", "x"])])
 def test_the_papers_presets_fill_in_and_flags_beside_them_win(script, data, preset):
     values = script.PRESETS[preset]
     assert set(values) <= {f.name for f in fields(script.Config)}
