@@ -510,7 +510,8 @@ def make_optimizers(model: UnifiedModel, config: Config, lr: float) -> list[torc
     Choice: Muon (kellerjordan.github.io/posts/muon) orthogonalises the momentum of a matrix. With it the
     miniature is as good after half the steps. Embeddings, heads, norms, biases and the projector stay with
     AdamW, as Muon's author advises. With adapters or a published model Muon is not measured: AdamW alone.
-    Both work on sharded parameters as well: torch gathers a matrix where Muon orthogonalises it.
+    Choice: the same two under torchrun, where parameters are sharded. AdamW moves every number by itself,
+    and where Muon orthogonalises a matrix torch gathers that one.
     """
     matrices = []
     if not config.model:
