@@ -35,6 +35,13 @@ criteria in our words (llava-critic). The same command resumes a run that was in
 
     torchrun --nproc_per_node=8 evaluate.py ...           # the same tables, the work shared by 8 processes
 """
+from common import (COLUMNS, Count, Names, Natural, Naturals, NonNegative, NonNegatives, Part, Seed, TopPs,
+                    UserError, Weights, add_line, chart, check_config, check_content, check_settings, claim,
+                    end_processes, flag_of, fold, free_folder, hash_files, parse_config, part_html,
+                    pick_device, picture_html, process_count, process_rank, read_json, read_lines,
+                    read_metrics, read_picture, require, run_main, shown, start_processes, steps_html,
+                    wait_for_all, write_comparison, write_page, write_report, write_text, write_whole)
+
 import hashlib
 import html
 import json
@@ -47,7 +54,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Callable, Hashable, Iterable, Iterator, Literal, NamedTuple
@@ -60,24 +67,19 @@ from tqdm import tqdm
 
 import data
 import shapes
-from common import (COLUMNS, Count, Names, Natural, Naturals, NonNegative, NonNegatives, Part, TopPs,
-                    UserError, Weights, add_line, chart, check_config, check_settings, end_processes, flag_of,
-                    fold, parse_config, part_html, pick_device, picture_html, process_count, process_rank,
-                    read_json, read_lines, read_metrics, read_picture, remove, require, run_main, shown,
-                    start_processes, steps_html, wait_for_all, write_comparison, write_page, write_report,
-                    write_text, write_whole)
-from data import (I2T_QUESTION, Broken, CodeCache, LeftOut, Question, Sample, fingerprint, keep_usable,
-                  toy_prompt)
+from data import (I2T_QUESTION, Broken, CodeCache, LeftOut, Question, Sample, fingerprint, hash_samples,
+                  keep_usable, toy_prompt)
 from judges import LlavaCritic, strip_marks
-from model import Sampling, UnifiedModel, check_budget, check_memory, load
-from rewards import (Scores, check_judge, check_judges, format_reward, hybrid_rewards, judge, judge_names,
-                     make_judge, make_judges, own_text)
+from model import Sampling, UnifiedModel, check_budget, check_memory, checkpoint_hash, load
+from rewards import (Scores, check_judge, check_judges, format_reward, hybrid_rewards, judge, judge_content,
+                     judge_names, make_judge, make_judges, own_text)
 
 
 @dataclass
 class Config:
     # -- model
     model: str = "out/warmup"        # model to rate: run directory, checkpoint folder or hub id
+    base: str = ""                   # where the base of a model with adapters is now, if it was moved
     before: str = ""                 # --benchmark: a second model to compare with, say the warm-up model
     # -- toy world
     prompts: Count = 384             # fresh prompts
@@ -113,7 +115,7 @@ class Config:
     skip: Literal["both", "editing", "none"] = "both"    # tasks of interleavedbench without text aspects
     # -- run
     out: str = ""                    # folder of the results; empty: out/evaluate, reproduce or BENCHMARK
-    seed: int = 7                    # of prompts and sampling; --reproduce has its own, see FRESH
+    seed: Seed = 7                   # of prompts and sampling; --reproduce has its own, see FRESH
     device: str = "auto"             # cpu, cuda, mps; auto takes the best there is
     preset: str = ""                 # paper: the paper's settings, see PAPER; flags beside it win
 
@@ -162,12 +164,12 @@ def merged_lines(file: Path, key: Callable[[dict], Hashable]) -> dict[Hashable, 
         file.parent.mkdir(parents=True, exist_ok=True)
         parts = sorted(file.parent.glob(f"{file.stem}-*.jsonl"))
         if parts:
-            lines = {key(line): line for part in (file, *parts) for line in read_lines(part)}
+            lines = {key(line): line for part in (file, *parts) for line in read_lines(part, key)}
             write_text(file, "".join(json.dumps(line) + "\n" for line in lines.values()))
         for part in parts:
             part.unlink()
     wait_for_all()
-    return {key(line): line for line in read_lines(file)}
+    return {key(line): line for line in read_lines(file, key)}
 
 
 def gather(own: object) -> list:
@@ -212,8 +214,8 @@ def interval(values: np.ndarray, seed: int, resamples: int = 2000) -> list[float
 def open_model(source: str, config: Config, quantize: str = "none") -> UnifiedModel:
     """Load a model to --device if its answers fit beside it. Raises UserError."""
     device = pick_device(config.device)
-    check_memory(source, config.budget, config.rows, device, quantize)
-    return load(source, device, quantize).eval()
+    check_memory(source, config.budget, config.rows, device, quantize, config.base)
+    return load(source, device, quantize, config.base).eval()
 
 
 def rate_prompts(model: UnifiedModel, config: Config) -> dict[str, dict[str, list]]:
@@ -243,7 +245,7 @@ def rate_prompts(model: UnifiedModel, config: Config) -> dict[str, dict[str, lis
     result["kept"] = rate_single_tasks(model, config, file)
     wait_for_all()
     if process_rank() == 0:
-        remove(file)
+        file.unlink(missing_ok=True)
     return result
 
 
@@ -268,8 +270,9 @@ def rate_all(model: UnifiedModel, samples: list[Sample], config: Config, samplin
     Random numbers follow from the seed and the prompt's place. Lines of other settings are passed over.
     """
     codes = CodeCache(model)
-    names = ("seed", "edits", "split", "budget", "text_reward", "visual_reward", "critic_quantize")
-    of = str((title, sampling, *(getattr(config, name) for name in names)))
+    names = ("seed", "edits", "split", "budget", "critic_quantize")
+    judges = [judge_content(part, getattr(config, f"{part}_reward")) for part in ("text", "visual")]
+    of = str((title, sampling, judges, *(getattr(config, name) for name in names)))
 
     def work(places: list[int]) -> list[dict]:
         part = [samples[place] for place in places]
@@ -333,7 +336,8 @@ def before_and_after(run, prompts: list[str]) -> None:
     if run.eval_prompts and all(shapes.wanted_steps(prompt) for prompt in prompts):
         for name, model in (("before", run.model), ("after", run.out)):
             config = Config(
-                model=str(model), prompts=run.eval_prompts, edits=run.edits, budget=run.budget, **sampling,
+                model=str(model), base=run.base, prompts=run.eval_prompts, edits=run.edits, budget=run.budget,
+                **sampling,
                 batch=min(Config.batch, 4 * run.micro_batch), text_reward=run.text_reward,
                 visual_reward=run.visual_reward, reward_weights=run.reward_weights,
                 reward_device=run.reward_device, critic_quantize=run.critic_quantize,
@@ -341,11 +345,11 @@ def before_and_after(run, prompts: list[str]) -> None:
             began = time.perf_counter()
             results[name] = evaluate(open_model(model, config, run.quantize), config)
             results[name]["seconds"] = round(time.perf_counter() - began, 1)
-        print(rates_table(results))
     if process_rank() > 0:
         return
     if results:
         write_text(folder / "evaluation.json", json.dumps(results, indent=1))
+        print(rates_table(results))
     print(f"answers, curves and rates: {write_report(folder)}")
 
 
@@ -620,12 +624,12 @@ def run_of(row: str, seed: int, bases: int) -> int:
     return seed % bases if ROWS[row].get("updates") == 0 else seed
 
 
-def reproduce(config: Config) -> None:
+def reproduce(config: Config, out: Path) -> None:
     """Train and rate all rows, compare them, write reproduction.json, .md and .html.
 
     The same command goes on where it was interrupted: finished runs are not trained again.
     """
-    out, seeds = Path(config.out or "out/reproduce"), [int(seed) for seed in config.seeds.split(",")]
+    seeds = [int(seed) for seed in config.seeds.split(",")]
     rows = [row for row in ROWS if not config.only or row in config.only]
     runs = dict.fromkeys((row, run_of(row, seed, config.bases)) for row in rows for seed in seeds)
     base_of = {run: (ROWS[run[0]].get("base", "base"), run[1] % config.bases) for run in runs}
@@ -1111,7 +1115,7 @@ def answer_questions(source: str, questions: list[Question], config: Config, fol
     short = BENCHMARKS[config.benchmark].SHORT
     if not short:
         check_budget(model, config.budget, source)
-    start_folder(folder, f"{source} (weights {fingerprint(model)[:16]})", config)
+    start_folder(folder, source, config)
     codes = CodeCache(model)
     own = questions[process_rank()::process_count()]
     usable = {question.id for question in keep_usable(own, model, codes, left_out, config.budget)}
@@ -1123,14 +1127,20 @@ def answer_questions(source: str, questions: list[Question], config: Config, fol
     sampling = Sampling(config.temperature, config.top_k, config.top_p, config.guidance)
     if short:
         sampling = Sampling(0.0)                       # Choice: a short answer is right or wrong, so greedy
+    hashes = {question.id: hash_samples([question]) for question in questions}
+    for line in (line for file in folder.glob("answers*.jsonl") for line in read_lines(file)):
+        if line.get("question") and hashes.get(line["id"], line["question"]) != line["question"]:
+            raise UserError(f"{folder}: question {line['id']} is not the one that was answered here: choose "
+                            f"another --out, such as {free_folder(folder.parent)}")
 
     def work(part: list[Question]) -> Iterator[dict]:
         prompts = [model.prompt(q.prompt, codes(q.prompt_pictures), q.kind == "t2i") for q in part]
         seeds = [(config.seed, question.id) for question in part]
         rows = model.generate(prompts, 1, config.budget, sampling, seeds, config.rows)
         for question, row, answer in zip(part, rows, model.read_answers(rows), strict=True):
-            yield {"id": question.id, "answer": write_segments(answer, question.id, folder),
-                   "layout": answer.layout, "truncated": row.truncated}
+            yield {"id": question.id, "question": hashes[question.id],
+                   "answer": write_segments(answer, question.id, folder), "layout": answer.layout,
+                   "truncated": row.truncated}
     answers = share_out(folder / "answers.jsonl", {question.id: question for question in questions},
                         lambda line: line["id"], config.batch, work, f"answers of {source}")
     return AnswerSet(source, folder, left_out, questions, answers)
@@ -1140,14 +1150,16 @@ def start_folder(folder: Path, model: str, config: Config) -> None:
     """Write the settings behind the answers to config.json. Raises UserError where others stand there."""
     names = ("benchmark", "data", "seed", "temperature", "top_k", "top_p", "guidance", "budget")
     settings = {"model": model, **{name: getattr(config, name) for name in names}}
-    file = folder / "config.json"
-    check_settings(folder, read_json(file)["settings"] if file.exists() else {}, settings)
+    file, content = folder / "config.json", {"model": checkpoint_hash(model)}
+    before = read_json(file) if file.exists() else {}
+    check_settings(folder.parent, before.get("settings", {}), settings, ("model", "data"))
+    check_content(folder.parent, before.get("content", {}), content)
     wait_for_all()
     if process_rank() > 0:
         return
     (folder / "answers").mkdir(parents=True, exist_ok=True)
-    content = {"settings": settings, "command": " ".join(sys.argv), "torch": torch.__version__}
-    write_text(file, json.dumps(content, indent=1))
+    write_text(file, json.dumps({"settings": settings, "content": content, "command": " ".join(sys.argv),
+                                 "torch": torch.__version__}, indent=1))
 
 
 def write_segments(answer, id: str, folder: Path) -> list[dict]:
@@ -1177,16 +1189,19 @@ def ask_critic(critic: LlavaCritic, name: str, requests: list[JudgeRequest], fol
     replies.jsonl keeps the replies of each judge by its `name`; what is there is not asked again. Questions
     of similar length go together, whole batches between two writes.
     """
-    def key(line: dict) -> tuple[str, str, str]:
-        return line["judge"], line["id"], line["aspect"]
+    hashes = {(r.id, r.aspect): hash_files(r.pictures, [r.message]) for r in requests}
+
+    def key(line: dict) -> tuple[str, str, str, str]:
+        return line["judge"], line["id"], line["aspect"], line.get("request", "")
 
     def work(part: list[JudgeRequest]) -> list[dict]:
-        return [{"id": request.id, "aspect": request.aspect, "judge": name, "reply": reply}
+        return [{"id": request.id, "aspect": request.aspect, "judge": name, "reply": reply,
+                 "request": hashes[request.id, request.aspect]}
                 for request, reply in zip(part, critic_replies(critic, part), strict=True)]
     requests = sorted(requests, key=lambda request: (len(request.pictures), len(request.message)))
-    asked = {(name, request.id, request.aspect): request for request in requests}
+    asked = {(name, r.id, r.aspect, hashes[r.id, r.aspect]): r for r in requests}
     lines = share_out(folder / "replies.jsonl", asked, key, 4 * critic.BATCH, work, f"judging {folder.name}")
-    return {(id, aspect): line["reply"] for (of, id, aspect), line in lines.items() if of == name}
+    return {(id, aspect): lines[of, id, aspect, value]["reply"] for of, id, aspect, value in asked}
 
 
 def critic_replies(critic: LlavaCritic, requests: list[JudgeRequest]) -> list[str]:
@@ -1204,7 +1219,7 @@ def critic_replies(critic: LlavaCritic, requests: list[JudgeRequest]) -> list[st
 
 def small_picture(path: Path) -> Image.Image:
     """A picture file at the critic's size."""
-    picture = Image.open(path).convert("RGB")
+    picture = Image.fromarray(read_picture(path, "a picture to be judged"))
     picture.thumbnail((CRITIC_SIDE, CRITIC_SIDE))
     return picture
 
@@ -1262,7 +1277,8 @@ def judge_answers(benchmark: Benchmark, answer_sets: list[AnswerSet], config: Co
         if critic:
             requests = [request for question in of.questions
                         for request in benchmark.asks(question, of, config)]
-            of.replies = ask_critic(critic, f"{config.judge} {config.critic_quantize}", requests, of.folder)
+            name = f"{judge_content('text', config.judge)} {config.critic_quantize}"
+            of.replies = ask_critic(critic, name, requests, of.folder)
         score_replies(benchmark, of, config)
 
 
@@ -1319,7 +1335,6 @@ def benchmark_table(benchmark: Benchmark, ours: dict[str, Rows]) -> str:
         lines.append(f"paper full, in other measures of the same ability, not this one: {others}")
     return "\n".join(lines)
 
-
 PAGE = 200                           # answers that a page shows
 
 
@@ -1344,7 +1359,7 @@ def write_answers_page(of: AnswerSet, title: str, table: str) -> Path:
     return write_page(of.folder / "answers.html", title, body)
 
 
-def run_benchmark(config: Config) -> None:
+def run_benchmark(config: Config, out: Path) -> None:
     """Answer the questions with --model (and --before), judge the answers, print and write the results."""
     benchmark, unread = BENCHMARKS[config.benchmark], LeftOut()
     questions = list(benchmark.read(Path(config.data), unread))
@@ -1354,7 +1369,6 @@ def run_benchmark(config: Config) -> None:
     replies = {}
     if config.judge.startswith("file:"):
         replies = read_replies(Path(config.judge.removeprefix("file:")))
-    out = Path(config.out or f"out/{config.benchmark}")
     models = {"before": config.before, "model": config.model}
     answer_sets = {name: answer_questions(model, questions, config, out / name)
                    for name, model in models.items() if model}
@@ -1370,7 +1384,6 @@ def run_benchmark(config: Config) -> None:
     reasons = {name: dict(Counter(unread.reasons()) + Counter(of.left_out.reasons()))
                for name, of in answer_sets.items()}
     table = header(benchmark, config, answer_sets, reasons) + "\n\n" + benchmark_table(benchmark, ours)
-    print(table)
     write_text(out / "results.json", json.dumps({
         "benchmark": config.benchmark, "data": config.data, "judge": config.judge, "skip": config.skip,
         "models": {name: of.model for name, of in answer_sets.items()}, "left_out": reasons,
@@ -1379,8 +1392,8 @@ def run_benchmark(config: Config) -> None:
         "paper": {name: dict(zip(benchmark.ROWS, values, strict=True))
                   for name, values in benchmark.PAPER.items()},
         "paper_other_metrics": benchmark.OTHER}, indent=1))
-    for name, of in answer_sets.items():
-        print(f"answers: {write_answers_page(of, f'{config.benchmark}, {name}', table)}")
+    pages = [write_answers_page(of, f"{config.benchmark}, {name}", table) for name, of in answer_sets.items()]
+    print(table, *(f"answers: {page}" for page in pages), sep="\n")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1393,7 +1406,8 @@ def check(config: Config, world: int = 1) -> None:
     require(config, "reproduce", world == 1 or not config.reproduce, "one process: it starts the others")
     require(config, "reward_device", world == 1 or ":" not in config.reward_device,
             "no number: under torchrun each process has its judges on its own device")
-    require(config, "seeds", re.fullmatch(r"\d+(,\d+)*", config.seeds), "whole numbers separated by commas")
+    seeds = re.fullmatch(r"\d{1,9}(,\d{1,9})*", config.seeds)
+    require(config, "seeds", seeds, "whole numbers separated by commas")
     for run in config.compare:
         if not Path(run).is_dir():
             raise UserError(f"--compare {run}: expected a run directory")
@@ -1407,7 +1421,8 @@ def check(config: Config, world: int = 1) -> None:
         check_judge("--visual-reward", "visual", config.visual_reward)
     if not config.data:
         raise UserError(f"--benchmark {config.benchmark}: expected its files at --data as well")
-    require(config, "data", Path(config.data).exists(), "a path that exists")
+    if not Path(config.data).exists():
+        raise UserError(f"--data {config.data}: no such file or folder")
     if not config.judge:
         return
     kind, from_file = config.judge.partition("=")[0], config.judge.startswith("file:")
@@ -1427,24 +1442,25 @@ def main() -> None:
         "benchmark": BENCHMARKS, "text_reward": judge_names("text"), "visual_reward": judge_names("visual")})
     _, world, _ = start_processes(config.device)
     check(config, world)
-    if len(config.compare) == 1:
-        print(f"report: {write_report(Path(config.compare[0]))}")
-    elif config.compare:
-        runs = {str(Path(run)).removeprefix("out/"): Path(run) for run in config.compare}
-        print(f"side by side: {write_comparison(runs, Path(config.out or 'out/compare'))}")
-    elif config.benchmark:
-        run_benchmark(config)
-    elif config.reproduce:
-        reproduce(config)
-    else:
-        folder = Path(config.out or "out/evaluate")
-        values = rate_prompts(open_model(config.model, config), config)
-        result = summary(values, config)
-        print(rates_table({Path(config.model).name: result}))
-        if process_rank() == 0:
-            write_text(folder / "evaluation.json", json.dumps(result, indent=1))
-            write_text(folder / "values.json", json.dumps({"settings": asdict(config), "values": values}))
-        print(f"rates: {folder / 'evaluation.json'}, those of every prompt: {folder / 'values.json'}")
+    modes = {"compare": config.compare, config.benchmark: config.benchmark, "reproduce": config.reproduce}
+    with claim(config.out or f"out/{next((name for name, on in modes.items() if on), 'evaluate')}") as out:
+        if len(config.compare) == 1:
+            print(f"report: {write_report(Path(config.compare[0]))}")
+        elif config.compare:
+            runs = {str(Path(run)).removeprefix("out/"): Path(run) for run in config.compare}
+            print(f"side by side: {write_comparison(runs, out)}")
+        elif config.benchmark:
+            run_benchmark(config, out)
+        elif config.reproduce:
+            reproduce(config, out)
+        else:
+            values = rate_prompts(open_model(config.model, config), replace(config, out=str(out)))
+            result = summary(values, config)
+            if process_rank() == 0:
+                write_text(out / "evaluation.json", json.dumps(result, indent=1))
+                write_text(out / "values.json", json.dumps({"settings": asdict(config), "values": values}))
+            print(rates_table({Path(config.model).name: result}))
+            print(f"rates: {out / 'evaluation.json'}, those of every prompt: {out / 'values.json'}")
     end_processes()
 
 
