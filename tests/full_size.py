@@ -4,6 +4,9 @@
     python tests/full_size.py load DIR --quantize nf4      # load time and peak memory, in a fresh process
     python tests/full_size.py rollout DIR --out ROLLOUT    # (a) bf16 base + LoRA: rollout and one update
     python tests/full_size.py update DIR --out ROLLOUT     # (b) NF4 base + LoRA: update on the same rollout
+    python tests/full_size.py plan                         # memory a GPU of both presets on 1, 8 and 32 GPUs
+    python tests/full_size.py plan --check                 # ... and the plan of small models against updates
+    python tests/full_size.py shard --size 200M            # a full fine-tune update, one process and two
 
 Random weights speak no language, so `make` writes a small grammar into a few rows of the embedding and of
 lm_head: every state carries one large component that makes the right next token likely. An answer is then
@@ -12,18 +15,24 @@ is normal noise.
 """
 import argparse
 import json
+import os
 import resource
+import subprocess
 import sys
+import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Callable
 
 import torch
 from safetensors.torch import load_file, save_file
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve().parent.parent)]
 import data
 import grpo
+import memory_plan
+from common import end_processes, process_count, process_rank, start_processes, whole
 from model import (NAMES, DecoderConfig, DepthConfig, Sampling, UnifiedModel, load, prepare_training, rename,
                    trainable_state, with_trainable, write_configs)
 from rewards import RulesText, RulesVisual
@@ -36,6 +45,14 @@ DEPTH = DepthConfig(width=2560, layers=6, heads=40)
 VISION = VisionConfig(image_size=256, patch_size=16, width=1024, mlp_width=4096, layers=23, heads=16,
                       codebook_size=16384, depth=4, shared_codebook=True, ch=128, ch_mult=(1, 1, 2, 2, 4),
                       num_res_blocks=2, attn_resolutions=(16,), z_channels=256, resolution=256)
+SIZES = {                                            # --size of `shard` -> decoder and depth transformer
+    "50M": (replace(DECODER, hidden_size=512, intermediate_size=1408, num_hidden_layers=6,
+                    num_attention_heads=8), DepthConfig(width=256, layers=3, heads=4)),
+    "200M": (replace(DECODER, hidden_size=1024, intermediate_size=2816, num_hidden_layers=8,
+                     num_attention_heads=8), DepthConfig(width=512, layers=3, heads=8)),
+    "1B": (replace(DECODER, hidden_size=2048, intermediate_size=5632, num_hidden_layers=16,
+                   num_attention_heads=16), DepthConfig(width=1280, layers=6, heads=20)),
+}
 SHARD = 5 * 10 ** 9                                  # bytes
 PROMPT = "How do I saute potatoes?"
 
@@ -200,6 +217,65 @@ def update(folder: Path, quantize: str, rank: int, file: Path, sample: bool) -> 
         print({name: round(value, 4) for name, value in metrics.items()})
 
 
+def shard_update(size: str, out: Path) -> None:
+    """One update of a full fine-tune in this process or its share of it -> loss, peak and weights in `out`.
+
+    The model is random and float32. The two answers hold a picture each; of two processes each has one.
+    """
+    start_processes("cpu")
+    torch.manual_seed(0)
+    decoder, depth = SIZES[size]
+    vision = replace(VISION, width=256, mlp_width=512, layers=1, ch=32, num_res_blocks=0, codebook_size=2048)
+    policy = UnifiedModel(decoder, depth, vision)
+    with torch.no_grad():
+        for p in policy.parameters():
+            if p.dim() > 1:
+                p.normal_(0, 0.02)
+    prepare_training(policy, 0, 16.0, precision="float32")
+    policy.decoder.checkpointing = True
+    reference = trainable_state(policy)
+    config = grpo.Config(micro_batch=1, budget=320, group_size=2, prompts_per_update=1)
+    batch = memory_plan.random_rollout(policy, 2, 20, config.budget, 1)
+    rows = slice(process_rank() * 2 // process_count(), (process_rank() + 1) * 2 // process_count())
+    for name in ("tokens", "is_image", "mask", "old_logp", "advantages"):
+        setattr(batch, name, getattr(batch, name)[rows].clone())
+    began = time.perf_counter()
+    ref_logp = grpo.reference_logp(policy, reference, batch, config)
+    batch.old_logp = ref_logp.clone()
+    # Choice: this eps makes a step follow its gradient; Adam's own makes a first step its sign, noise too.
+    optimizer = torch.optim.Adam(policy.policy_parameters(), lr=1e-4, eps=1e-4)
+    metrics = grpo.averaged(grpo.update(policy, optimizer, batch, ref_logp, config), policy.device)
+    seconds = time.perf_counter() - began
+    peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 10
+    peaks = grpo.averaged({"peak_max": peak_mib}, policy.device)
+    steps = {name: whole(p.detach() - reference[name]).flatten()[::97].clone()
+             for name, p in policy.named_parameters() if p.requires_grad}
+    if process_rank() == 0:
+        numbers = torch.tensor([metrics["loss"], metrics["grad_norm"], peaks["peak_max"], seconds,
+                                sum(p.numel() for p in policy.policy_parameters())], dtype=torch.float64)
+        save_file({**steps, "numbers": numbers}, out)
+    end_processes()
+
+
+def shard(size: str) -> tuple[dict, dict, float]:
+    """One update by one process and by two (gloo) -> the numbers of both, and how far their steps lie apart.
+
+    The last is |step of two - step of one| / |step of one|, over every 97th weight.
+    """
+    results = []
+    with tempfile.TemporaryDirectory() as folder:
+        for processes in (1, 2):
+            out = Path(folder) / f"{processes}.safetensors"
+            torchrun = ["-m", "torch.distributed.run", f"--nproc_per_node={processes}"] * (processes > 1)
+            command = [sys.executable, *torchrun, __file__, "shard-worker", str(out), "--size", size]
+            subprocess.run(command, check=True, env={"OMP_NUM_THREADS": "1", **os.environ})
+            results.append(load_file(out))
+    names = ("loss", "grad_norm", "peak_mib", "seconds", "parameters")
+    one, two = (dict(zip(names, result.pop("numbers").tolist())) for result in results)
+    a, b = (torch.cat([result[name] for name in sorted(result)]) for result in results)
+    return one, two, ((b - a).norm() / a.norm()).item()
+
+
 class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
     """The description as it stands, and every default in --help."""
 
@@ -213,13 +289,17 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = make_parser(__doc__)
     group = parser.add_argument_group("what to do")
-    group.add_argument("what", choices=("make", "load", "rollout", "update"), help="the step, see above")
-    group.add_argument("folder", type=Path, help="the checkpoint that `make` writes and the others read")
+    group.add_argument("what", metavar="STEP", help="one of the steps above",
+                       choices=("make", "load", "rollout", "update", "plan", "shard", "shard-worker"))
+    group.add_argument("folder", type=Path, nargs="?", default=Path("out/full_size"),
+                       help="the checkpoint that `make` writes and others read")
     group = parser.add_argument_group("model")
     group.add_argument("--quantize", choices=("none", "nf4"), default="none",
                        help="of `load`: nf4 loads the decoder's linear layers in 4 bits")
     group.add_argument("--lora-rank", type=int, default=16,
                        help="of `rollout` and `update`: the adapters' rank")
+    group.add_argument("--size", choices=SIZES, default="200M", help="of `shard`: 1B takes 24 GiB")
+    group.add_argument("--check", action="store_true", help="of `plan`: hold it against small updates")
     group = parser.add_argument_group("files")
     group.add_argument("--out", type=Path, default=Path("rollout.safetensors"),
                        help="the trajectories that `rollout` writes and `update` reads")
@@ -227,7 +307,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def main() -> None:
-    """One of the four steps."""
+    """One of the steps."""
     args = parse_arguments()
     if args.what == "make":
         with Timer("make"):
@@ -235,6 +315,17 @@ def main() -> None:
     elif args.what == "load":
         with Timer(f"load, quantize {args.quantize}"):
             load(args.folder, "cpu", args.quantize)
+    elif args.what == "plan":
+        print(memory_plan.table(memory_plan.Shapes(DECODER, DEPTH, VISION)))
+        if args.check:
+            print(memory_plan.check())
+    elif args.what == "shard":
+        one, two, apart = shard(args.size)
+        print(f"one process {one}\ntwo, each   {two}")
+        share = two["peak_mib"] / one["peak_mib"]
+        print(f"peak memory of two, each: {share:.2f} of one process's; steps apart: {apart:.1e}")
+    elif args.what == "shard-worker":
+        shard_update(args.size, args.folder)
     else:
         update(args.folder, "none" if args.what == "rollout" else "nf4", args.lora_rank, args.out,
                args.what == "rollout")
