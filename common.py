@@ -4,10 +4,19 @@
     errors      `UserError`: one sentence and exit code 2, never a traceback for a user's mistake
     files       read with one-sentence errors, written whole or not at all
     runs        `Run`: config.json (how it was made), metrics.jsonl, samples/; training state that resumes
-    pages       `draw_sheet` (PNG) and `write_report` (one HTML file that opens offline)
+    pages       `draw_sheet` (PNG); `write_report`, `write_comparison` (HTML files that open offline)
 
 Nothing here is from the paper, and nothing here knows a model or a task. Read it last.
 """
+import os
+import signal
+import sys
+
+# Every script imports this file first: Ctrl-C ends it quietly while the packages below are imported.
+if os.path.dirname(os.path.abspath(getattr(sys.modules["__main__"], "__file__", None) or "")) \
+        == os.path.dirname(os.path.abspath(__file__)):
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
 import argparse
 import base64
 import difflib
@@ -19,17 +28,15 @@ import io
 import itertools
 import json
 import math
-import os
 import platform
 import re
-import resource
 import shutil
-import signal
 import subprocess
-import sys
 import textwrap
+import threading
+import time
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import Field, asdict, fields
 from datetime import timedelta
 from functools import partial
@@ -41,10 +48,20 @@ from urllib.parse import quote
 import numpy as np
 import torch
 import torch.distributed as dist
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
+from tqdm import tqdm
+
+try:
+    import fcntl
+except ImportError:                      # Windows
+    fcntl = None
+try:
+    import resource
+except ImportError:
+    resource = None
 
 
 class UserError(ValueError):
@@ -66,7 +83,7 @@ class Range(NamedTuple):
 
     def holds(self, value: float) -> bool:
         above = value > self.low if self.open else value >= self.low
-        return above and value <= self.high and math.isfinite(value)
+        return above and value <= self.high and abs(value) != math.inf
 
     def __str__(self) -> str:
         low = f"more than {self.low:g}" if self.open else f"at least {self.low:g}"
@@ -74,17 +91,18 @@ class Range(NamedTuple):
         return limits + ", or two of them as TEXT,IMAGE" * self.pair
 
 
-Count = Annotated[int, Range(1)]
-Natural = Annotated[int, Range(0)]
-Positive = Annotated[float, Range(0, open=True)]
-NonNegative = Annotated[float, Range(0)]
+Count = Annotated[int, Range(1, 10 ** 9)]
+Natural = Annotated[int, Range(0, 10 ** 9)]
+Seed = Annotated[int, Range(0, 2 ** 32 - 1)]
+Positive = Annotated[float, Range(1e-6, 1e6)]
+NonNegative = Annotated[float, Range(0, 1e6)]
 Share = Annotated[float, Range(0, 1)]
 LearningRate = Annotated[float, Range(0, 1, open=True)]
 Weights = tuple[float, float, float]
 Names = tuple[str, ...]                      # a flag that takes one or more words
-Naturals = Annotated[int, Range(0, pair=True)]
-Positives = Annotated[float, Range(0, open=True, pair=True)]
-NonNegatives = Annotated[float, Range(0, pair=True)]
+Naturals = Annotated[int, Range(0, 10 ** 9, pair=True)]
+Positives = Annotated[float, Range(1e-6, 1e6, pair=True)]
+NonNegatives = Annotated[float, Range(0, 1e6, pair=True)]
 TopPs = Annotated[float, Range(0, 1, open=True, pair=True)]
 
 
@@ -92,6 +110,21 @@ def parse_weights(text: str) -> Weights:
     """'1,1,0.5' -> (1.0, 1.0, 0.5). Raises ValueError for anything but three numbers."""
     first, second, third = map(float, text.split(","))
     return first, second, third
+
+
+def expand_home(text: str) -> str:
+    """A TEXT flag with '~' for a home folder: in front of a path, behind NAME= or file:, after a comma."""
+    return re.sub(r"(?<![^=:,])~[^/\\,]*", lambda match: os.path.expanduser(match[0]), text)
+
+
+def split_paths(text: str) -> list[str]:
+    """Paths that are separated by commas -> the paths. One that exists may have commas in its own name."""
+    parts, paths = text.split(","), []
+    while parts:
+        names = [",".join(parts[:n]) for n in range(len(parts), 0, -1)]
+        paths.append(next((name for name in names if os.path.exists(name)), parts[0]))
+        parts = parts[paths[-1].count(",") + 1:]
+    return [path for path in paths if path]
 
 
 def parse_numbers(number: type, text: str) -> float | tuple[float, float]:
@@ -175,7 +208,7 @@ def make_parser(Config, names: dict[str, Iterable[str]]) -> argparse.ArgumentPar
     for f in fields(Config):
         group, text = words[f.name]
         section = sections.setdefault(group, parser.add_argument_group(group))
-        options = {"type": f.type, "metavar": "TEXT"}
+        options = {"type": expand_home, "metavar": "TEXT"}
         if f.type is bool:
             options = {"action": argparse.BooleanOptionalAction}
         elif get_origin(f.type) is Literal:
@@ -224,8 +257,36 @@ def parse_config(Config, argv: list[str] | None = None, presets: dict[str, dict]
     return config
 
 
+class Output:
+    """A stream to print to. What it does not take (a closed pipe, an ASCII terminal) is lost, and no more."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w", encoding="utf-8")
+        if hasattr(self.stream, "reconfigure"):
+            self.stream.reconfigure(errors="replace")
+
+    def __getattr__(self, name: str):
+        return getattr(self.stream, name)
+
+    def write(self, text: str) -> int:
+        self.attempt("write", text)
+        return len(text)
+
+    def flush(self) -> None:
+        self.attempt("flush")
+
+    def attempt(self, method: str, *arguments) -> None:
+        """Call a method of the stream. After a failure nothing is printed any more."""
+        try:
+            getattr(self.stream, method)(*arguments)
+        except OSError:
+            self.stream = open(os.devnull, "w", encoding="utf-8")
+
+
 def run_main(main) -> None:
     """Run a script: a user's mistake ends in one sentence and exit code 2, Ctrl-C in 130."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     try:
         main()
     except UserError as error:
@@ -234,17 +295,18 @@ def run_main(main) -> None:
         leave(f"error: out of memory ({str(error).split('. ')[0]}): lower --rows, --micro-batch, --batch or "
               f"--budget; what was saved before is intact", 2)
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS, errno.ENOTDIR,
-                               errno.EEXIST):
+        if not error.filename and error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EIO):
             raise
-        file = error.filename or "a file"
-        leave(f"error: cannot write {file}: {error.strerror}; what was saved before is intact", 2)
-    except KeyboardInterrupt:
-        leave("interrupted: the same command goes on from the last checkpoint, if there is one", 130)
+        reason = f"{error.filename or 'a file'}: {(error.strerror or 'cannot be used').lower()}"
+        leave(f"error: {reason}; what was saved before is intact", 2)
+    except KeyboardInterrupt as stop:
+        leave(": ".join(["interrupted", *map(str, stop.args)]), 130)
     except RuntimeError as error:
         if not isinstance(error, dist.DistError) and "gloo" not in str(error):
             raise
         lost(str(error).splitlines()[0][:120])
+    finally:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)                   # while Python shuts down
 
 
 def lost(reason: str) -> None:
@@ -273,7 +335,7 @@ def pick_device(name: str, flag: str = "--device") -> torch.device:
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
-        torch.empty(1, device=name)
+        torch.empty(1, device=name).item()
         return torch.device(name)
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"{flag} {name}: not usable here ({str(error).splitlines()[0]})") from None
@@ -335,7 +397,7 @@ def summed(value: Tensor) -> Tensor:
 
 
 def end_processes() -> None:
-    """Leave torch's process group; rank 0 goes on alone."""
+    """Leave torch's process group when all have come here."""
     wait_for_all()
     if dist.is_initialized():
         dist.destroy_process_group()
@@ -402,10 +464,18 @@ def sharded_like(value: Tensor, p: Tensor) -> Tensor:
     return distribute_tensor(value.to(p.device), p.device_mesh, p.placements, src_data_rank=None)
 
 
+def check_finite(what: str, value: float, flag: str = "--lr") -> None:
+    """Stop training before an update that would break the weights. Raises UserError."""
+    if not math.isfinite(value):
+        raise UserError(f"{what} became {value}: lower {flag}; the last good checkpoint is intact")
+
+
 def peak_gib(device: torch.device) -> float:
-    """The most memory in use so far, in GiB: allocated on the GPU, or resident on the CPU."""
+    """The most memory in use so far, in GiB: allocated on the GPU, or resident on the CPU (Windows: 0)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2 ** 30
+    if resource is None:
+        return 0.0
     unit = 1 if sys.platform == "darwin" else 1024
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2 ** 30
 
@@ -443,7 +513,7 @@ def read_text(path: Path) -> str:
     try:
         return Path(path).read_text(encoding="utf-8-sig")
     except FileNotFoundError:
-        raise UserError(f"{path}: missing") from None
+        raise UserError(f"{path}: no such file") from None
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read ({error})") from None
 
@@ -471,17 +541,27 @@ def reading(path: Path, what: str):
         yield
     except UserError:
         raise
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, ArithmeticError, RuntimeError) as error:
         raise UserError(f"{path}: {what} lacks {error}") from None
 
 
-def read_lines(path: Path) -> list[dict]:
-    """The JSON lines of a log of our own. Half a line, left by a kill, is cut off the file."""
-    data = path.read_bytes() if path.exists() else b""
-    whole = data[:data.rfind(b"\n") + 1]
-    if len(whole) < len(data):
-        os.truncate(path, len(whole))
-    return [json.loads(line) for line in whole.splitlines()]
+def read_lines(path: Path, key: Callable[[dict], object] = dict) -> list[dict]:
+    """The JSON lines of a log of our own, [] where there is none. `key` takes from a line what it must hold.
+
+    Half a line, left by a kill, and any other broken one are taken out of the file, with one warning.
+    """
+    lines, broken = [], 0
+    for text in path.read_bytes().splitlines() if path.exists() else ():
+        try:
+            line = json.loads(text)
+            key(line)
+            lines.append(line)
+        except (ValueError, RecursionError, TypeError, KeyError):
+            broken += 1
+    if broken:
+        tqdm.write(f"warning: {path}: {broken} broken lines are dropped", file=sys.stderr)
+        write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
+    return lines
 
 
 def add_line(path: Path, line: dict) -> None:
@@ -492,49 +572,127 @@ def add_line(path: Path, line: dict) -> None:
 
 @contextmanager
 def write_whole(path: Path):
-    """Write a file or a folder whole or not at all.
-
-    Yields a free path beside it, which takes its place at the end. The block writes a file there or makes a
-    folder. A kill at any moment leaves the old one or the new one. A folder may be left under the name
-    NAME.old (see `settle_folder`).
-    """
+    """Write a file whole or not at all: yields a path beside it, which takes its place at the end."""
     path = Path(path)
-    new, old = path.with_name(path.name + ".new"), path.with_name(path.name + ".old")
-    settle_folder(path)
-    remove(new)
+    new = path.with_name(path.name + ".new")
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         yield new
-    except BaseException:
-        remove(new)
-        raise
-    if path.is_dir():
-        path.rename(old)
-        new.rename(path)
-        remove(old)
-    else:
         new.replace(path)
+    finally:
+        new.unlink(missing_ok=True)
 
 
-def remove(path: Path) -> None:
-    """Delete a file or folder that may not exist."""
-    if path.is_dir():
-        shutil.rmtree(path, ignore_errors=True)
+WRITTEN = "written.json"         # in a folder that `write_folder` made: the names of its files
+
+
+def foreign(folder: Path) -> list[str]:
+    """The files and folders in a folder that `write_folder` did not put there."""
+    names = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if not path.is_dir()}
+    if not (folder / WRITTEN).is_file():
+        return sorted(path.name for path in folder.iterdir()) if folder.is_dir() else []
+    with reading(folder / WRITTEN, "the file"):
+        return sorted(names - set(read_json(folder / WRITTEN)["files"]) - {WRITTEN})
+
+
+def check_replaceable(folder: Path) -> None:
+    """Refuse a folder that is neither new nor empty nor made by `write_folder`. Raises UserError."""
+    if folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder}: a file is there, expected a folder or nothing")
+    if folder.is_dir() and not (folder / WRITTEN).is_file() and any(folder.iterdir()):
+        raise UserError(f"{folder}: holds {foreign(folder)[0]}, and only checkpoints that were written here "
+                        f"are ever replaced: choose another folder")
+
+
+@contextmanager
+def write_folder(folder: Path):
+    """Write a folder whole or not at all: yields a folder beside it, which takes its place at the end.
+
+    A kill at any moment leaves the old one or the new one, perhaps under the name NAME.old (see `settled`).
+    What others put into the old one is in the new one afterwards.
+    Raises UserError where the folder, NAME.new or NAME.old is not of our making.
+    """
+    folder = Path(folder).resolve()
+    check_replaceable(folder)
+    new, old = folder.with_name(folder.name + ".new"), folder.with_name(folder.name + ".old")
+    for beside in (new, old):
+        check_replaceable(beside)
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir(parents=True)
+    write_text(new / WRITTEN, json.dumps({"files": []}))               # so that what a kill leaves is ours
+    try:
+        yield new
+    except BaseException:
+        shutil.rmtree(new, ignore_errors=True)
+        raise
+    write_text(new / WRITTEN, json.dumps({"files": foreign(new)}))
+    if folder.exists():
+        remove_folder(old, new)
+        folder.rename(old)
+    new.rename(folder)
+    remove_folder(old, folder)
+
+
+def remove_folder(folder: Path, heir: Path | None = None) -> None:
+    """Delete the files that `write_folder` put into a folder. Others stay, or move to `heir`."""
+    if not (folder / WRITTEN).is_file():
+        return
+    strange = foreign(folder)
+    for name in strange if heir else ():
+        place = heir / name
+        place.parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).rename(place.with_name(place.name + ".old") if place.exists() else place)
+    if heir or not strange:
+        shutil.rmtree(folder)
     else:
-        path.unlink(missing_ok=True)
+        for name in read_json(folder / WRITTEN)["files"]:
+            (folder / name).unlink(missing_ok=True)
+        write_text(folder / WRITTEN, json.dumps({"files": []}))
 
 
-def settle_folder(folder: Path) -> None:
-    """Undo a replacement that was killed between its two renames."""
+def settled(folder: Path) -> Path:
+    """The folder, or NAME.old where a kill between the two renames of `write_folder` left only that."""
     old = Path(folder).with_name(Path(folder).name + ".old")
-    if old.exists() and not Path(folder).exists():
-        old.rename(folder)
+    return old if (old / WRITTEN).is_file() and not Path(folder).exists() else Path(folder)
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a UTF-8 text file whole or not at all."""
     with write_whole(path) as new:
-        new.write_text(text, encoding="utf-8")
+        new.write_bytes(text.encode("utf-8", "replace"))
+
+
+HASHED, BLOCK = 2 ** 28, 2 ** 18     # bytes of a file that its hash covers at least, and how many in a row
+
+
+def hash_files(files: Iterable[Path], texts: Iterable[str] = ()) -> str:
+    """A short hash of files' names, sizes and contents, whatever their folder is called, and of texts.
+
+    Choice: above HASHED bytes every n-th block counts, so that 15 GB take a second or two. Training moves
+    nearly every weight, so other weights are found all the same.
+    """
+    digest = hashlib.sha256()
+    for text in texts:
+        digest.update(f"{text!r}\n".encode())
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode("utf-8", "replace"))
+        with open(path, "rb") as file:
+            for start in range(0, size, BLOCK * max(1, -(-size // HASHED))):
+                file.seek(start)
+                digest.update(file.read(BLOCK))
+    return digest.hexdigest()[:16]
+
+
+MODEL_FILES = (".safetensors", ".json", ".model", ".txt", ".pt", ".bin")
+
+
+def hash_folder(folder: Path, parts: Iterable[str] = ("",)) -> str:
+    """The hash of the model in a folder and these subfolders, without the state of its training."""
+    files = [file for part in parts for file in sorted((folder / part).glob("*"))
+             if file.suffix in MODEL_FILES and file.is_file() and file.stem != "training"
+             and file.name != WRITTEN]
+    return hash_files(files)
 
 
 def open_tensors(path: Path):
@@ -542,7 +700,7 @@ def open_tensors(path: Path):
     try:
         return safe_open(path, framework="pt")
     except FileNotFoundError:
-        raise UserError(f"{path}: missing") from None
+        raise UserError(f"{path}: no such file") from None
     except (SafetensorError, OSError) as error:
         raise UserError(f"{path}: not a whole safetensors file ({error})") from None
 
@@ -600,11 +758,32 @@ def snapshot(source: str, where: str) -> Path:
 
 
 def read_picture(path: Path, where: str) -> np.ndarray:
-    """A picture file -> uint8 [H, W, 3]. Raises UserError where it cannot be read."""
+    """A picture file as a viewer shows it -> uint8 [H, W, 3]. Raises UserError where it cannot be read.
+
+    Turned as its EXIF data says, 16 bits and floats scaled to 8 bits, transparent parts white, first frame.
+    """
     try:
-        return np.asarray(Image.open(path).convert("RGB"))
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        with Image.open(path) as image:
+            image = ImageOps.exif_transpose(image)
+            if image.mode[0] in "IF":                                # grey: 16 or 32 bits, or floats
+                image = Image.fromarray(to_8_bits(np.asarray(image)))
+            if image.has_transparency_data:
+                image = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+            return np.array(image.convert("RGB"))
+    except FileNotFoundError:
+        raise UserError(f"{where}: {path}: no such file") from None
+    except Exception as error:           # Choice: any. Pillow's decoders raise whatever their libraries do.
         raise UserError(f"{where}: {path} is not a picture that can be read ({error})") from None
+
+
+def to_8_bits(grey: np.ndarray) -> np.ndarray:
+    """Grey values of any range -> uint8: the smallest of 1, 255 and 65,535 that holds them becomes white."""
+    values = np.nan_to_num(grey.astype(np.float64), posinf=0, neginf=0)
+    low = min(0.0, values.min())
+    tops = (1, 255, 65_535) if grey.dtype.kind == "f" else (65_535,)
+    high = next((top for top in tops if values.max() <= top), values.max())
+    return ((values - low) / (high - low) * 255).round().astype(np.uint8)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -620,7 +799,96 @@ def check_settings(folder: Path, before: dict, now: dict, free: tuple[str, ...] 
     for key, value in before.items():
         if key not in free and now.get(key, value) != value:
             raise UserError(f"{folder}: this run was started with {flag_of(key)} {value}, not {now[key]}: "
-                            f"choose another --out, or delete the folder")
+                            f"give the other one a folder of its own, --out {free_folder(folder)}")
+
+
+def check_content(folder: Path, before: dict, now: dict) -> None:
+    """Refuse to resume a run if what a flag names is not what it was.
+
+    before, now: {flag: hash} of weights and data; before may be empty. Raises UserError for the first change.
+    """
+    for key, value in before.items():
+        if now.get(key, value) != value:
+            raise UserError(f"{folder}: the content of {flag_of(key)} is not what this run was started with: "
+                            f"bring that back, or give the other one a folder of its own, "
+                            f"--out {free_folder(folder)}")
+
+
+def free_folder(folder: Path) -> Path:
+    """FOLDER-2, or the first number from there on that is not taken."""
+    names = (Path(f"{folder}-{n}") for n in itertools.count(2))
+    return next(path for path in names if not path.exists())
+
+
+LOCK = "run.lock"                # in every folder that results go to; empty unless a run is alive
+BEAT, DEAD = 15, 60              # seconds between signs of life, and without one until a run counts as dead
+GOES_ON = {"policy*/training.json": "the same command goes on from the last checkpoint",
+           "*/answers*.jsonl": "the same command goes on behind the last answer",
+           "rates_*.jsonl": "the same command goes on behind the last answer"}
+
+
+@contextmanager
+def claim(out: str | Path, resume: bool = True):
+    """Make the folder for results, and keep other runs out of it until the block ends.
+
+    A run that dies leaves its lock to the next one. Across machines this needs a disk that passes file locks
+    on, or else a clock that is right to DEAD seconds. Ctrl-C names what the run goes on from.
+    Raises UserError where another run is alive, or where the folder holds something that no run wrote;
+    OSError where nothing can be written.
+    """
+    folder = Path(out)
+    if process_rank() > 0:
+        yield folder
+        return
+    file, names = folder / LOCK, {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    if names and LOCK not in names and not {"config.json", "metrics.jsonl"} <= names:
+        raise UserError(f"--out {folder}: holds {min(names)}, which no run wrote: choose a new or an empty "
+                        f"folder")
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(file, "a+", encoding="utf-8") as lock:
+        take(lock, folder)
+        ended = threading.Event()
+        threading.Thread(target=show_life, args=(file, ended), daemon=True).start()
+        try:
+            yield folder
+        except KeyboardInterrupt as stop:
+            if resume and not stop.args:
+                stop.args = tuple(words for name, words in GOES_ON.items() if any(folder.glob(name)))[:1]
+            raise
+        finally:
+            ended.set()
+            lock.truncate(0)
+            with suppress(OSError):
+                if [path.name for path in folder.iterdir()] == [LOCK]:           # nothing came of it
+                    file.unlink()
+                    folder.rmdir()
+
+
+def take(lock, folder: Path) -> None:
+    """Lock an open file and write into it whose it is. Raises UserError where another run holds it."""
+    lock.seek(0)
+    owner, _, machine = lock.read().partition(" on ")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        alive = False
+    except BlockingIOError:
+        alive = True
+    except (AttributeError, OSError):                # no fcntl (Windows), a disk without locks: ask the clock
+        alive, machine = False, machine or "?"
+    silent = time.time() - os.fstat(lock.fileno()).st_mtime
+    if alive or (owner and machine != platform.node() and silent < DEAD):
+        raise UserError(f"{folder}: another run is writing here ({owner} on {machine}, {silent:.0f} seconds "
+                        f"ago): wait for it, or choose another --out")
+    lock.truncate(0)
+    lock.write(f"process {os.getpid()} on {platform.node()}")
+    lock.flush()
+
+
+def show_life(file: Path, ended: threading.Event) -> None:
+    """Touch a lock every BEAT seconds."""
+    while not ended.wait(BEAT):
+        with suppress(OSError):
+            os.utime(file)
 
 
 def machine() -> dict[str, str]:
@@ -641,18 +909,20 @@ def machine() -> dict[str, str]:
 class Run:
     """A run directory: config.json (settings, versions), metrics.jsonl, policy/, samples/."""
 
-    def __init__(self, config, lines: int = 0):
+    def __init__(self, config, lines: int = 0, content: dict | None = None):
         """Make the folder, write config.json and open metrics.jsonl. Of several processes only rank 0 writes.
 
         config: a settings dataclass with a field `out`.
         lines: how many lines of an earlier metrics.jsonl the checkpoint had seen; the rest is dropped.
+        content: hashes of the weights and data that the run depends on, by flag.
         """
         self.folder, self.lines, self.writes = Path(config.out), lines, process_rank() == 0
+        self.content = content
         if not self.writes:
             return
         (self.folder / "samples").mkdir(parents=True, exist_ok=True)
         write_text(self.folder / "config.json", json.dumps(
-            {"settings": asdict(config), "command": " ".join(sys.argv), **machine(),
+            {"settings": asdict(config), "content": content, "command": " ".join(sys.argv), **machine(),
              "threads": torch.get_num_threads(), "processes": process_count()}, indent=1))
         self.metrics = self.folder / "metrics.jsonl"
         earlier = read_metrics(self.metrics)[:lines]
@@ -680,6 +950,14 @@ class Run:
         for before in file.parent.glob("*before.json") if name.endswith("after") else ():
             earlier = read_json(before)["groups"]
         draw_sheet(groups, file.with_suffix(".png"), earlier)
+
+
+def start_over(folder: Path) -> None:
+    """Delete what an earlier run wrote into a run directory, and nothing else."""
+    remove_folder(settled(folder / "policy"))
+    sheets = [file for end in ("json", "png") for file in (folder / "samples").glob(f"{'[0-9]' * 6}*.{end}")]
+    for file in (*sheets, *(folder / name for name in ("metrics.jsonl", "evaluation.json", "report.html"))):
+        file.unlink(missing_ok=True)
 
 
 def read_metrics(path: Path) -> list[dict]:
@@ -787,7 +1065,8 @@ STYLE = """
 body{font:16px/1.4 system-ui,sans-serif;max-width:1120px;margin:1.5em auto;padding:0 12px;color:var(--ink);
 background:var(--page);overflow-wrap:break-word}h1{font-size:1.5em}h2{font-size:1.3em;margin:1.6em 0 .4em}
 h3{font-size:1.05em;margin:.8em 0 .2em}p{margin:.4em 0;max-width:75ch}.headline{font-size:1.3em}
-figure{margin:0;max-width:336px}figcaption,table,.note{font-size:13px}.note svg{float:left;margin:5px 5px 0 0}
+figure{margin:0;max-width:336px}figure,.part,.pair{break-inside:avoid}
+figcaption,table,.note{font-size:13px}.note svg{float:left;margin:5px 5px 0 0}
 pre{white-space:pre-wrap;background:var(--card);padding:.8em;font-size:13px}.wide{overflow-x:auto}
 pre.wide{white-space:pre}.row{display:flex;flex-wrap:wrap;gap:12px 26px;align-items:start}
 .answer .row{gap:10px 6px}.note{white-space:nowrap}.soft{white-space:normal}
@@ -799,7 +1078,7 @@ td,th{padding:2px 6px;text-align:left;vertical-align:top;border-top:1px solid va
 .group{background:var(--card);padding:2px 12px 12px;margin:14px 0;border-radius:6px}
 .sides{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,480px),1fr));gap:4px 20px}
 .answer{border-top:1px solid var(--line);padding:6px 0}
-.pair{min-width:150px;max-width:258px;width:min-content;break-inside:avoid}
+.pair{min-width:150px;max-width:258px;width:min-content}
 img{display:block;image-rendering:pixelated;max-width:100%;height:auto;
 border:1px solid var(--line);margin:3px 0}
 .right{color:var(--good)}.wrong,.missing{color:var(--bad)}summary{cursor:pointer;margin:.4em 0}"""
@@ -820,6 +1099,11 @@ CHARTS = (           # title with the unit, metrics, top of the scale (None: the
     ("Seconds in all", "seconds", None),
     ("Peak memory, GiB", "peak_gib", None),
     ("Loss, nats a decision", "loss.*", None))
+METRICS = {          # metric whose name does not say it -> what it is
+    "truncated": "answers cut by the budget", "no_score": "steps that a judge gave no score",
+    "cut_texts": "texts that a judge read in part", "zero_spread": "groups without any advantage",
+    "text_share": "text among all decisions", "ratio_max": "1 but for later updates on a rollout",
+    "logp_gap": "sampler against scorer", "padding": "of a batch"}
 LEGEND = (
     "r_t, r_v and r_f are the text, visual and format rewards of Eq. (5), each 0..1. The form that is asked "
     "for: think, words, /think, vis, picture, /vis for every step, then end. Right and wrong compare with "
@@ -892,7 +1176,7 @@ def group_html(sides: dict[str, dict], most: int = 1) -> str:
     group = next(iter(sides.values()))
     start = "".join(picture_html(p, "picture of the prompt") for p in group["pictures"])
     body = f'<h3>{html.escape(group["prompt"])}</h3><div class="row">{start}'
-    if group["truth"]:
+    if group.get("truth"):
         body += f'<div>The true answer:{steps_html(group["truth"])}</div>'
     body += '</div><div class="sides">'
     for name, of in sides.items():
@@ -946,17 +1230,18 @@ def chart(title: str, lines: dict[str, list[tuple[float, float]]], top: float | 
     for i, (name, line) in enumerate(lines.items()):
         colour, every, wide = f"var(--c{i % 6})", math.ceil(len(line) / 200), max(1, len(line) // 16)
         means = [(line[n][0], fmean(y for _, y in line[max(0, n - wide):n + wide + 1]))
-                 for n in range(len(line))]
+                 for n in range(0, len(line), every)]
         if stacked:
             edge = [at(x, below[x]) for x, _ in line[::every]]
             below.update(dict(line))
             edge += [at(x, below[x]) for x, _ in reversed(line[::every])]
             body += f'<polygon points="{" ".join(edge)}" style="fill:{colour}"/>'
-        for points, style in ((line, "1;opacity:.5"), (means, "2.5")) if not stacked else ():
-            path = " ".join(at(*point) for point in points[::every])
+        for points, style in ((line[::every], "1;opacity:.5"), (means, "2.5")) if not stacked else ():
+            path = " ".join(at(*point) for point in points)
             body += f'<polyline points="{path}" style="fill:none;stroke:{colour};stroke-width:{style}"/>'
-        ends = f"{line[0][1]:.3g} → {line[-1][1]:.3g}"
-        keys += f'<br><b style="color:{colour}">▬</b> {html.escape(name)}: {ends}'
+        words = f"{name}: {line[0][1]:.3g} → {line[-1][1]:.3g}"
+        words += f" ({METRICS[name]})" if name in METRICS else ""
+        keys += f'<br><b style="color:{colour}">▬</b> {html.escape(words)}'
     title, words = html.escape(title), html.escape(f"by {across}: {', '.join(lines)}")
     return (f'<figure><b>{title}</b><svg width="336" height="184" role="img" aria-label="{title} {words}">'
             f'{body}<text x="185" y="182" text-anchor="middle">{across}</text></svg>'
@@ -971,7 +1256,7 @@ def curves_html(runs: dict[str, list[dict]]) -> str:
             across = "step" if "step" in m else "update"
             metrics = stages.setdefault((m.get("stage", ""), across), {})
             for name, value in m.items():
-                if name not in (across, "stage") and value is not None:
+                if name != across and isinstance(value, (int, float)) and math.isfinite(value):
                     metrics.setdefault(name, {}).setdefault(run, []).append((m[across], value))
     for (stage, across), metrics in stages.items():
         zeros = [name for name, of in metrics.items() if not any(y for line in of.values() for _, y in line)]
@@ -984,6 +1269,7 @@ def curves_html(runs: dict[str, list[dict]]) -> str:
             else:
                 charts += [chart(name, metrics[name], top, across) for name in group]
         body += f'<h3>{html.escape(stage)}</h3><div class="row">{"".join(charts)}</div>'
+        zeros = [f"{name} ({METRICS[name]})" if name in METRICS else name for name in zeros]
         body += f"<p>Zero all the time: {html.escape(', '.join(zeros))}.</p>" if zeros else ""
     return body
 
@@ -998,7 +1284,7 @@ def rates_html(results: dict[str, dict]) -> str:
             body += f'<text y="{y + 14}"><tspan font-weight="700">{rate}</tspan> {meaning}</text>'
             for i, (name, result) in enumerate(results.items()):
                 y, (mean, low, high) = y + 18, result[arm][rate]
-                x, left, right = (92 + 190 * value / top for value in (mean, low, high))
+                x, left, right = (92 + 190 * min(1.0, value / top) for value in (mean, low, high))
                 body += (f'<text x="86" y="{y + 14}" text-anchor="end">{html.escape(name[-13:])}</text>'
                          f'<path d="M92 {y + 10}h190" style="stroke:var(--line)"/>'
                          f'<g style="color:var(--c{i % 6})" fill="currentColor" stroke="currentColor">'
@@ -1061,7 +1347,7 @@ def section(title: str, file: Path, make: Callable[[], str]) -> str:
             body = make()
     except (UserError, OSError) as error:
         body = f'<p class="missing">{html.escape(f"This cannot be shown. {error}")}</p>'
-    return (f"<h2>{html.escape(title)}</h2>" if title else "") + body
+    return (f"<h2>{html.escape(title)}</h2>" if title and body else "") + body
 
 
 def answers_html(samples: Path) -> str:
@@ -1102,7 +1388,7 @@ def rollouts_html(samples: Path) -> str:
 def write_report(folder: Path) -> Path:
     """Write a run directory's report.html. What the directory lacks is named on the page."""
     samples, metrics, settings = folder / "samples", folder / "metrics.jsonl", folder / "config.json"
-    rates, warm_up = folder / "evaluation.json", metrics.exists() and '"stage"' in metrics.read_text()
+    rates, warm_up = folder / "evaluation.json", metrics.exists() and '"stage"' in read_text(metrics)
     made = section("", settings, lambda: settings_html({folder.name: folder}))
     body = [section("", metrics, lambda: headline(folder)), fold("how this run was made", made),
             section("The same prompts before and after", samples, lambda: answers_html(samples))]

@@ -35,6 +35,9 @@ and nothing takes its place.
     python data.py                                      # one sample of each kind, of the toy world
     python data.py --data activitynet=data/activitynet  # counts, reasons, a sample of each kind
 """
+from common import (Seed, UserError, hash_files, open_tensors, parse_config, process_count, process_rank,
+                    read_picture, read_text, run_main, summed, wait_for_all, write_tensors, write_whole)
+
 import csv
 import difflib
 import hashlib
@@ -57,8 +60,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 import shapes
-from common import (UserError, open_tensors, parse_config, process_count, process_rank, read_picture,
-                    read_text, run_main, summed, wait_for_all, write_tensors, write_whole)
 from model import UnifiedModel
 from tokenizer import IMAGE_END, IMAGE_START, SPECIAL_TOKENS, THINK_END, THINK_START
 
@@ -70,7 +71,7 @@ class Config:
     data: str = ""                   # sources, NAME=DIR,NAME=DIR; empty: the toy world's samples
     prompts: bool = False            # read them as grpo.py --prompts does
     # -- run
-    seed: int = 0                    # of the toy world's samples
+    seed: Seed = 0                   # of the toy world's samples
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -158,7 +159,6 @@ def toy_i2t(rng: random.Random, edits: int = 0) -> Sample:
     return Sample(f"<image> {I2T_QUESTION}", [shapes.render(scene)], f"{shapes.caption(scene)}</s>",
                   kind="understanding")
 
-
 PRETRAINING = {toy_words: 0.5, toy_t2i: 0.25, toy_i2t: 0.25}
 
 
@@ -243,6 +243,8 @@ def records(file: Path, left_out: LeftOut) -> Iterator[tuple[int, object]]:
                 with left_out.guard(file, number):
                     if line.strip():
                         yield number, parse_json(line)
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file") from None
     except OSError as error:
         raise UserError(f"{file}: cannot be read ({error})") from None
 
@@ -464,7 +466,6 @@ def read_segments(entry: object, origin: tuple, left_out: LeftOut) -> list[tuple
             segments.append((start, stop, i, text))
     return sorted(segments)
 
-
 HOWTO_COLUMNS = ("VID_ID", "DS_CAT_NAME", "FRAME_S1", "FRAME_AC", "FRAME_S2", "FILENAME")
 HOWTO_PROMPTS = ("FRAME_AC_PROMPT", "FRAME_S2_PROMPT")           # one in actions.*.txt, one in states.*.txt
 
@@ -680,6 +681,9 @@ def read_jsonl(path: Path, left_out: LeftOut, with_steps: bool = True) -> Iterat
         origin = (path, line, id_of(record))
         with left_out.guard(*origin):
             prompt = need(record, "prompt", str)
+            for key in record.keys() - {"prompt", "images", "steps", "id"}:
+                left_out.add(*origin, f"unknown key {key!r}, expected prompt, images, steps or id",
+                             verdict="noted")
             if not prompt.strip():
                 raise Broken("the prompt is empty")
             names = [] if record.get("images") is None else need(record, "images", list)
@@ -740,14 +744,14 @@ PROMPT_READERS = READERS | {                                 # for RL
 def parse_sources(text: str, flag: str) -> list[tuple[str, Path]]:
     """NAME=DIR,NAME=DIR -> (name, path) each. Raises UserError for an unknown name or path."""
     sources = []
-    for part in text.split(","):
+    for part in re.split(r",(?=\w+=)", text):                           # a path may have commas
         name, _, path = part.partition("=")
         if name not in READERS:
             near = difflib.get_close_matches(name, READERS, 1)
             raise UserError(f"{flag} {part}: expected NAME=DIR with NAME one of {', '.join(READERS)}"
                             + (f"; did you mean {near[0]}?" if near else ""))
         if not path or not Path(path).exists():
-            raise UserError(f"{flag} {part}: there is no {path or 'path'}")
+            raise UserError(f"{flag} {part}: no such file or folder")
         sources.append((name, Path(path)))
     return sources
 
@@ -1100,6 +1104,16 @@ def keep_usable(samples: list[Sample], model: UnifiedModel, codes: CodeCache, le
                     detail = f"{length} positions" + (f" and an answer of {room}" if room else "")
                     raise Broken(f"longer than the decoder's context of {context}", detail)
                 yield sample
+
+
+MOST_HASHED = 10_000             # pictures that a hash of samples reads
+
+
+def hash_samples(samples: list[Sample]) -> str:
+    """A hash of samples: their texts and the content of their pictures, of very many pictures every n-th."""
+    pictures = [p for s in samples for p in s.prompt_pictures + s.answer_pictures]
+    return hash_files(pictures[::1 + len(pictures) // MOST_HASHED],
+                      (f"{s.kind} {s.prompt} {s.answer}" for s in samples))
 
 
 def row_of(sample: Sample, model: UnifiedModel, codes: CodeCache) -> tuple[Tensor, Tensor, Tensor]:

@@ -15,6 +15,7 @@ temperature, at a low one, and greedy. A model that was only sharpened gains in 
 `kept` rates what the model could do before: text-to-image and image-to-text, greedy, over all scenes.
 
     python evaluate.py --model out/grpo                   # rates -> out/evaluate/evaluation.json
+    python evaluate.py --compare out/grpo out/try         # runs side by side -> out/compare/compare.html
     python evaluate.py --reproduce                        # trains and rates every row of the paper's ablation
     python evaluate.py --preset paper --benchmark mmie --data DIR --judge file:eval_result.json
     python evaluate.py --preset paper --benchmark interleavedbench --data DIR --judge llava-critic
@@ -34,6 +35,13 @@ criteria in our words (llava-critic). The same command resumes a run that was in
 
     torchrun --nproc_per_node=8 evaluate.py ...           # the same tables, the work shared by 8 processes
 """
+from common import (COLUMNS, Count, Names, Natural, Naturals, NonNegative, NonNegatives, Part, Seed, TopPs,
+                    UserError, Weights, add_line, chart, check_config, check_content, check_settings, claim,
+                    end_processes, flag_of, fold, free_folder, hash_files, parse_config, part_html,
+                    pick_device, picture_html, process_count, process_rank, read_json, read_lines,
+                    read_metrics, read_picture, require, run_main, shown, start_processes, steps_html,
+                    wait_for_all, write_comparison, write_page, write_report, write_text, write_whole)
+
 import hashlib
 import html
 import json
@@ -46,7 +54,7 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from statistics import fmean
 from typing import Callable, Hashable, Iterable, Iterator, Literal, NamedTuple
@@ -59,30 +67,25 @@ from tqdm import tqdm
 
 import data
 import shapes
-from common import (COLUMNS, Count, Names, Natural, Naturals, NonNegative, NonNegatives, TopPs, UserError,
-                    Weights, add_line, chart, check_config, check_settings, end_processes, flag_of, fold,
-                    parse_config, pick_device, picture_html, process_count, process_rank, read_json,
-                    read_lines, read_metrics, read_picture, remove, require, run_main, shown,
-                    start_processes, steps_html, wait_for_all, write_comparison, write_page, write_report,
-                    write_text, write_whole)
-from data import (I2T_QUESTION, Broken, CodeCache, LeftOut, Question, Sample, fingerprint, keep_usable,
-                  toy_prompt)
+from data import (I2T_QUESTION, Broken, CodeCache, LeftOut, Question, Sample, fingerprint, hash_samples,
+                  keep_usable, toy_prompt)
 from judges import LlavaCritic, strip_marks
-from model import Sampling, UnifiedModel, check_budget, check_memory, load
-from rewards import (Scores, check_judge, check_judges, format_reward, hybrid_rewards, judge, judge_names,
-                     make_judge, make_judges, own_text)
+from model import Sampling, UnifiedModel, check_budget, check_memory, checkpoint_hash, load
+from rewards import (Scores, check_judge, check_judges, format_reward, hybrid_rewards, judge, judge_content,
+                     judge_names, make_judge, make_judges, own_text)
 
 
 @dataclass
 class Config:
     # -- model
     model: str = "out/warmup"        # model to rate: run directory, checkpoint folder or hub id
+    base: str = ""                   # where the base of a model with adapters is now, if it was moved
     before: str = ""                 # --benchmark: a second model to compare with, say the warm-up model
     # -- toy world
-    prompts: Count = 192             # fresh prompts
+    prompts: Count = 384             # fresh prompts
     edits: Count = 3                 # edits that a prompt asks for
     split: Literal["heldout", "pairs", "train"] = "heldout"    # new: edit chains, colour-shape pairs, nothing
-    compare: Names = ()              # run directories: their rates and curves on one page, and stop
+    compare: Names = ()              # run directories: one page of all, or one run's report anew; and stop
     # -- reproduction
     reproduce: bool = False          # train and rate all rows of ROWS, compare them, write one page
     only: Names = ()                 # rows; by default all
@@ -112,7 +115,7 @@ class Config:
     skip: Literal["both", "editing", "none"] = "both"    # tasks of interleavedbench without text aspects
     # -- run
     out: str = ""                    # folder of the results; empty: out/evaluate, reproduce or BENCHMARK
-    seed: int = 7                    # of prompts and sampling; --reproduce has its own, see FRESH
+    seed: Seed = 7                   # of prompts and sampling; --reproduce has its own, see FRESH
     device: str = "auto"             # cpu, cuda, mps; auto takes the best there is
     preset: str = ""                 # paper: the paper's settings, see PAPER; flags beside it win
 
@@ -161,12 +164,12 @@ def merged_lines(file: Path, key: Callable[[dict], Hashable]) -> dict[Hashable, 
         file.parent.mkdir(parents=True, exist_ok=True)
         parts = sorted(file.parent.glob(f"{file.stem}-*.jsonl"))
         if parts:
-            lines = {key(line): line for part in (file, *parts) for line in read_lines(part)}
+            lines = {key(line): line for part in (file, *parts) for line in read_lines(part, key)}
             write_text(file, "".join(json.dumps(line) + "\n" for line in lines.values()))
         for part in parts:
             part.unlink()
     wait_for_all()
-    return {key(line): line for line in read_lines(file)}
+    return {key(line): line for line in read_lines(file, key)}
 
 
 def gather(own: object) -> list:
@@ -211,8 +214,8 @@ def interval(values: np.ndarray, seed: int, resamples: int = 2000) -> list[float
 def open_model(source: str, config: Config, quantize: str = "none") -> UnifiedModel:
     """Load a model to --device if its answers fit beside it. Raises UserError."""
     device = pick_device(config.device)
-    check_memory(source, config.budget, config.rows, device, quantize)
-    return load(source, device, quantize).eval()
+    check_memory(source, config.budget, config.rows, device, quantize, config.base)
+    return load(source, device, quantize, config.base).eval()
 
 
 def rate_prompts(model: UnifiedModel, config: Config) -> dict[str, dict[str, list]]:
@@ -242,7 +245,7 @@ def rate_prompts(model: UnifiedModel, config: Config) -> dict[str, dict[str, lis
     result["kept"] = rate_single_tasks(model, config, file)
     wait_for_all()
     if process_rank() == 0:
-        remove(file)
+        file.unlink(missing_ok=True)
     return result
 
 
@@ -267,8 +270,9 @@ def rate_all(model: UnifiedModel, samples: list[Sample], config: Config, samplin
     Random numbers follow from the seed and the prompt's place. Lines of other settings are passed over.
     """
     codes = CodeCache(model)
-    names = ("seed", "edits", "split", "budget", "text_reward", "visual_reward", "critic_quantize")
-    of = str((title, sampling, *(getattr(config, name) for name in names)))
+    names = ("seed", "edits", "split", "budget", "critic_quantize")
+    judges = [judge_content(part, getattr(config, f"{part}_reward")) for part in ("text", "visual")]
+    of = str((title, sampling, judges, *(getattr(config, name) for name in names)))
 
     def work(places: list[int]) -> list[dict]:
         part = [samples[place] for place in places]
@@ -332,7 +336,8 @@ def before_and_after(run, prompts: list[str]) -> None:
     if run.eval_prompts and all(shapes.wanted_steps(prompt) for prompt in prompts):
         for name, model in (("before", run.model), ("after", run.out)):
             config = Config(
-                model=str(model), prompts=run.eval_prompts, edits=run.edits, budget=run.budget, **sampling,
+                model=str(model), base=run.base, prompts=run.eval_prompts, edits=run.edits, budget=run.budget,
+                **sampling,
                 batch=min(Config.batch, 4 * run.micro_batch), text_reward=run.text_reward,
                 visual_reward=run.visual_reward, reward_weights=run.reward_weights,
                 reward_device=run.reward_device, critic_quantize=run.critic_quantize,
@@ -340,8 +345,11 @@ def before_and_after(run, prompts: list[str]) -> None:
             began = time.perf_counter()
             results[name] = evaluate(open_model(model, config, run.quantize), config)
             results[name]["seconds"] = round(time.perf_counter() - began, 1)
-        print(rates_table(results))
+    if process_rank() > 0:
+        return
+    if results:
         write_text(folder / "evaluation.json", json.dumps(results, indent=1))
+        print(rates_table(results))
     print(f"answers, curves and rates: {write_report(folder)}")
 
 
@@ -405,8 +413,8 @@ PAPER_ROWS = {                       # row -> the paper's MMIE and InterleavedBe
     "weak-judge": (56.94, 2.58),     # CLIP-score
     "qlora": (57.27, 2.87),
 }
-CLAIMS = [                           # the first row is better than the second in: story or kept; whose claim
-    ("warm-up", "no-warm-up", "story", "paper"),
+CLAIMS = [                           # the first row is better than the second in a measure; whose claim it is
+    ("warm-up", "no-warm-up", "format", "paper"),          # whether it interleaves at all
     ("r_f", "warm-up", "story", "paper"),
     ("r_f+r_t", "r_f", "story", "paper"),
     ("r_f+r_t+r_v", "r_f+r_t", "story", "paper"),
@@ -430,48 +438,56 @@ CLAIMS = [                           # the first row is better than the second i
     ("4-edits-process", "4-edits-outcome", "story", "ours"),
 ]
 LEVEL = 0.05                         # of the verdict, after Holm's correction over all claims
-RESAMPLES = 10_000
+RESAMPLES = 2000
 
 
-def bootstrap(values: np.ndarray, bases: list[int]) -> tuple[float, np.ndarray]:
-    """values [runs, prompts], the base model of each run -> the mean, and RESAMPLES means of drawn values.
+def weights_of(bases: list[int]) -> np.ndarray:
+    """The base model of each run -> the weight of each run: all base models weigh the same."""
+    return np.array([1 / (len(set(bases)) * bases.count(base)) for base in bases])
+
+
+def bootstrap(values: np.ndarray, bases: list[int]) -> np.ndarray:
+    """values [runs, prompts], the base model of each run -> RESAMPLES means of resampled values.
 
     Base models are drawn with replacement, then runs of each, then prompts, the same ones for all runs.
-    Every base model has the same weight.
     Choice: all three are drawn, because the claim is about new base models, new seeds and new prompts.
     """
-    rng, prompts = np.random.default_rng(0), values.shape[1]
-    of_base = [np.flatnonzero(np.array(bases) == base) for base in sorted(set(bases))]
-    n = len(of_base)
+    rng, prompts, n = np.random.default_rng(0), values.shape[1], len(set(bases))
     run_means = rng.multinomial(prompts, np.full(prompts, 1 / prompts), RESAMPLES) @ values.T / prompts
-    times = rng.multinomial(n, np.full(n, 1 / n), RESAMPLES)                               # (RESAMPLES, n)
+    copies = rng.multinomial(n, np.full(n, 1 / n), RESAMPLES)                              # (RESAMPLES, n)
     means = np.zeros(RESAMPLES)
-    for runs, copies in zip(of_base, times.T):
+    for i, base in enumerate(sorted(set(bases))):
+        runs = np.flatnonzero(np.array(bases) == base)
         k = len(runs)
-        means += (rng.multinomial(copies * k, np.full(k, 1 / k)) * run_means[:, runs]).sum(1) / (k * n)
-    return float(np.mean([values[runs].mean() for runs in of_base])), means
+        means += (rng.multinomial(copies[:, i] * k, np.full(k, 1 / k)) * run_means[:, runs]).sum(1) / (k * n)
+    return means
 
 
 def three_way_interval(values: np.ndarray, bases: list[int]) -> list[float]:
     """The mean with its 95% percentile interval -> [mean, low, high]."""
-    mean, means = bootstrap(values, bases)
-    return [mean, *map(float, np.percentile(means, [2.5, 97.5]))]
+    low, high = np.percentile(bootstrap(values, bases), [2.5, 97.5])
+    return [float(weights_of(bases) @ values.mean(1)), float(low), float(high)]
 
 
 def p_value(values: np.ndarray, bases: list[int]) -> float:
     """Two-sided p of a mean of 0: Student's t with the bootstrap's standard error.
 
-    It has runs - 1 degrees of freedom; a single run has its prompts in place of runs. t is sampled, so p is
-    at least 1e-6.
+    Its degrees of freedom are those of runs and of prompts, weighed by their shares of the variance (Welch,
+    Satterthwaite). t is sampled, so p is at least 1e-6.
     Choice: not the share of resampled means beyond 0. Of six runs with one sign it would be about 0 always.
     """
-    mean, means = bootstrap(values, bases)
-    n = len(values) if len(values) > 1 else values.shape[1]
-    if n == 1 or mean == 0:
+    n, prompts = values.shape
+    weights = weights_of(bases)
+    of_prompts = (weights @ values).var() / prompts
+    of_runs = max(0.0, bootstrap(values, bases).var() - of_prompts)
+    # resampling k values shrinks their variance by (k - 1) / k
+    parts = [(part * k / (k - 1), k - 1) for part, k in ((of_runs, n), (of_prompts, prompts)) if k > 1]
+    mean, total = weights @ values.mean(1), sum(part for part, _ in parts)
+    if mean == 0 or not parts:
         return 1.0
-    error = means.std() * (n / (n - 1)) ** 0.5               # resampling n values shrinks it by this factor
-    t = np.abs(np.random.default_rng(0).standard_t(n - 1, 1_000_000))
-    return float(((t * error >= abs(mean)).sum() + 1) / (len(t) + 1))
+    freedom = total ** 2 / max(sum(part ** 2 / df for part, df in parts), 1e-300)
+    t = np.abs(np.random.default_rng(0).standard_t(max(1.0, freedom), 1_000_000))
+    return float(((t * total ** 0.5 >= abs(mean)).sum() + 1) / (len(t) + 1))
 
 
 def holm(p: list[float]) -> list[float]:
@@ -608,12 +624,12 @@ def run_of(row: str, seed: int, bases: int) -> int:
     return seed % bases if ROWS[row].get("updates") == 0 else seed
 
 
-def reproduce(config: Config) -> None:
+def reproduce(config: Config, out: Path) -> None:
     """Train and rate all rows, compare them, write reproduction.json, .md and .html.
 
     The same command goes on where it was interrupted: finished runs are not trained again.
     """
-    out, seeds = Path(config.out or "out/reproduce"), [int(seed) for seed in config.seeds.split(",")]
+    seeds = [int(seed) for seed in config.seeds.split(",")]
     rows = [row for row in ROWS if not config.only or row in config.only]
     runs = dict.fromkeys((row, run_of(row, seed, config.bases)) for row in rows for seed in seeds)
     base_of = {run: (ROWS[run[0]].get("base", "base"), run[1] % config.bases) for run in runs}
@@ -637,8 +653,9 @@ def reproduce(config: Config) -> None:
         "claims": claim_results(measured, seeds, config), "judges": judge_agreement(measured),
         "failed": {f"{row}/{number}": job.reason for (row, number), job in jobs.items() if job.reason}}
     write_text(out / "reproduction.json", json.dumps(result, indent=1))
-    write_text(out / "reproduction.md", reproduction_table(result))
-    print(reproduction_table(result))
+    table = "\n".join(map(markdown, reproduction_parts(result)))
+    write_text(out / "reproduction.md", table)
+    print(table)
     curves = {row: {seed: read_metrics(out / row / str(seed) / "metrics.jsonl") for seed in measured[row]}
               for row in rows if "updates" not in ROWS[row]}
     print(f"table, intervals and curves: {write_reproduction_page(out, result, curves)}")
@@ -672,12 +689,13 @@ def claim_results(measured: dict[str, dict], seeds: list[int], config: Config) -
     results, tested = [], []
     for better, worse, measure, source in CLAIMS:
         result = {"claim": f"{better} > {worse}", "measure": measure, "source": source, "runs": 0}
-        pairs = [(measured.get(better, {}).get(run_of(better, seed, config.bases)),
-                  measured.get(worse, {}).get(run_of(worse, seed, config.bases)), seed) for seed in seeds]
-        pairs = [pair for pair in pairs if pair[0] and pair[1]]
+        rows = measured.get(better, {}), measured.get(worse, {})
+        pairs = dict.fromkeys((run_of(better, seed, config.bases), run_of(worse, seed, config.bases))
+                              for seed in seeds)
+        pairs = [(a, b) for a, b in pairs if a in rows[0] and b in rows[1]]
         if pairs:
-            differences = np.stack([a[measure] - b[measure] for a, b, _ in pairs])
-            both = differences, [seed % config.bases for *_, seed in pairs]
+            differences = np.stack([rows[0][a][measure] - rows[1][b][measure] for a, b in pairs])
+            both = differences, [a % config.bases for a, _ in pairs]
             result |= {"runs": len(pairs), "difference": three_way_interval(*both), "p": p_value(*both)}
             tested.append(result)
         paper = zip(PAPER_ROWS.get(better, (None, None)), PAPER_ROWS.get(worse, (None, None)))
@@ -703,37 +721,40 @@ def judge_agreement(measured: dict[str, dict]) -> dict:
             "mean_weak": float(b.mean()), "correlation": float(np.corrcoef(a, b)[0, 1]) if spread else None}
 
 
-def reproduction_table(result: dict) -> str:
-    """reproduction.json as markdown: rows, claims with their verdicts, judges, failures."""
-    settings = result["settings"]
-    number = "{:.3f} [{:.3f} {:.3f}]".format
-    lines = [f"{settings['prompts']} fresh prompts (seed {result['prompts_seed']}); GRPO seeds "
-             f"{settings['seeds']} on {settings['bases']} base models, {settings['updates']} updates; "
-             f"sampled at temperature 1 unless it says greedy; 95% intervals; {result['machine']}.", "",
-             f"| Row | differs by | runs | {' | '.join(MEASURES)} | paper: MMIE | paper: InterleavedBench |",
-             "|---" * (5 + len(MEASURES)) + "|"]
+def reproduction_parts(result: dict) -> list[Part]:
+    """reproduction.json as tables: rows, claims with their verdicts; judges and failures as sentences."""
+    settings, number = result["settings"], "{:.3f} [{:.3f} {:.3f}]".format
+    paper = ["paper: MMIE", "paper: InterleavedBench"]
+    rows, claims = [["row", "differs by", "runs", *MEASURES, *paper]], []
     for row, of in result["rows"].items():
         different = ", ".join(f"{name} {shown(value)}" for name, value in of["settings"].items())
-        cells = [number(*of["rates"][name]) for name in MEASURES if of["rates"]]
         reasons = [reason for run, reason in result["failed"].items() if run.startswith(f"{row}/")]
-        cells = cells or [f"failed: {reasons[0]}", *[""] * (len(MEASURES) - 1)]
-        cells = [row, different, str(len(of["runs"])), *cells, *map(paper_cell, of["paper"])]
-        lines.append(f"| {' | '.join(cells)} |")
-    lines += ["", "| Claim | in | runs | difference | p, Holm | verdict | whose | paper: MMIE | paper: "
-              "InterleavedBench |", "|---" * 9 + "|"]
+        cells = [f"failed: {reasons[0]}", *[""] * (len(MEASURES) - 1)] if not of["rates"] else [
+            number(*of["rates"][name]) for name in MEASURES]
+        rows.append([row, different, str(len(of["runs"])), *cells, *map(paper_cell, of["paper"])])
+    claims.append(["claim", "in", "runs", "difference", "p, Holm", "verdict", "whose", *paper])
     for of in result["claims"]:
-        cells = [str(of["runs"]), "", "", "not measured"]
+        cells = ["", "", "not measured"]
         if of["runs"]:
-            cells[1:] = [number(*of["difference"]), f"{of['adjusted_p']:.4f}", of["verdict"]]
-        cells += [of["source"], *map(paper_cell, of["paper"])]
-        lines.append(f"| {' | '.join([of['claim'], of['measure'], *cells])} |")
+            cells = [number(*of["difference"]), f"{of['adjusted_p']:.4f}", of["verdict"]]
+        claims.append([of["claim"], of["measure"], str(of["runs"]), *cells, of["source"],
+                       *map(paper_cell, of["paper"])])
+    words = "".join(f"{run} failed: {reason}\n" for run, reason in result["failed"].items())
     if judges := result["judges"]:
-        words = "none" if judges["correlation"] is None else f"{judges['correlation']:.2f}"
-        lines += ["", f"rules-weak against rules, r_v of {judges['answers']} answers of the warm-up models: "
-                      f"correlation {words}, {judges['equal']:.0%} equal, mean {judges['mean_weak']:.2f} "
-                      f"against {judges['mean_true']:.2f}."]
-    lines += ["", *(f"- {run} failed: {reason}" for run, reason in result["failed"].items())]
-    return "\n".join(lines) + "\n"
+        words += (f"rules-weak against rules, r_v of {judges['answers']} answers of the warm-up models: "
+                  f"correlation {paper_cell(judges['correlation'])}, {judges['equal']:.0%} equal, mean "
+                  f"{judges['mean_weak']:.2f} against {judges['mean_true']:.2f}.\n")
+    made = (f"{settings['prompts']} fresh prompts (seed {result['prompts_seed']}); GRPO seeds "
+            f"{settings['seeds']} on {settings['bases']} base models, {settings['updates']} updates; sampled "
+            f"at temperature 1 unless it says greedy; 95% intervals; {result['machine']}.")
+    return [Part("Rows", made, rows), Part("Claims", words, claims)]
+
+
+def markdown(part: Part) -> str:
+    """A part as markdown."""
+    lines = [f"| {' | '.join(cells)} |" for cells in part.rows]
+    lines.insert(1, "|---" * len(part.rows[0]) + "|")
+    return "\n".join([f"## {part.title}", "", part.words, "", *lines, ""])
 
 
 def paper_cell(value: float | None) -> str:
@@ -751,7 +772,8 @@ def write_reproduction_page(out: Path, result: dict, curves: dict[str, dict[int,
     for row, runs in curves.items():
         lines = {f"seed {seed}": [(of["update"], of["reward"]) for of in run] for seed, run in runs.items()}
         body.append(chart(row, lines, 3.0, "update") if lines else "")
-    body.append(f"</div><pre>{html.escape(reproduction_table(result))}</pre>")
+    body += ["</div><style>.part{display:block;max-width:none}</style>",
+             *map(part_html, reproduction_parts(result))]
     return write_page(out / "reproduction.html", "The paper's ablation, reproduced", body)
 
 
@@ -1093,7 +1115,7 @@ def answer_questions(source: str, questions: list[Question], config: Config, fol
     short = BENCHMARKS[config.benchmark].SHORT
     if not short:
         check_budget(model, config.budget, source)
-    start_folder(folder, f"{source} (weights {fingerprint(model)[:16]})", config)
+    start_folder(folder, source, config)
     codes = CodeCache(model)
     own = questions[process_rank()::process_count()]
     usable = {question.id for question in keep_usable(own, model, codes, left_out, config.budget)}
@@ -1105,14 +1127,20 @@ def answer_questions(source: str, questions: list[Question], config: Config, fol
     sampling = Sampling(config.temperature, config.top_k, config.top_p, config.guidance)
     if short:
         sampling = Sampling(0.0)                       # Choice: a short answer is right or wrong, so greedy
+    hashes = {question.id: hash_samples([question]) for question in questions}
+    for line in (line for file in folder.glob("answers*.jsonl") for line in read_lines(file)):
+        if line.get("question") and hashes.get(line["id"], line["question"]) != line["question"]:
+            raise UserError(f"{folder}: question {line['id']} is not the one that was answered here: choose "
+                            f"another --out, such as {free_folder(folder.parent)}")
 
     def work(part: list[Question]) -> Iterator[dict]:
         prompts = [model.prompt(q.prompt, codes(q.prompt_pictures), q.kind == "t2i") for q in part]
         seeds = [(config.seed, question.id) for question in part]
         rows = model.generate(prompts, 1, config.budget, sampling, seeds, config.rows)
         for question, row, answer in zip(part, rows, model.read_answers(rows), strict=True):
-            yield {"id": question.id, "answer": write_segments(answer, question.id, folder),
-                   "layout": answer.layout, "truncated": row.truncated}
+            yield {"id": question.id, "question": hashes[question.id],
+                   "answer": write_segments(answer, question.id, folder), "layout": answer.layout,
+                   "truncated": row.truncated}
     answers = share_out(folder / "answers.jsonl", {question.id: question for question in questions},
                         lambda line: line["id"], config.batch, work, f"answers of {source}")
     return AnswerSet(source, folder, left_out, questions, answers)
@@ -1122,14 +1150,16 @@ def start_folder(folder: Path, model: str, config: Config) -> None:
     """Write the settings behind the answers to config.json. Raises UserError where others stand there."""
     names = ("benchmark", "data", "seed", "temperature", "top_k", "top_p", "guidance", "budget")
     settings = {"model": model, **{name: getattr(config, name) for name in names}}
-    file = folder / "config.json"
-    check_settings(folder, read_json(file)["settings"] if file.exists() else {}, settings)
+    file, content = folder / "config.json", {"model": checkpoint_hash(model)}
+    before = read_json(file) if file.exists() else {}
+    check_settings(folder.parent, before.get("settings", {}), settings, ("model", "data"))
+    check_content(folder.parent, before.get("content", {}), content)
     wait_for_all()
     if process_rank() > 0:
         return
     (folder / "answers").mkdir(parents=True, exist_ok=True)
-    content = {"settings": settings, "command": " ".join(sys.argv), "torch": torch.__version__}
-    write_text(file, json.dumps(content, indent=1))
+    write_text(file, json.dumps({"settings": settings, "content": content, "command": " ".join(sys.argv),
+                                 "torch": torch.__version__}, indent=1))
 
 
 def write_segments(answer, id: str, folder: Path) -> list[dict]:
@@ -1159,16 +1189,19 @@ def ask_critic(critic: LlavaCritic, name: str, requests: list[JudgeRequest], fol
     replies.jsonl keeps the replies of each judge by its `name`; what is there is not asked again. Questions
     of similar length go together, whole batches between two writes.
     """
-    def key(line: dict) -> tuple[str, str, str]:
-        return line["judge"], line["id"], line["aspect"]
+    hashes = {(r.id, r.aspect): hash_files(r.pictures, [r.message]) for r in requests}
+
+    def key(line: dict) -> tuple[str, str, str, str]:
+        return line["judge"], line["id"], line["aspect"], line.get("request", "")
 
     def work(part: list[JudgeRequest]) -> list[dict]:
-        return [{"id": request.id, "aspect": request.aspect, "judge": name, "reply": reply}
+        return [{"id": request.id, "aspect": request.aspect, "judge": name, "reply": reply,
+                 "request": hashes[request.id, request.aspect]}
                 for request, reply in zip(part, critic_replies(critic, part), strict=True)]
     requests = sorted(requests, key=lambda request: (len(request.pictures), len(request.message)))
-    asked = {(name, request.id, request.aspect): request for request in requests}
+    asked = {(name, r.id, r.aspect, hashes[r.id, r.aspect]): r for r in requests}
     lines = share_out(folder / "replies.jsonl", asked, key, 4 * critic.BATCH, work, f"judging {folder.name}")
-    return {(id, aspect): line["reply"] for (of, id, aspect), line in lines.items() if of == name}
+    return {(id, aspect): lines[of, id, aspect, value]["reply"] for of, id, aspect, value in asked}
 
 
 def critic_replies(critic: LlavaCritic, requests: list[JudgeRequest]) -> list[str]:
@@ -1186,7 +1219,7 @@ def critic_replies(critic: LlavaCritic, requests: list[JudgeRequest]) -> list[st
 
 def small_picture(path: Path) -> Image.Image:
     """A picture file at the critic's size."""
-    picture = Image.open(path).convert("RGB")
+    picture = Image.fromarray(read_picture(path, "a picture to be judged"))
     picture.thumbnail((CRITIC_SIDE, CRITIC_SIDE))
     return picture
 
@@ -1244,7 +1277,8 @@ def judge_answers(benchmark: Benchmark, answer_sets: list[AnswerSet], config: Co
         if critic:
             requests = [request for question in of.questions
                         for request in benchmark.asks(question, of, config)]
-            of.replies = ask_critic(critic, f"{config.judge} {config.critic_quantize}", requests, of.folder)
+            name = f"{judge_content('text', config.judge)} {config.critic_quantize}"
+            of.replies = ask_critic(critic, name, requests, of.folder)
         score_replies(benchmark, of, config)
 
 
@@ -1301,7 +1335,6 @@ def benchmark_table(benchmark: Benchmark, ours: dict[str, Rows]) -> str:
         lines.append(f"paper full, in other measures of the same ability, not this one: {others}")
     return "\n".join(lines)
 
-
 PAGE = 200                           # answers that a page shows
 
 
@@ -1326,7 +1359,7 @@ def write_answers_page(of: AnswerSet, title: str, table: str) -> Path:
     return write_page(of.folder / "answers.html", title, body)
 
 
-def run_benchmark(config: Config) -> None:
+def run_benchmark(config: Config, out: Path) -> None:
     """Answer the questions with --model (and --before), judge the answers, print and write the results."""
     benchmark, unread = BENCHMARKS[config.benchmark], LeftOut()
     questions = list(benchmark.read(Path(config.data), unread))
@@ -1336,7 +1369,6 @@ def run_benchmark(config: Config) -> None:
     replies = {}
     if config.judge.startswith("file:"):
         replies = read_replies(Path(config.judge.removeprefix("file:")))
-    out = Path(config.out or f"out/{config.benchmark}")
     models = {"before": config.before, "model": config.model}
     answer_sets = {name: answer_questions(model, questions, config, out / name)
                    for name, model in models.items() if model}
@@ -1352,7 +1384,6 @@ def run_benchmark(config: Config) -> None:
     reasons = {name: dict(Counter(unread.reasons()) + Counter(of.left_out.reasons()))
                for name, of in answer_sets.items()}
     table = header(benchmark, config, answer_sets, reasons) + "\n\n" + benchmark_table(benchmark, ours)
-    print(table)
     write_text(out / "results.json", json.dumps({
         "benchmark": config.benchmark, "data": config.data, "judge": config.judge, "skip": config.skip,
         "models": {name: of.model for name, of in answer_sets.items()}, "left_out": reasons,
@@ -1361,8 +1392,8 @@ def run_benchmark(config: Config) -> None:
         "paper": {name: dict(zip(benchmark.ROWS, values, strict=True))
                   for name, values in benchmark.PAPER.items()},
         "paper_other_metrics": benchmark.OTHER}, indent=1))
-    for name, of in answer_sets.items():
-        print(f"answers: {write_answers_page(of, f'{config.benchmark}, {name}', table)}")
+    pages = [write_answers_page(of, f"{config.benchmark}, {name}", table) for name, of in answer_sets.items()]
+    print(table, *(f"answers: {page}" for page in pages), sep="\n")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1375,7 +1406,8 @@ def check(config: Config, world: int = 1) -> None:
     require(config, "reproduce", world == 1 or not config.reproduce, "one process: it starts the others")
     require(config, "reward_device", world == 1 or ":" not in config.reward_device,
             "no number: under torchrun each process has its judges on its own device")
-    require(config, "seeds", re.fullmatch(r"\d+(,\d+)*", config.seeds), "whole numbers separated by commas")
+    seeds = re.fullmatch(r"\d{1,9}(,\d{1,9})*", config.seeds)
+    require(config, "seeds", seeds, "whole numbers separated by commas")
     for run in config.compare:
         if not Path(run).is_dir():
             raise UserError(f"--compare {run}: expected a run directory")
@@ -1389,7 +1421,8 @@ def check(config: Config, world: int = 1) -> None:
         check_judge("--visual-reward", "visual", config.visual_reward)
     if not config.data:
         raise UserError(f"--benchmark {config.benchmark}: expected its files at --data as well")
-    require(config, "data", Path(config.data).exists(), "a path that exists")
+    if not Path(config.data).exists():
+        raise UserError(f"--data {config.data}: no such file or folder")
     if not config.judge:
         return
     kind, from_file = config.judge.partition("=")[0], config.judge.startswith("file:")
@@ -1409,22 +1442,25 @@ def main() -> None:
         "benchmark": BENCHMARKS, "text_reward": judge_names("text"), "visual_reward": judge_names("visual")})
     _, world, _ = start_processes(config.device)
     check(config, world)
-    if config.compare:
-        runs = {str(Path(run)).removeprefix("out/"): Path(run) for run in config.compare}
-        print(f"side by side: {write_comparison(runs, Path(config.out or 'out/compare'))}")
-    elif config.benchmark:
-        run_benchmark(config)
-    elif config.reproduce:
-        reproduce(config)
-    else:
-        folder = Path(config.out or "out/evaluate")
-        values = rate_prompts(open_model(config.model, config), config)
-        result = summary(values, config)
-        print(rates_table({Path(config.model).name: result}))
-        if process_rank() == 0:
-            write_text(folder / "evaluation.json", json.dumps(result, indent=1))
-            write_text(folder / "values.json", json.dumps({"settings": asdict(config), "values": values}))
-        print(f"rates: {folder / 'evaluation.json'}, those of every prompt: {folder / 'values.json'}")
+    modes = {"compare": config.compare, config.benchmark: config.benchmark, "reproduce": config.reproduce}
+    with claim(config.out or f"out/{next((name for name, on in modes.items() if on), 'evaluate')}") as out:
+        if len(config.compare) == 1:
+            print(f"report: {write_report(Path(config.compare[0]))}")
+        elif config.compare:
+            runs = {str(Path(run)).removeprefix("out/"): Path(run) for run in config.compare}
+            print(f"side by side: {write_comparison(runs, out)}")
+        elif config.benchmark:
+            run_benchmark(config, out)
+        elif config.reproduce:
+            reproduce(config, out)
+        else:
+            values = rate_prompts(open_model(config.model, config), replace(config, out=str(out)))
+            result = summary(values, config)
+            if process_rank() == 0:
+                write_text(out / "evaluation.json", json.dumps(result, indent=1))
+                write_text(out / "values.json", json.dumps({"settings": asdict(config), "values": values}))
+            print(rates_table({Path(config.model).name: result}))
+            print(f"rates: {out / 'evaluation.json'}, those of every prompt: {out / 'values.json'}")
     end_processes()
 
 

@@ -9,10 +9,18 @@
   7 log          one line of metrics, now and then a sheet of answers               `train`
 
     python grpo.py                          # two CPU cores: train a warm-up model if there is none, then GRPO
+    python grpo.py --explain                # one prompt through one update, with all its numbers
     torchrun --nproc_per_node=2 grpo.py     # two processes share the prompts of each update
     python grpo.py --preset paper --prompts FILE        # the paper's settings, QLoRA on VILA-U 7B (a GPU)
     torchrun --nproc_per_node=8 --nnodes=4 grpo.py --preset paper-full --prompts FILE   # all of it (32 GPUs)
 """
+from common import (LEGEND, Count, LearningRate, Natural, Naturals, NonNegative, Part, Positive, Positives,
+                    Range, Run, Seed, Share, TopPs, UserError, Weights, average_gradients, averaged,
+                    check_config, check_content, check_finite, check_settings, claim, end_processes,
+                    group_html, note_processes, optimizer_tensors, parse_config, part_html, part_text,
+                    parts_of, peak_gib, png, require, restore_optimizer, run_main, shown, start_over,
+                    start_processes, whole, write_page)
+
 import itertools
 import math
 import random
@@ -30,19 +38,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 import warmup
-from common import (LEGEND, Count, LearningRate, Natural, Naturals, NonNegative, Part, Positive, Positives,
-                    Range, Run, Share, TopPs, UserError, Weights, average_gradients, averaged, check_config,
-                    check_settings, end_processes, group_html, note_processes, optimizer_tensors,
-                    parse_config, part_html, part_text, parts_of, peak_gib, png, require, restore_optimizer,
-                    run_main, shown, start_processes, whole, write_page)
-from data import (PROMPT_READERS, CodeCache, LeftOut, Sample, keep_usable, read_prompts, read_sources,
-                  toy_prompt)
+from data import (PROMPT_READERS, CodeCache, LeftOut, Sample, hash_samples, keep_usable, read_prompts,
+                  read_sources, toy_prompt)
 from evaluate import before_and_after
-from model import (Sampling, UnifiedModel, as_batch, by_modality, check_budget, check_memory, gathered,
-                   load, load_training, prepare_training, restore, save, trainable_state, unpacked,
+from model import (Sampling, UnifiedModel, as_batch, by_modality, check_budget, check_memory, checkpoint_hash,
+                   gathered, load, load_training, prepare_training, restore, save, trainable_state, unpacked,
                    with_trainable)
 from rewards import (Scores, check_judges, check_prompts, check_rules, group_record, hybrid_rewards, judge,
-                     judge_names, make_judges)
+                     judge_content, judge_names, make_judges)
 
 SPREAD = 1e-3         # a group whose rewards have a smaller standard deviation says nothing: exact zeros
 EPSILON = 1e-4        # added to the standard deviation in Eq. (4) and Eq. (6)
@@ -51,7 +54,8 @@ EPSILON = 1e-4        # added to the standard deviation in Eq. (4) and Eq. (6)
 @dataclass
 class Config:
     # -- data
-    model: str = "out/warmup"                # warm-up model and KL reference: run directory, folder or hub id
+    model: str = "out/warmup"                # warm-up model, KL reference: run directory, folder or hub id
+    base: str = ""                           # where the base of adapters in --model is now, if it was moved
     prompts: str = ""                        # JSONL file, or NAME=DIR,..; empty: the toy world's
     edits: Count = 3                         # edits that a toy prompt asks for
     # -- algorithm
@@ -60,7 +64,8 @@ class Config:
     group_size: Annotated[int, Range(2)] = 4  # G in Eq. (2): answers a prompt, compared with each other
     epochs_per_rollout: Count = 1            # updates on the same answers; the clip acts from the second on
     micro_batch: Count = 64                  # answers a forward pass; changes memory, never the gradient
-    lr: LearningRate = 2e-4                  # of Adam; reached after RAMP updates
+    lr: LearningRate = 2e-4                  # of Adam
+    ramp: Natural = 5                        # updates until --lr is reached; 0: at once
     clip: Share = 0.2                        # eps in Eq. (2)
     kl: NonNegative = 0.2                    # beta in Eq. (2)
     kl_text: NonNegative | None = None       # beta of text tokens; by default that of --kl
@@ -92,7 +97,7 @@ class Config:
     checkpointing: bool = False              # recompute layers in the backward pass: less memory, more time
     # -- run
     out: str = "out/grpo"                    # run directory
-    seed: int = 0                            # of prompts and sampling
+    seed: Seed = 0                           # of prompts and sampling
     precision: Literal["auto", "float32", "bf16"] = "auto"    # of the passes; auto: bf16 on a GPU
     device: str = "auto"                     # cpu, cuda, mps; auto takes the best there is
     save_every: Count = 10                   # updates between checkpoints
@@ -103,8 +108,8 @@ class Config:
     preset: str = ""                         # paper: QLoRA on VILA-U 7B; paper-full: all of it, on 32 GPUs
 
 
-RAMP = 5                                     # updates until the learning rate is reached
-FREE = ("device", "reward_device", "save_every", "updates", "resume", "eval_prompts", "eval_sampling", "out",
+FREE = ("model", "base", "prompts", "text_reward", "visual_reward",            # compared by their content
+        "device", "reward_device", "save_every", "updates", "resume", "eval_prompts", "eval_sampling", "out",
         "rows", "micro_batch", "unpack", "checkpointing", "precision", "preset")    # may change on resuming
 
 # --preset paper: what the paper states is marked so. The rest is ours and fits one GPU (the QLoRA variant).
@@ -341,7 +346,6 @@ def rollout(policy: UnifiedModel, samples: list[Sample], config: Config, judges:
     padded = torch.zeros(*tokens.shape[:2], 1)                                             # [B, T, 1]
     for row, t, value in zip(padded, trajectories, sum(values, [])):
         row[len(t.prompt):len(t.prompt) + len(value)] = value
-    text, _ = by_modality(mask, is_image)
     metrics = {
         "reward": mean(rewards), "reward/text": mean(s.text for s in scores),
         "reward/visual": mean(s.visual for s in scores), "reward/format": mean(s.format for s in scores),
@@ -416,9 +420,7 @@ def update(policy: UnifiedModel, optimizer: torch.optim.Optimizer, batch: Rollou
         loss, ratio, kl = grpo_loss(logp, batch.old_logp[part], ref_logp[part], values, weights[part],
                                     config.clip, beta[part])
         loss = loss.sum() / B                               # 1/G of Eq. (2), over all groups of the update
-        if not loss.isfinite():
-            raise UserError(f"the loss became {loss.item()}: stopped before the update; the last good "
-                            f"checkpoint is intact (lower --lr, or raise --kl)")
+        check_finite("the loss", loss.item())
         loss.backward()
         total += loss.item()
         with torch.no_grad():
@@ -430,6 +432,7 @@ def update(policy: UnifiedModel, optimizer: torch.optim.Optimizer, batch: Rollou
                 sums[f"clip_frac/{name}"] += clipped[of_kind].sum().item()
     average_gradients(optimizer)
     norm = whole(torch.nn.utils.clip_grad_norm_(policy.policy_parameters(), 1.0))
+    check_finite("the gradient", norm.item())
     optimizer.step()
     sums = averaged(sums)
     means = {f"{key}/{name}": sums[f"{key}/{name}"] / (sums[f"count/{name}"] or 1)
@@ -468,8 +471,6 @@ def check(config: Config, world: int = 1) -> None:
             f"a multiple of the {world} processes, which share them")
     require(config, "reward_device", world == 1 or ":" not in config.reward_device,
             "no number: under torchrun each process has its judges on its own device")
-    require(config, "precision", config.precision == "auto" or not config.lora_rank,
-            "auto: with adapters the passes have the type of the frozen base")
     require(config, "explain", world == 1 or not config.explain, "one process, no torchrun")
     check_judges(config)
     if config.preset and not config.prompts:
@@ -479,7 +480,7 @@ def check(config: Config, world: int = 1) -> None:
 
 def start_policy(config: Config, state: dict, device: torch.device) -> tuple[UnifiedModel, dict[str, Tensor]]:
     """Load the policy, where its last checkpoint left it, and the reference, its first parameters."""
-    policy = load(config.model, device, config.quantize)
+    policy = load(config.model, device, config.quantize, config.base)
     require(config, "unpack", policy.quantize == "nf4" or not config.unpack,
             f"a policy in 4 bits (--quantize nf4), but that of {config.model} is not")
     prepare_training(policy, config.lora_rank, config.lora_alpha, config.seed, config.precision)
@@ -491,20 +492,32 @@ def start_policy(config: Config, state: dict, device: torch.device) -> tuple[Uni
     return policy, reference
 
 
+def content_of(config: Config, pool: list[Sample]) -> dict[str, str]:
+    """Hashes of the weights and data that a run depends on, by flag; of a judge of weight 0 its name."""
+    r_t, r_v, _ = config.reward_weights
+    return {"model": checkpoint_hash(config.model), "prompts": hash_samples(pool),
+            "text_reward": judge_content("text", config.text_reward) if r_t else config.text_reward,
+            "visual_reward": judge_content("visual", config.visual_reward) if r_v else config.visual_reward}
+
+
 def train(config: Config, rank: int, world: int, device: torch.device) -> list[Sample]:
     """Steps 1 to 7, from the last checkpoint on -> the pool of prompts, empty for the toy world's."""
     folder = Path(config.out)
     state, tensors = load_training(folder / "policy") if config.resume else ({}, {})
     check_settings(folder, state.get("settings", {}), asdict(config), FREE)
     pool, left_out = read_pool(config)
-    check_memory(config.model, config.budget, config.rows, device, config.quantize)
+    content = content_of(config, pool)
+    check_content(folder, state.get("content", {}), content)
+    check_memory(config.model, config.budget, config.rows, device, config.quantize, config.base)
     policy, reference = start_policy(config, state, device)
     optimizer = torch.optim.Adam(policy.policy_parameters(), lr=config.lr, betas=(0.9, 0.95))
     restore_optimizer(optimizer, tensors)
-    judges, codes = make_judges(config, device), CodeCache(policy)
+    judges, codes = make_judges(config, device), CodeCache(policy, together=bool(pool))
     pool = ready_prompts(pool, left_out, policy, codes, config)
     check_prompts(judges[0], pool, config.budget)
-    run = Run(config, state.get("lines", 0))                                               # rank 0 writes
+    if rank == 0 and not config.resume:
+        start_over(folder)
+    run = Run(config, state.get("lines", 0), content)                                      # rank 0 writes
     first, silent = state.get("update", 0), 0
     announce(config, state, pool, left_out)
     if first == 0 and config.eval_prompts:
@@ -523,7 +536,7 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> list[S
         metrics = {}
         for epoch in range(config.epochs_per_rollout):
             for group in optimizer.param_groups:
-                group["lr"] = config.lr * min(1.0, (done + epoch + 1) / RAMP)
+                group["lr"] = config.lr * min(1.0, (done + epoch + 1) / max(1, config.ramp))
             metrics |= update(policy, optimizer, batch, ref_logp, config, epoch)           # steps 5 and 6
         now, before, done = time.perf_counter(), done, done + config.epochs_per_rollout
         metrics = averaged({**batch.metrics, **metrics, "seconds": now - began,
@@ -534,7 +547,8 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> list[S
         if done // config.save_every > before // config.save_every or done == config.updates:
             title = f"Rollout of update {done}"
             run.sample(f"{done:06d}", title, batch.records(3, config), judge_records(judges))
-            state = {"update": done, "lines": run.lines, "processes": world, "settings": asdict(config)}
+            state = {"update": done, "lines": run.lines, "processes": world, "settings": asdict(config),
+                     "content": content}
             save(policy, folder / "policy", state, optimizer_tensors(optimizer))
     if first < config.updates and config.eval_prompts:
         show(policy, run, config, pool, judges, "999999_after", "After GRPO: the same prompts")
@@ -724,16 +738,17 @@ def main() -> None:
         "visual_reward": judge_names("visual")})
     rank, world, device = start_processes(config.device)
     check(config, world)
-    if config.model == Config.model and not warmup.is_done(Path(config.model)):
-        print(f"no warm-up model in {config.model} yet: training it first, once (2 minutes on two CPU cores)")
-        warmup.warm_up(warmup.Config(device=config.device))
-    if config.explain:
-        print(f"the same with pictures: {explain(config, device)}")
-        return
-    pool = train(config, rank, world, device)
-    end_processes()
-    if rank == 0:
+    with claim(config.out, config.resume):
+        if config.model == Config.model and not warmup.is_done(Path(config.model)):
+            print(f"no warm-up model in {config.model} yet: training it first, once (2 minutes on two CPU "
+                  f"cores)")
+            warmup.warm_up(warmup.Config(device=config.device))
+        if config.explain:
+            print(f"the same with pictures: {explain(config, device)}")
+            return
+        pool = train(config, rank, world, device)
         before_and_after(config, [sample.prompt for sample in pool])
+        end_processes()
 
 
 if __name__ == "__main__":

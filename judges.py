@@ -12,6 +12,9 @@ tests/test_judges.py holds every network here to what its official implementatio
     python judges.py --judge image-reward=FOLDER --text "a fox in the snow" --images fox.png,cat.png
     python judges.py --judge llava-critic=FOLDER --question "How long?" --images egg.png --text "9 minutes."
 """
+from common import (Natural, UserError, free_bytes, parse_config, pick_device, read_json, read_picture,
+                    read_text, reading, run_main, snapshot, split_paths)
+
 import math
 import re
 import unicodedata
@@ -29,10 +32,8 @@ import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
-from common import (Natural, UserError, free_bytes, parse_config, pick_device, read_json, read_picture,
-                    read_text, reading, run_main, snapshot)
-from model import (COMPACT, NAMES, ROOM, Decoder, DecoderConfig, KVCache, Stored, fill, row_bytes,
-                   stored_tensors, tensor_files)
+from model import (COMPACT, NAMES, ROOM, Decoder, DecoderConfig, KVCache, Stored, decoder_config, fill,
+                   row_bytes, stored_tensors, tensor_files)
 from tokenizer import (CACHE_SIZE, SIGLIP_HEADS, Attention, Block, SiglipTower, TowerConfig, byte_pairs,
                        preprocess)
 
@@ -120,7 +121,6 @@ def bert_words(text: str) -> list[str]:
     lower = " ".join("".join(map(str.lower, word)) for word in "".join(clean).split())
     letters = [c for c in unicodedata.normalize("NFD", lower) if unicodedata.category(c) != "Mn"]
     return "".join(f" {c} " if is_punctuation(c) else c for c in letters).split()
-
 
 IDEOGRAPHS = [(0x4E00, 0x9FFF), (0x3400, 0x4DBF), (0x20000, 0x2A6DF), (0x2A700, 0x2B73F), (0x2B740, 0x2B81F),
               (0x2B820, 0x2CEAF), (0xF900, 0xFAFF), (0x2F800, 0x2FA1F)]
@@ -340,7 +340,7 @@ def read_pytorch(file: Path) -> dict[str, Tensor]:
     try:
         state = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
     except FileNotFoundError:
-        raise UserError(f"{file}: missing") from None
+        raise UserError(f"{file}: no such file") from None
     except Exception as error:               # not a zip, cut, or with more than tensors: torch's first line
         reason = str(error).splitlines()[0]
         raise UserError(f"{file}: not a whole PyTorch file of weights ({reason})") from None
@@ -545,7 +545,6 @@ class Clip(nn.Module):
             x = block(x, causal=True)               # so what stands behind `end` changes nothing
         state = self.norm(x[torch.arange(len(x), device=x.device), end])
         return F.normalize(self.text_out(state), dim=-1)
-
 
 CLIP_NAMES = {     # prefixes in the published files -> here; {} is a number
     "vision_model.embeddings.class_embedding": "tower.cls",
@@ -825,8 +824,7 @@ LLAVA_NAMES = {     # prefixes in the published files -> here; {} is a number
     TOWER + "encoder.layers.{}.self_attn.": "tower.blocks.{}.attn.",
     TOWER + "encoder.layers.{}.mlp.": "tower.blocks.{}.",
 }
-LLAVA_NOT_NEEDED = re.compile(re.escape(TOWER) + r"(post_layernorm|head|embeddings\.position_ids)"
-                              r"|.*\.inv_freq$")
+LLAVA_NOT_NEEDED = re.compile(re.escape(TOWER) + r"(post_layernorm|head)")
 
 
 def load_llava(folder: Path, device: str | torch.device, quantize: str = "none", tiles: int = 0) -> Llava:
@@ -854,12 +852,7 @@ def load_llava(folder: Path, device: str | torch.device, quantize: str = "none",
 
 def empty_llava(config: dict, shapes: dict[str, tuple], folder: Path) -> Llava:
     """The published config.json and the shapes of the tensors -> a model on the meta device."""
-    decoder = DecoderConfig(
-        hidden_size=config["hidden_size"], intermediate_size=config["intermediate_size"],
-        num_hidden_layers=config["num_hidden_layers"], num_attention_heads=config["num_attention_heads"],
-        vocab_size=config["vocab_size"], num_key_value_heads=config["num_key_value_heads"],
-        rms_norm_eps=config["rms_norm_eps"], rope_theta=config["rope_theta"],
-        context=config.get("tokenizer_model_max_length") or config["max_position_embeddings"], qkv_bias=True)
+    decoder = decoder_config(config, folder / "config.json", qkv_bias=True)
     width, _, patch_size, _ = shapes[TOWER + "embeddings.patch_embedding.weight"]
     vision = config.get("vision_config") or {}     # the published file only names its tower: ...-patch14-384
     tower = TowerConfig(
@@ -1116,7 +1109,7 @@ def main() -> None:
     """Print a reward for every picture of --images, or llava-critic's reply about --text and its score."""
     config = parse_config(Config, names={"judge": [name for part in JUDGES.values() for name in part]})
     name, _, folder = config.judge.partition("=")
-    files = [Path(file) for file in config.images.split(",") if file]
+    files = [Path(file) for file in split_paths(config.images)]
     device = pick_device(config.device)
     if name in JUDGES["text"]:
         if not config.question:

@@ -17,9 +17,17 @@ and `decision_logp`, which both call. Behind them come QLoRA, then loading and s
     python model.py --model mit-han-lab/vila-u-7b-256 --quantize nf4 --draw --guidance 3 --prompt "a fox"
                                 # one picture from the published model
 """
+from common import (Count, Naturals, NonNegative, NonNegatives, Seed, TopPs, UserError, check_replaceable,
+                    claim, foreign, free_bytes, hash_folder, open_tensors, parse_config, pick_device,
+                    picture_html, process_count, process_rank, read_json, read_picture, read_tensor, reading,
+                    run_main, seeded, settled, sharded_like, snapshot, split_paths, steps_html, total_bytes,
+                    write_folder, write_page, write_tensors, write_text)
+
 import json
+import math
 import re
 import warnings
+from collections import Counter
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import cache, partial
@@ -40,10 +48,6 @@ from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from common import (Count, Naturals, NonNegative, NonNegatives, TopPs, UserError, free_bytes, open_tensors,
-                    parse_config, pick_device, picture_html, process_count, process_rank, read_json,
-                    read_picture, read_tensor, reading, run_main, seeded, settle_folder, sharded_like,
-                    snapshot, steps_html, total_bytes, write_page, write_text, write_tensors, write_whole)
 from tokenizer import (IMAGE_END, IMAGE_PLACEHOLDER, IMAGE_START, THINK_END, THINK_START, VISION_NAMES,
                        Answer, Attention, Block, ImageTokenizer, Sequence, TextTokenizer, VisionConfig, pack,
                        pad, parse_answer, preprocess, to_pictures)
@@ -70,6 +74,7 @@ class DecoderConfig:
     context: int = 4096                  # positions a sequence may have
     attention_bias: bool = False
     qkv_bias: bool = False               # on q, k and v alone, as in Qwen2
+    tied: bool = False                   # the file has no lm_head of its own, it is the embedding's copy
 
 
 @dataclass
@@ -188,6 +193,9 @@ class Decoder(nn.Module):
         cache, and row b's t-th input stands at positions[b, t].
         """
         if positions is None:
+            if x.shape[1] > self.config.context:
+                raise UserError(f"a row of {x.shape[1]} positions exceeds the decoder's context of "
+                                f"{self.config.context}: shorten the prompt, or lower --edits")
             positions = torch.arange(x.shape[1], device=x.device)[None]
         rotary = self.rotary(positions)
         for i, layer in enumerate(self.layers):
@@ -332,6 +340,7 @@ def sample_index(logp: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     mass = logp.exp().cumsum(-1)
     target = uniform * (1 - 2 ** -22) * mass[:, -1]                  # below the whole mass after rounding too
     index = torch.searchsorted(mass, target[:, None], right=True)    # the first whose mass exceeds the target
+    index = index.clamp(max=logp.shape[-1] - 1)                      # beyond it for NaN: see `generate`
     return index[:, 0], logp.gather(-1, index)[:, 0]
 
 
@@ -392,9 +401,11 @@ class UnifiedModel(nn.Module):
         self.system_prompt = VICUNA
         self.configs: dict[str, dict] = {}               # the published config.json files, by folder
         self.source, self.quantize = "", "none"          # what the weights were loaded from, and how
+        self.content = ""                                # `checkpoint_hash` of the source
         self.adapter: dict | None = None                 # rank and alpha, if there are adapters
         self.precision: torch.dtype | None = None        # of passes, if it is not that of the weights
         self.rows = 0                                    # what `rows_that_fit` printed last
+        self.register_buffer("unnamed", None, persistent=False)      # rows of lm_head that are no token's
 
     @property
     def device(self) -> torch.device:
@@ -463,7 +474,7 @@ class UnifiedModel(nn.Module):
         logp = torch.zeros(tokens.shape, device=tokens.device)
         text = mask[:, :, 0] & ~is_image                                                   # (B, T)
         if text.any():
-            logits, chosen = self.decoder.lm_head(before[text[:, 1:]]), tokens[text][:, :1]
+            logits, chosen = self.text_logits(before[text[:, 1:]]), tokens[text][:, :1]
             chances = decision_logp(logits, sampling, TEXT, chosen if rounded else None)   # (n, V)
             column = torch.zeros_like(mask)
             column[..., 0] = text
@@ -499,6 +510,11 @@ class UnifiedModel(nn.Module):
         extra = (column.to(tokens.device) for column in (row.tokens, row.is_image, decisions))
         return tuple(pad([*rows, last]) for rows, last in zip((tokens, is_image, mask), extra))
 
+    def text_logits(self, states: Tensor) -> Tensor:
+        """States [n, C] -> logits [n, V] of the next token. Rows that are no token's have -inf."""
+        logits = self.decoder.lm_head(states)
+        return logits if self.unnamed is None else logits.index_fill(-1, self.unnamed, -torch.inf)
+
     def unconditional(self, codes: Tensor) -> Tensor:
         """VILA-U's unconditional branch: the prompt is the empty one, and every image starts afresh.
 
@@ -530,7 +546,7 @@ class UnifiedModel(nn.Module):
         another order. That can move a decision whose random number lies within rounding of a boundary.)
         rows: answers in the KV cache at a time (0: as many as fit the device's free memory).
         Raises UserError where a prompt and its budget exceed the decoder's context, or where the budget is
-        too small for the image that a prompt opens.
+        too small for the image that a prompt opens, or where a probability is not finite.
         """
         N, D = self.vision_config.positions, self.vision_config.depth
         context = self.decoder.config.context
@@ -551,6 +567,9 @@ class UnifiedModel(nn.Module):
             part, index = prompts[first:places[-1] + 1], torch.tensor(places) - first
             columns = self.sample_rows(part, index, torch.stack(uniforms), sampling)
             columns = [column.cpu().clone() for column in columns]
+            if not columns[1].isfinite().all():
+                raise UserError("sampling met a probability that is not finite: the weights are broken "
+                                "(lower --lr), or --temperature is too close to 0")
             for p, tokens, logp, mode, truncated in zip(places, *columns):
                 n = int((mode != ENDED).sum())
                 is_image = mode[:n] == IMAGE
@@ -647,7 +666,7 @@ class UnifiedModel(nn.Module):
         tokens = torch.zeros(uniform.shape, dtype=torch.long, device=state.device)
         logp = torch.zeros(uniform.shape, device=state.device)
         if len(text):
-            chances = decision_logp(self.decoder.lm_head(state[text]), sampling, TEXT)     # (n_text, V)
+            chances = decision_logp(self.text_logits(state[text]), sampling, TEXT)         # (n_text, V)
             tokens[text, 0], logp[text, 0] = sample_index(chances, uniform[text, 0])
         if len(image):
             tokens[image], logp[image] = self.sample_codes(state[image], blank, uniform[image], sampling)
@@ -833,17 +852,18 @@ def row_bytes(decoder: DecoderConfig, positions: int, bytes_a_number: int) -> in
     return 2 * decoder.num_hidden_layers * heads * head_dim * positions * bytes_a_number
 
 
-def check_memory(source: str, budget: int, rows: int, device: torch.device, quantize: str = "none") -> None:
+def check_memory(source: str, budget: int, rows: int, device: torch.device, quantize: str = "none",
+                 base: str = "") -> None:
     """Refuse, before any weight is read, what the device cannot hold: `rows` (0: one) answers of `budget`.
 
     The estimate is a lower bound: keys and values in 16 bits beside the decoder's files, 4.5 bits a weight
     with quantize "nf4". Raises UserError with the numbers.
     """
     folder = checkpoint_folder(source)
-    if adapter := adapter_settings(folder):
+    if adapter := adapter_settings(folder, base):
         folder, quantize = checkpoint_folder(adapter["base"]), adapter["quantize"]
     with reading(folder / "llm" / "config.json", "the file"):
-        decoder = decoder_config(read_json(folder / "llm" / "config.json"))
+        decoder = decoder_config(read_json(folder / "llm" / "config.json"), folder / "llm" / "config.json")
     if budget >= decoder.context:
         raise UserError(f"--budget {budget}: the decoder of {source} has a context of {decoder.context} "
                         f"positions, prompt included")
@@ -1061,6 +1081,9 @@ def prepare_training(model: UnifiedModel, rank: int, alpha: float, seed: int = 0
     linear layer of the decoder; a model that was loaded with adapters keeps them.
     Raises UserError where the model has other adapters than asked for, or 4-bit weights are to be trained.
     """
+    if rank and precision != "auto":
+        raise UserError(f"--precision {precision}: with adapters passes have the type of the frozen base, "
+                        f"leave it out")
     if model.adapter and rank and model.adapter != {"rank": rank, "alpha": alpha}:
         raise UserError(f"--lora-rank {rank} --lora-alpha {alpha}: the model already has adapters of rank "
                         f"{model.adapter['rank']} and alpha {model.adapter['alpha']}")
@@ -1177,6 +1200,7 @@ class Stored(NamedTuple):
     file: Path
     shape: tuple[int, ...]
     read: Callable[[], Tensor]       # a fresh copy on the CPU
+    dtype: str = ""                  # as safetensors spells it: BF16
 
 
 def stored_tensors(files: list[Path]) -> dict[str, Stored]:
@@ -1185,8 +1209,9 @@ def stored_tensors(files: list[Path]) -> dict[str, Stored]:
     for file in files:
         with open_tensors(file) as tensors:
             for name in tensors.keys():
-                found[name] = Stored(file, tuple(tensors.get_slice(name).get_shape()),
-                                     partial(read_tensor, file, name, "cpu"))
+                part = tensors.get_slice(name)
+                found[name] = Stored(file, tuple(part.get_shape()), partial(read_tensor, file, name, "cpu"),
+                                     part.get_dtype())
     return found
 
 
@@ -1202,7 +1227,7 @@ def tensor_files(folder: Path) -> list[Path]:
         names = sorted(set(read_json(index)["weight_map"].values()))
     for name in names:
         if not (folder / name).exists():
-            raise UserError(f"{folder / name}: missing, but {index} names it")
+            raise UserError(f"{folder / name}: no such file, but {index} names it")
     return [folder / name for name in names]
 
 
@@ -1219,11 +1244,17 @@ def fill(model: nn.Module, stored: dict[str, Stored], names: dict[str, str], fol
          device: str | torch.device, dtype: torch.dtype | None = None, quantize: str = "none") -> None:
     """Read every stored tensor to its place in a model that may still be on the meta device, one at a time.
 
-    names: prefixes in the files -> prefixes here. dtype None: the type it is stored in. quantize "nf4": the
-    decoder's linear layers in 4 bits.
+    names: prefixes in the files -> prefixes here. dtype None: the type that most of the decoder is stored in.
+    quantize "nf4": the decoder's linear layers in 4 bits.
     Raises UserError, naming file and tensor, for one that is unknown, missing or misshaped.
     """
     missing = set(model.state_dict())
+    stored = {theirs: tensor for theirs, tensor in stored.items() if not BUFFERS.match(theirs)}
+    if dtype is None:
+        dtype = decoder_type(stored, names, folder)
+        if model.decoder.config.tied and EMBEDDING in stored:
+            stored["lm_head.weight"] = stored[EMBEDDING]
+        model.decoder.config.tied = False                      # from here on they are two layers
     for theirs, tensor in stored.items():
         ours = rename(theirs, names)
         if ours not in missing:
@@ -1236,6 +1267,22 @@ def fill(model: nn.Module, stored: dict[str, Stored], names: dict[str, str], fol
     if missing:
         theirs = rename(min(missing), {ours: theirs for theirs, ours in names.items()})
         raise UserError(f"{folder}: tensor {theirs} is missing ({len(missing)} in all)")
+
+BUFFERS = re.compile(r".*(\.inv_freq|_cached|position_ids|\.masked_bias)$")     # computed here, or not used
+EMBEDDING = "model.embed_tokens.weight"
+FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+
+
+def decoder_type(stored: dict[str, Stored], names: dict[str, str], folder: Path) -> torch.dtype:
+    """The type that most of the decoder's numbers are stored in. Everything computes in it."""
+    counts = Counter()
+    for theirs, tensor in stored.items():
+        if (rename(theirs, names) or "").startswith("decoder."):
+            counts[tensor.dtype] += math.prod(tensor.shape)
+    name = max(counts, key=counts.get, default="F32")
+    if name not in FLOATS:
+        raise UserError(f"{folder}: the decoder is stored as {name}, expected {' or '.join(FLOATS)}")
+    return FLOATS[name]
 
 
 # What is quantised and adapted.
@@ -1315,27 +1362,34 @@ def checkpoint_folder(source: str) -> Path:
     source: a run directory (its policy/), a checkpoint directory, or a hub id, whose snapshot is fetched or
     found in the cache (HF_HOME and HF_HUB_OFFLINE are respected). Raises UserError where there is none.
     """
-    for folder in (Path(source) / "policy", Path(source)):
-        settle_folder(folder)
+    for folder in (settled(Path(source) / "policy"), settled(Path(source))):
         if (folder / "llm").is_dir() or adapter_settings(folder):
             return folder
     is_hub_id = re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", source) and not source.startswith("out/")
     if Path(source).exists() or not is_hub_id:
         raise UserError(f"--model {source}: no checkpoint there (expected the folders llm/, mm_projector/ "
-                        f"and vision_tower/, or a run directory that holds them in policy/)")
+                        f"and vision_tower/, or a run directory that holds them in policy/); python "
+                        f"warmup.py makes one in out/warmup")
     return snapshot(source, "--model")
 
 
-def load(source: str | Path, device: str | torch.device = "cpu", quantize: str = "none") -> UnifiedModel:
+def checkpoint_hash(source: str | Path) -> str:
+    """A hash of a checkpoint's weights, configs and tokenizer; of adapters it covers their base."""
+    return hash_folder(checkpoint_folder(str(source)), ("", *NAMES))
+
+
+def load(source: str | Path, device: str | torch.device = "cpu", quantize: str = "none",
+         base: str = "") -> UnifiedModel:
     """A checkpoint in the published layout (hub id or folder) -> model.
 
     Sizes come from its config files and tensor shapes. Only needed tensors are read, one at a time, to
     `device`. They have the type they are stored in; with quantize "nf4" the decoder's linear layers have
-    4 bits. A folder of adapters brings its base, as it was quantised when they were trained.
+    4 bits. A folder of adapters brings its base, as it was quantised when they were trained; `base` names a
+    base that was moved since.
     Raises UserError, naming file, tensor and both shapes, for what is missing, unknown or misshaped.
     """
     folder = checkpoint_folder(str(source))
-    if adapter := adapter_settings(folder):
+    if adapter := adapter_settings(folder, base):
         return load_adapters(folder, device, **adapter)
     configs = {part: read_json(folder / part / "config.json") for part in ("", *NAMES)}
     stored = stored_tensors(tensor_files(folder / "vision_tower"))
@@ -1344,8 +1398,9 @@ def load(source: str | Path, device: str | torch.device = "cpu", quantize: str =
     model.text = TextTokenizer.from_folder(folder / "llm")              # small files first: they fail fast
     load_weights(model, folder, device, quantize)
     check_configs(model, folder)
-    add_tokens(model, [THINK_START, THINK_END])
+    fit_vocabulary(model, folder)
     model.source, model.quantize = str(folder.resolve() if Path(source).exists() else source), quantize
+    model.content = checkpoint_hash(source)
     return model
 
 
@@ -1355,29 +1410,36 @@ def empty_model(configs: dict[str, dict], shapes: dict[str, tuple]) -> UnifiedMo
     head = tower["rqtransformer"]
     depth = DepthConfig(head["embed_dim"], head["head"]["n_layer"], head["head"]["block"]["n_head"])
     with torch.device("meta"):
-        model = UnifiedModel(decoder_config(configs["llm"]), depth,
+        model = UnifiedModel(decoder_config(configs["llm"], "llm/config.json"), depth,
                              VisionConfig.from_published(tower, shapes))
     model.configs, model.system_prompt = configs, configs[""].get("system_prompt", VICUNA)
     return model
 
 
-def decoder_config(llm: dict) -> DecoderConfig:
-    """The published llm/config.json -> the decoder's sizes."""
+def decoder_config(llm: dict, file: str | Path, **more) -> DecoderConfig:
+    """The published config of a LLaMA or Qwen2 decoder -> its sizes. `more`: fields that it does not state.
+
+    Raises UserError, naming `file`, for a way to scale rotary angles that is not implemented.
+    """
+    scaling = llm.get("rope_scaling") or {}
+    kind = scaling.get("rope_type", scaling.get("type", "default"))
+    if kind not in ("default", "linear"):
+        raise UserError(f"{file}: rope_scaling of type {kind!r} is not implemented, expected linear or none")
     return DecoderConfig(
         hidden_size=llm["hidden_size"], intermediate_size=llm["intermediate_size"],
         num_hidden_layers=llm["num_hidden_layers"], num_attention_heads=llm["num_attention_heads"],
         vocab_size=llm["vocab_size"], num_key_value_heads=llm.get("num_key_value_heads"),
-        rms_norm_eps=llm.get("rms_norm_eps", 1e-5), rope_theta=llm.get("rope_theta", 10000.0),
-        rope_factor=(llm.get("rope_scaling") or {}).get("factor", 1.0),
-        context=context_of(llm), attention_bias=llm.get("attention_bias", False))
+        rms_norm_eps=float(llm.get("rms_norm_eps", 1e-5)), rope_theta=float(llm.get("rope_theta", 10000.0)),
+        rope_factor=float(scaling["factor"]) if kind == "linear" else 1.0, context=context_of(llm),
+        attention_bias=llm.get("attention_bias", False), tied=llm.get("tie_word_embeddings", False), **more)
 
 
 def context_of(llm: dict) -> int:
     """How many positions the decoder was trained for; VILA-U states it under its own key."""
     for key in ("tokenizer_model_max_length", "model_max_length"):
         if llm.get(key):
-            return llm[key]
-    return llm["max_position_embeddings"]
+            return int(llm[key])
+    return int(llm["max_position_embeddings"])
 
 
 def load_weights(model: UnifiedModel, folder: Path, device: str | torch.device,
@@ -1425,11 +1487,12 @@ def added_ids(model: UnifiedModel) -> dict[str, list[int]]:
     return {"embed_tokens": model.decoder.embed.ids, "lm_head": model.decoder.lm_head.ids}
 
 
-def adapter_settings(folder: Path) -> dict | None:
-    """Base, quantize, rank and alpha of a folder of adapters in PEFT's layout; None for any other folder.
+def adapter_settings(folder: Path, base: str = "") -> dict | None:
+    """Base, quantize, rank, alpha and content of a folder of adapters in PEFT's layout; None for any other.
 
-    Ours have a base.json beside PEFT's files, {"quantize": how the base was loaded}. An adapter.json of
-    earlier versions is read too. Raises UserError for adapters that are not plain LoRA.
+    base: where the base is now, if it was moved. Ours have a base.json beside PEFT's files, {"quantize": how
+    the base was loaded, "content": its hash}. An adapter.json of earlier versions is read too.
+    Raises UserError for adapters that are not plain LoRA.
     """
     file, ours, earlier = (folder / name for name in ("adapter_config.json", "base.json", "adapter.json"))
     if file.exists():
@@ -1438,23 +1501,32 @@ def adapter_settings(folder: Path) -> dict | None:
             more = [key for key in NOT_READ if config.get(key)]
             if config["peft_type"] != "LORA" or more:
                 raise UserError(f"{file}: expected plain LoRA, found {more or config['peft_type']}")
-            return {"base": config["base_model_name_or_path"].removesuffix("/llm"),
-                    "quantize": read_json(ours)["quantize"] if ours.exists() else "none",
+            about = {"quantize": "none", "content": "", **(read_json(ours) if ours.exists() else {})}
+            return {"base": base or config["base_model_name_or_path"].removesuffix("/llm"),
+                    "quantize": about["quantize"], "content": about["content"],
                     "rank": int(config["r"]), "alpha": float(config["lora_alpha"])}
     if earlier.exists():
         with reading(earlier, "the file"):
             config = read_json(earlier)
-            return {key: config[key] for key in ("base", "quantize", "rank", "alpha")}
+            return {"base": base or config["base"], "content": "",
+                    **{key: config[key] for key in ("quantize", "rank", "alpha")}}
     return None
 
 
 def load_adapters(folder: Path, device: str | torch.device, base: str, quantize: str, rank: int,
-                  alpha: float) -> UnifiedModel:
-    """The base as it was when adapters were trained, with the adapters of this folder."""
+                  alpha: float, content: str) -> UnifiedModel:
+    """The base as it was when adapters were trained, with the adapters of this folder.
+
+    Raises UserError where the base has another content than that.
+    """
     try:
         model = load(base, device, quantize)
     except UserError as error:
-        raise UserError(f"{folder}: the base of these adapters cannot be loaded: {error}") from None
+        raise UserError(f"{folder}: the base of these adapters cannot be loaded (one that was moved is named "
+                        f"with --base FOLDER): {error}") from None
+    if content not in ("", model.content):
+        raise UserError(f"{folder}: these adapters were trained on other weights than those in {base} now: "
+                        f"name their base with --base FOLDER")
     prepare_training(model, rank, alpha)
     load_adapter_weights(model, folder, device)
     return model
@@ -1490,20 +1562,32 @@ def restore(model: UnifiedModel, folder: Path) -> None:
         load_weights(model, folder, model.device)
 
 
-def add_tokens(model: UnifiedModel, tokens: list[str]) -> None:
-    """Add the special tokens that the checkpoint lacks.
+def fit_vocabulary(model: UnifiedModel, folder: Path) -> None:
+    """Bring tokenizer, embedding and lm_head to one size; the special tokens that are missing are added.
 
-    Choice: their embedding and lm_head rows start as the mean row, as VILA-U does for its own.
+    Tables may be padded: new tokens take the rows behind the last token, and rows that are no token's are
+    never sampled. Raises UserError for a token without a row, and for a tokenizer without VILA-U's tokens.
+    Choice: new rows start as the mean of the tokens' rows, as VILA-U's own do.
     """
-    new = [token for token in tokens if not model.text.knows(token)]
-    if not new:
-        return
-    model.text.add(new)
+    text, decoder = model.text, model.decoder
+    size, rows = text.vocab_size, decoder.config.vocab_size
+    if size > rows:
+        token = next(text.piece(i) for i in range(rows, size) if text.has(i))
+        raise UserError(f"{folder / 'llm'}: the tokenizer has {size} ids, but the embedding has {rows} rows: "
+                        f"{token} has none")
+    for token in ("<s>", "</s>", IMAGE_START, IMAGE_END):
+        if not text.knows(token):
+            raise UserError(f"{folder / 'llm'}: the tokenizer has no {token}")
+    new = [token for token in (THINK_START, THINK_END) if not text.knows(token)]
+    text.add(new)
     with torch.no_grad():
-        for layer in (model.decoder.embed, model.decoder.lm_head):
-            mean = layer.weight.float().mean(0, keepdim=True).to(layer.weight.dtype)
-            layer.weight = nn.Parameter(torch.cat((layer.weight, mean.expand(len(new), -1))))
-    model.decoder.config.vocab_size += len(new)
+        for layer in (decoder.embed, decoder.lm_head) if new else ():
+            mean = layer.weight[:size].float().mean(0, keepdim=True).to(layer.weight.dtype)
+            parts = layer.weight[:size], mean.expand(len(new), -1), layer.weight[text.vocab_size:]
+            layer.weight = nn.Parameter(torch.cat(parts))
+    decoder.config.vocab_size = len(decoder.embed.weight)
+    unnamed = [i for i in range(decoder.config.vocab_size) if not text.has(i)]
+    model.unnamed = torch.tensor(unnamed, device=model.device) if unnamed else None
 
 
 def save(model: UnifiedModel, folder: Path, state: dict | None = None,
@@ -1514,13 +1598,11 @@ def save(model: UnifiedModel, folder: Path, state: dict | None = None,
     training.json and training.safetensors.
     """
     # All processes gather shards together. Only rank 0 writes; the others' small files are discarded.
-    place = write_whole(folder) if process_rank() == 0 else TemporaryDirectory()
-    with place as new:
+    with write_folder(folder) if process_rank() == 0 else TemporaryDirectory() as new:
         new = Path(new)
-        new.mkdir(exist_ok=True)
         if model.adapter:
             write_text(new / "adapter_config.json", json.dumps(peft_config(model), indent=1))
-            write_text(new / "base.json", json.dumps({"quantize": model.quantize}))
+            write_text(new / "base.json", json.dumps({"quantize": model.quantize, "content": model.content}))
             write_tensors({peft_name(name): value for name, value in trainable_state(model).items()},
                           new / "adapter_model.safetensors")
         else:
@@ -1565,8 +1647,9 @@ def updated(old: dict, new: dict) -> dict:
 def published_sizes(model: UnifiedModel) -> dict[str, dict]:
     """A model's sizes as the published config files state them, by folder."""
     d, k, v = model.decoder.config, model.depth_config, model.vision_config
-    llm = {**{f: x for f, x in asdict(d).items() if f not in ("rope_factor", "context", "qkv_bias")},
-           "rope_scaling": {"type": "linear", "factor": d.rope_factor} if d.rope_factor != 1 else None}
+    llm = {**{f: x for f, x in asdict(d).items() if f not in ("rope_factor", "context", "qkv_bias", "tied")},
+           "rope_scaling": {"type": "linear", "factor": d.rope_factor} if d.rope_factor != 1 else None,
+           "tie_word_embeddings": False}
     tower = {"hidden_size": v.width, "vision_layers_used": v.layers, "rqvaesiglip": v.to_published(),
              "rqtransformer": {"embed_dim": k.width, "block_size": [v.grid, v.grid, v.depth],
                                "head": {"n_layer": k.layers, "block": {"n_head": k.heads}},
@@ -1607,8 +1690,7 @@ def check_configs(model: UnifiedModel, folder: Path) -> None:
 
 def load_training(folder: Path) -> tuple[dict, dict[str, Tensor]]:
     """The state and tensors that `save` wrote beside the weights, ({}, {}) where there are none."""
-    folder = Path(folder)
-    settle_folder(folder)
+    folder = settled(folder)
     if not (folder / "training.json").exists():
         return {}, {}
     with open_tensors(folder / "training.safetensors") as file:
@@ -1622,6 +1704,7 @@ def load_training(folder: Path) -> tuple[dict, dict[str, Tensor]]:
 class Config:
     # -- model
     model: str = "out/warmup"    # run directory, checkpoint folder or hub id
+    base: str = ""               # where the base of a model with adapters is now, if it was moved
     quantize: Literal["none", "nf4"] = "none"    # nf4: the decoder's linear layers in 4 bits
     merge: str = ""              # write the model, adapters folded in, to this folder, and stop
     # -- prompt
@@ -1636,13 +1719,14 @@ class Config:
     guidance: NonNegative = 1.0  # for image codes; VILA-U and the paper draw with 3
     # -- run
     out: str = "out/answer"      # where answer.html and the PNGs go
-    seed: int = 0                # of the sampling
+    seed: Seed = 0               # of the sampling
     device: str = "auto"         # cpu, cuda, mps; auto takes the best there is
 
 
 def write_answer_page(prompt: str, pictures: list[np.ndarray], answer: Answer, folder: Path) -> Path:
     """Write the answer as answer.html, texts and pictures in turn, with the pictures beside it as PNGs."""
-    folder.mkdir(parents=True, exist_ok=True)
+    for earlier in (*folder.glob("prompt_[0-9]*.png"), *folder.glob("step_[0-9]*.png")):
+        earlier.unlink()
     files = {f"prompt_{i}.png": picture for i, picture in enumerate(pictures)}
     files |= {f"step_{i}.png": s.picture for i, s in enumerate(answer.segments) if s.picture is not None}
     for name, picture in files.items():
@@ -1655,35 +1739,59 @@ def write_answer_page(prompt: str, pictures: list[np.ndarray], answer: Answer, f
     return write_page(folder / "answer.html", prompt, body)
 
 
-def main() -> None:
-    """One answer to one prompt, printed and written to --out; or adapters folded into their base."""
-    config = parse_config(Config)
-    if config.merge:
-        model = load(config.model, pick_device(config.device), config.quantize)
-        if not model.adapter:
-            raise UserError(f"--merge {config.merge}: {config.model} has no adapters")
-        merge(model)
-        save(model, Path(config.merge))
-        print(f"a checkpoint in the published layout: {config.merge}")
-        return
-    pictures = [read_picture(Path(name), "--image") for name in config.image.split(",") if name]
+def write_merged(config: Config) -> None:
+    """--merge: fold the adapters of --model into their base and write the result as an ordinary model.
+
+    Raises UserError where the folder holds anything but an earlier result of this.
+    """
+    folder = Path(config.merge).resolve()
+    check_replaceable(folder)
+    if (folder / "training.json").exists() or foreign(folder):
+        name = "training.json" if (folder / "training.json").exists() else foreign(folder)[0]
+        raise UserError(f"--merge {config.merge}: holds {name}, which no merge wrote: choose another folder")
+    model = load(config.model, pick_device(config.device), config.quantize, config.base)
+    if not model.adapter:
+        raise UserError(f"--merge {config.merge}: {config.model} has no adapters")
+    if folder in (checkpoint_folder(config.model).resolve(), checkpoint_folder(model.source).resolve()):
+        raise UserError(f"--merge {config.merge}: it holds the adapters or their base: choose another")
+    rank = model.adapter["rank"]
+    merge(model)
+    save(model, folder)
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()) / 2 ** 30
+    print(f"{config.merge}: {model.source} with the adapters of {config.model} (rank {rank}) folded in, "
+          f"{size:.2f} GiB in the published layout")
+
+
+def answer_prompt(config: Config, folder: Path) -> None:
+    """One answer to --prompt, written to the folder and printed."""
+    pictures = [read_picture(Path(name), "--image") for name in split_paths(config.image)]
     marks = config.prompt.count("<image>")
     if marks != len(pictures):
         raise UserError(f"--image: {len(pictures)} files, but {marks} <image> marks in --prompt")
-    model = load(config.model, pick_device(config.device), config.quantize).eval()
+    model = load(config.model, pick_device(config.device), config.quantize, config.base).eval()
     codes = list(model.encode_pictures(pictures)) if pictures else []
     prompt = model.prompt(config.prompt, codes, config.draw)
     sampling = Sampling(config.temperature, config.top_k, config.top_p, config.guidance)
     budget = max(1, min(config.budget, model.decoder.config.context - len(prompt)))
     trajectory, = model.generate([prompt], 1, budget, sampling, [(config.seed,)])
     answer, = model.read_answers([trajectory])
+    page = write_answer_page(config.prompt, pictures, answer, folder)
     for segment in answer.segments:
         if segment.picture is None:
             print(segment.text)
         else:
             print(f"[picture {segment.picture.shape[1]}x{segment.picture.shape[0]}]")
-    page = write_answer_page(config.prompt, pictures, answer, Path(config.out))
     print(f"{answer.layout}{' (cut by --budget)' if trajectory.truncated else ''}; {page}")
+
+
+def main() -> None:
+    """One answer to one prompt, written to --out and printed; or adapters folded into their base."""
+    config = parse_config(Config)
+    if config.merge:
+        write_merged(config)
+        return
+    with claim(config.out) as folder:
+        answer_prompt(config, folder)
 
 
 if __name__ == "__main__":

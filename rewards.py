@@ -15,6 +15,8 @@ sum (`hybrid_rewards`), Eq. (6) on the steps.
 
     python rewards.py           # score one right and three wrong answers and print the parts
 """
+from common import UserError, hash_folder, pick_device, png, read_picture, run_main
+
 import argparse
 import math
 import re
@@ -30,7 +32,6 @@ from torch import Tensor
 
 import judges
 import shapes
-from common import UserError, pick_device, png, read_picture, run_main
 from tokenizer import Answer, Segment
 
 # A judge gives None where it has no opinion, for example where a reply holds no score. None is no
@@ -50,7 +51,6 @@ VisualJudge = Callable[[list[str], list[np.ndarray]], list[Score]]
 def visible(text: str | None) -> bool:
     """Whether a text has a character that a reader sees."""
     return any(c.isprintable() and not c.isspace() for c in text or "")
-
 
 FORMS = {                        # kind of a prompt (data.KINDS) -> the layout of its answer, see `Answer`
     "interleaved": r"(TwtVpv)+E",
@@ -290,6 +290,15 @@ def make_judge(part: str, spec: str, device: torch.device, quantize: str = "none
     return judge_class(folder or judge_class.HUB, device, **options)
 
 
+def judge_content(part: str, spec: str) -> str:
+    """What a judge is, whatever its folder is called: its name and a hash of its weights."""
+    name, _, folder = spec.partition("=")
+    if name not in judges.JUDGES[part]:
+        return name
+    folder = judges.judge_folder(folder or judges.JUDGES[part][name].HUB, f"{part} judge")
+    return f"{name} {hash_folder(folder)}"
+
+
 def make_judges(config, device: torch.device) -> tuple[TextJudge | None, VisualJudge | None]:
     """The settings under "rewards" -> the two judges; None for a part of weight 0, which nobody judges."""
     if config.reward_device:
@@ -343,7 +352,7 @@ def check_judge(flag: str, part: str, spec: str) -> None:
     if name not in judge_names(part):
         raise UserError(f"{flag} {spec}: expected {' or '.join(judge_names(part))}")
     if folder and not Path(folder).exists() and folder.count("/") != 1:
-        raise UserError(f"{flag} {spec}: there is no {folder}")
+        raise UserError(f"{flag} {spec}: no such file or folder")
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -18,9 +18,15 @@ import itertools
 import json
 import random
 import re
+import signal
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
+
+if __name__ == "__main__":               # Ctrl-C, imports included, and a closed pipe end it quietly
+    for name in {"SIGINT", "SIGPIPE"} & set(dir(signal)):
+        signal.signal(getattr(signal, name), signal.SIG_DFL)
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -287,9 +293,12 @@ def sheet(rng: random.Random, rows: int) -> Image.Image:
 
 
 def dump(folder: Path, rng: random.Random, count: int, edits: int, split: str) -> None:
-    """Write prompts.jsonl, {"prompt": text, "images": [path], "steps": edits} a line, and the pictures."""
+    """Write prompts.jsonl, {"prompt": text, "images": [path], "steps": edits} a line, and the pictures.
+
+    Raises FileExistsError where there are prompts already.
+    """
     (folder / "images").mkdir(parents=True, exist_ok=True)
-    with open(folder / "prompts.jsonl", "w", encoding="utf-8") as lines:
+    with open(folder / "prompts.jsonl", "x", encoding="utf-8") as lines:
         for i in range(count):
             prompt, name = sample_prompt(rng, edits, split), f"images/{i:06d}.png"
             Image.fromarray(prompt.picture).save(folder / name)
@@ -298,15 +307,17 @@ def dump(folder: Path, rng: random.Random, count: int, edits: int, split: str) -
 
 def parse_arguments() -> argparse.Namespace:
     """The command line, in groups. A mistake ends in one sentence and exit code 2."""
+    def home(path: str) -> Path:
+        return Path(path).expanduser()
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      usage="python shapes.py [--flag value ...]",
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.error = lambda message: parser.exit(2, f"error: {message}\n")
     group = parser.add_argument_group("sheet")
-    group.add_argument("--out", type=Path, default=Path("samples.png"), metavar="FILE",
+    group.add_argument("--out", type=home, default=Path("samples.png"), metavar="FILE",
                        help="where the sheet goes [%(default)s]")
     group = parser.add_argument_group("prompts")
-    group.add_argument("--dump", type=Path, metavar="DIR", help="write prompts here instead of a sheet")
+    group.add_argument("--dump", type=home, metavar="DIR", help="write prompts here instead of a sheet")
     group.add_argument("--count", type=int, default=64, metavar="N", help="prompts to write [%(default)s]")
     group.add_argument("--edits", type=int, default=2, metavar="N", help="edits of a prompt [%(default)s]")
     group.add_argument("--split", default="train", choices=("train", "heldout", "pairs"),
@@ -324,12 +335,16 @@ def main() -> None:
     """Draw a sheet, or write prompts."""
     args = parse_arguments()
     rng = random.Random(args.seed)
-    if args.dump:
-        dump(args.dump, rng, args.count, args.edits, args.split)
-        print(f"{args.count} prompts in {args.dump / 'prompts.jsonl'}")
-    else:
-        sheet(rng, rows=4).save(args.out)
-        print(f"sheet in {args.out}")
+    try:
+        if args.dump:
+            dump(args.dump, rng, args.count, args.edits, args.split)
+            print(f"{args.count} prompts in {args.dump / 'prompts.jsonl'}")
+        else:
+            sheet(rng, rows=4).save(args.out)
+            print(f"sheet in {args.out}")
+    except (OSError, ValueError) as error:           # a folder that cannot be, a name that is no picture's
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
 
 
 if __name__ == "__main__":

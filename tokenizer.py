@@ -11,6 +11,8 @@ N positions of one image, D depth (codes a position), K codes a codebook, C widt
 
     python tokenizer.py --model out/warmup/policy/llm --text "a red circle"        # its ids and pieces
 """
+from common import UserError, parse_config, read_json, reading, run_main
+
 import heapq
 import json
 import re
@@ -25,8 +27,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-
-from common import UserError, parse_config, read_json, reading, run_main
 
 THINK_START, THINK_END = "<think>", "</think>"
 # Choice: <vis> and </vis> of the paper are VILA-U's own tokens. Their pretrained meaning is "an image starts
@@ -56,6 +56,8 @@ class Attention(nn.Module):
     def __init__(self, width: int, heads: int, kv_heads: int | None = None, bias: bool = True,
                  out_bias: bool = True, context_width: int | None = None):
         super().__init__()
+        if heads < 1 or width % heads:
+            raise ValueError(f"a width that is a multiple of the number of heads, {width} and {heads}")
         self.heads, self.kv_heads, self.head_dim = heads, kv_heads or heads, width // heads
         self.q_proj = nn.Linear(width, heads * self.head_dim, bias=bias)
         self.k_proj = nn.Linear(context_width or width, self.kv_heads * self.head_dim, bias=bias)
@@ -239,8 +241,9 @@ class TextTokenizer:
             self.pieces, scores, self.types = parse_sentencepiece(self.model_bytes)
             self.bytes = {int(p[3:5], 16): i for i, p in enumerate(self.pieces) if self.types[i] == BYTE}
         except FileNotFoundError:
-            raise UserError(f"{model_file}: missing (the text tokenizer)") from None
-        except (ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
+            raise UserError(f"{model_file}: no such file (the text tokenizer; python warmup.py makes a "
+                            f"checkpoint that has one)") from None
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, struct.error) as error:
             raise UserError(f"{model_file}: not a whole SentencePiece BPE model ({error})") from None
         self.rank = {piece: (-scores[i], i) for i, piece in enumerate(self.pieces)
                      if self.types[i] in (NORMAL, USER_DEFINED, UNUSED)}
@@ -265,6 +268,8 @@ class TextTokenizer:
         """
         file, config = (Path(folder) / name for name in ("added_tokens.json", "tokenizer_config.json"))
         added = read_json(file) if file.exists() else {}
+        if not all(isinstance(i, int) and 0 <= i < 2 ** 31 for i in added.values()):
+            raise UserError(f"{file}: expected {{token: id}}")
         entries = read_json(config).get("added_tokens_decoder", {}) if config.exists() else {}
         with reading(config, "added_tokens_decoder"):
             plain = {entry["content"] for entry in entries.values() if not entry.get("special", True)}
@@ -273,7 +278,7 @@ class TextTokenizer:
     def save(self, folder: Path) -> None:
         """Write what from_folder reads."""
         (Path(folder) / "tokenizer.model").write_bytes(self.model_bytes)
-        (Path(folder) / "added_tokens.json").write_text(json.dumps(self.added))
+        (Path(folder) / "added_tokens.json").write_text(json.dumps(self.added), encoding="utf-8")
 
     def add(self, tokens: list[str]) -> None:
         """Add special tokens behind the last id."""
@@ -290,6 +295,10 @@ class TextTokenizer:
     def knows(self, token: str) -> bool:
         """Whether this is a special or added token."""
         return token in self.ids
+
+    def has(self, i: int) -> bool:
+        """Whether an id belongs to a piece or token."""
+        return i in self.names or i < len(self.pieces)
 
     def id(self, token: str) -> int:
         """The id of a special or added token."""
@@ -696,7 +705,6 @@ class ImageTokenizer(nn.Module):
     def decode(self, codes: Tensor) -> Tensor:
         """codes [B, N, D] -> pixels [B, 3, H, W], about -1..1, not clamped"""
         return self.decoder(self.vectors(codes).sum(dim=-2))
-
 
 VISION_NAMES = {     # prefixes in vision_tower/model.safetensors -> here; {} is a number
     SIGLIP + "embeddings.patch_embedding.": "tower.patch.",

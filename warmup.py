@@ -15,6 +15,12 @@ Stages 2 and 3 minimise Eq. (1), the negative log-likelihood of every answer tok
 
 The same command resumes a run that was interrupted, and ends with the same weights.
 """
+from common import (Count, LearningRate, Natural, Positive, Run, Seed, UserError, Weights, average_gradients,
+                    averaged, check_config, check_content, check_finite, check_settings, claim, end_processes,
+                    note_processes, optimizer_tensors, parse_config, process_count, process_rank, require,
+                    restore_optimizer, run_main, seeded, shown, start_processes, wait_for_all, whole,
+                    write_report, write_text)
+
 import itertools
 import json
 import math
@@ -34,14 +40,10 @@ from torch import Tensor
 from tqdm import tqdm
 
 import shapes
-from common import (Count, LearningRate, Natural, Positive, Run, UserError, Weights, average_gradients,
-                    averaged, check_config, check_settings, end_processes, note_processes, optimizer_tensors,
-                    parse_config, process_count, process_rank, require, restore_optimizer, run_main, seeded,
-                    shown, start_processes, wait_for_all, whole, write_report, write_text)
-from data import (I2T_QUESTION, KINDS, MARKS, PRETRAINING, READERS, CodeCache, LeftOut, Sample, keep_usable,
-                  parse_sources, read_sources, row_of, toy_i2t, toy_prompt, toy_story, toy_t2i)
-from model import (DecoderConfig, DepthConfig, UnifiedModel, by_modality, chat, gathered, load, load_training,
-                   prepare_training, save)
+from data import (I2T_QUESTION, KINDS, MARKS, PRETRAINING, READERS, CodeCache, LeftOut, Sample, hash_samples,
+                  keep_usable, parse_sources, read_sources, row_of, toy_i2t, toy_prompt, toy_story, toy_t2i)
+from model import (DecoderConfig, DepthConfig, UnifiedModel, by_modality, chat, checkpoint_hash, gathered,
+                   load, load_training, prepare_training, save)
 from rewards import RulesText, RulesVisual, group_record, judge
 from tokenizer import (BYTE, CONTROL, NORMAL, SPACE, SPECIAL_TOKENS, UNKNOWN, ImageTokenizer, TextTokenizer,
                        VisionConfig, pad, preprocess, to_pictures, write_field)
@@ -64,12 +66,13 @@ class Config:
     warmup_lr: LearningRate = 1e-3   # peak learning rate of stage 3 (AdamW)
     # -- adapters
     model: str = ""                  # folder or hub id to start stage 3 from; empty: all stages, from nothing
+    base: str = ""                   # where the base of a model with adapters is now, if it was moved
     lora_rank: Natural = 0           # of adapters on the decoder's linear layers; 0: train the whole policy
     lora_alpha: Positive = 16.0      # adapters are scaled by alpha / rank
     quantize: Literal["none", "nf4"] = "none"  # nf4: the frozen base in 4 bits (QLoRA)
     # -- run
     out: str = "out/warmup"          # run directory
-    seed: int = 0                    # of weights and data
+    seed: Seed = 0                   # of weights and data
     precision: Literal["auto", "float32", "bf16"] = "auto"   # of the passes; auto: bf16 on a GPU
     device: str = "auto"             # cpu, cuda, mps; auto takes the best there is
     micro_batch: Count = 48          # samples a forward pass; changes memory, never the gradient
@@ -93,7 +96,8 @@ PAPER_FULL = PAPER | dict(
 )
 PRESETS = {"paper": PAPER, "paper-full": PAPER_FULL}
 # Settings that may change when a run is resumed.
-FREE = ("device", "save_every", "out", "micro_batch", "checkpointing", "precision", "preset", "cache")
+FREE = ("model", "base", "data",     # compared by their content
+        "device", "save_every", "out", "micro_batch", "checkpointing", "precision", "preset", "cache")
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -588,12 +592,11 @@ def train_decoder(model: UnifiedModel, run: Run, config: Config, stage: str, bat
         samples = batch(step)
         model.zero_grad()
         metrics = averaged(add_gradients(model, samples[share], codes, config))
-        if not math.isfinite(metrics["loss"]):
-            raise UserError(f"{stage}: the loss became {metrics['loss']} at step {step}: lower {flag}; "
-                            f"the last good checkpoint is intact")
+        check_finite(f"{stage}, step {step}: the loss", metrics["loss"], flag)
         for optimizer in optimizers:
             average_gradients(optimizer)
         norm = whole(torch.nn.utils.clip_grad_norm_(model.policy_parameters(), 1.0))
+        check_finite(f"{stage}, step {step}: the gradient", norm.item(), flag)
         for optimizer in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = optimizer.defaults["lr"] * schedule(step, steps)
@@ -613,34 +616,46 @@ def checkpoint(model: UnifiedModel, run: Run, config: Config, stage: str, step: 
                tensors: dict[str, Tensor]) -> tuple[str, int, dict[str, Tensor]]:
     """Save the model and where training is: `stage` has done `step` steps. Returns these and the tensors."""
     state = {"stage": stage, "step": step, "lines": run.lines, "processes": process_count(),
-             "settings": asdict(config)}
+             "settings": asdict(config), "content": run.content}
     save(model, run.folder / "policy", state, tensors)
     return stage, step, tensors
 
 
 def warm_up(config: Config) -> Path:
-    """Run the stages that are still to be done, from the last checkpoint of the same settings -> the report
-    (of several processes rank 0 writes it).
-
-    Raises UserError where the run directory belongs to other settings, or --data cannot be used.
-    """
-    folder = Path(config.out)
+    """Train in a folder that no other run writes to -> the report (of several processes rank 0 writes it)."""
     _, world, device = start_processes(config.device)
     require(config, "batch", config.batch % world == 0,
             f"a multiple of the {world} processes, which share it")
+    with claim(config.out) as folder:
+        run_stages(config, folder, device)
+        return write_report(folder) if process_rank() == 0 else folder
+
+
+def run_stages(config: Config, folder: Path, device: torch.device) -> None:
+    """Run the stages that are still to be done, from the last checkpoint of the same settings.
+
+    Raises UserError where the run directory belongs to other settings, or --data cannot be used.
+    """
     state, tensors = load_training(folder / "policy")
     check_settings(folder, state.get("settings", {}), asdict(config), FREE)
     left_out = LeftOut()
     samples = read_sources(config.data, "--data", READERS, left_out) if config.data else {}
+    content = {"model": checkpoint_hash(config.model) if config.model else "",
+               "data": hash_samples(sum(samples.values(), []))}
+    check_content(folder, state.get("content", {}), content)
     if not config.model and state.get("stage", "tokenizer") == "tokenizer":
         if process_rank() == 0:                    # it is small: the other processes wait, then read it
-            first_stage(config, samples, state, tensors, device)
+            first_stage(config, samples, state, tensors, device, content)
         wait_for_all()
         state, tensors = load_training(folder / "policy")
-    model = load(folder / "policy", device) if state else load(config.model, device, config.quantize)
+    if state:
+        model = load(folder / "policy", device, base=config.base)
+    else:
+        model = load(config.model, device, config.quantize, config.base)
+    check_edits(model, config)
     prepare_training(model, config.lora_rank, config.lora_alpha, config.seed, config.precision)
     model.decoder.checkpointing = config.checkpointing
-    run = Run(config, state.get("lines", 0))
+    run = Run(config, state.get("lines", 0), content)
     note_processes(state)
     stage, step = state.get("stage", "warmup"), state.get("step", 0)
     if stage == "pretrain":
@@ -652,18 +667,27 @@ def warm_up(config: Config) -> Path:
     if stage == "warmup":
         interleave(model, run, config, samples, left_out, step, tensors)
         checkpoint(model, run, config, "done", 0, {})
-    return write_report(folder) if process_rank() == 0 else folder
+
+
+def check_edits(model: UnifiedModel, config: Config) -> None:
+    """Refuse stories of the toy world that are too long for the model. Raises UserError."""
+    stories = [toy_story(random.Random(i), config.edits) for i in range(0 if config.data else 16)]
+    longest = max((len(row_of(story, model, CodeCache(model))[0]) for story in stories), default=0)
+    if longest > model.decoder.config.context:
+        raise UserError(f"--edits {config.edits}: a story of {longest} positions exceeds the decoder's "
+                        f"context of {model.decoder.config.context}")
 
 
 def first_stage(config: Config, samples: dict[str, list[Sample]], state: dict, tensors: dict[str, Tensor],
-                device: torch.device) -> None:
+                device: torch.device, content: dict) -> None:
     """Stage 1, from its last checkpoint or from nothing -> the checkpoint that stage 2 starts from."""
     folder = Path(config.out)
     if state:
         model = load(folder / "policy", device)
     else:
         model = miniature(config.seed, folder / "text", some_texts(samples, config.seed)).to(device)
-    run = Run(config, state.get("lines", 0))
+    check_edits(model, config)
+    run = Run(config, state.get("lines", 0), content)
     train_image_tokenizer(model, run, config, state.get("step", 0), tensors)
     checkpoint(model, run, config, "pretrain", 0, {})
 
@@ -685,9 +709,9 @@ def interleave(model: UnifiedModel, run: Run, config: Config, samples: dict[str,
         prompts = [toy_prompt(rng, config.edits, "heldout") for _ in range(PROMPTS)]
     sheet = partial(show, model, run, config, prompts[:PROMPTS], codes, judges)
     if start == 0:
-        sheet("before", "before the warm-up: it cannot interleave")
+        sheet("000000_before", "before the warm-up: it cannot interleave")
     train_decoder(model, run, config, "warmup", batch, codes, start, tensors)
-    sheet("after", "after the warm-up")
+    sheet("999999_after", "after the warm-up")
 
 
 def some_texts(samples: dict[str, list[Sample]], seed: int) -> list[str]:

@@ -26,6 +26,11 @@ from tokenizer import Answer, Segment
 
 
 @pytest.fixture(scope="session")
+def run_benchmark(config):
+    """Run a benchmark as the command line does."""
+    evaluate.run_benchmark(config, Path(config.out))
+
+
 def samples_folder(tmp_path_factory):
     return published_samples.make(tmp_path_factory.mktemp("published"), 0.5, seed=1)
 
@@ -367,10 +372,10 @@ def test_missing_empty_and_broken_files_are_named(tmp_path, benchmark, file):
     (tmp_path / file).write_text("")
     config = Config(benchmark=benchmark, data=str(tmp_path), visual_reward="clip-score")
     with pytest.raises(UserError, match="expected|no usable question"):
-        evaluate.run_benchmark(config)
+        run_benchmark(config)
     (tmp_path / file).write_bytes(b"\xff\xfe\x00[")
     with pytest.raises(UserError):
-        evaluate.run_benchmark(config)
+        run_benchmark(config)
 
 
 def test_replies_from_elsewhere_are_read_in_their_schemas(tmp_path):
@@ -407,7 +412,7 @@ def test_a_killed_benchmark_goes_on_and_gives_the_same_table(benchmark, average,
                     for q in questions for aspect in BENCHMARKS[benchmark].aspects(q, Config())])
     whole, cut = (config_of(benchmark, samples_folder, talker, tmp_path / name, judge=f"file:{replies}")
                   for name in ("whole", "cut"))
-    evaluate.run_benchmark(whole)
+    run_benchmark(whole)
     add, count = common.add_line, []
 
     def dying(file, line):
@@ -419,16 +424,16 @@ def test_a_killed_benchmark_goes_on_and_gives_the_same_table(benchmark, average,
     with monkeypatch.context() as patch:
         patch.setattr(evaluate, "add_line", dying)
         with pytest.raises(KeyboardInterrupt):
-            evaluate.run_benchmark(cut)
+            run_benchmark(cut)
     cut.batch = 3
-    evaluate.run_benchmark(cut)
+    run_benchmark(cut)
     assert result(tmp_path / "whole") == result(tmp_path / "cut")
     rows = result(tmp_path / "whole")[0]["rows"]["model"]
     assert list(rows) == list(BENCHMARKS[benchmark].ROWS)
     table = capsys.readouterr().out
     assert "paper full" in table and average in table
     with pytest.raises(UserError, match="temperature"):
-        evaluate.run_benchmark(config_of(benchmark, samples_folder, talker, tmp_path / "cut",
+        run_benchmark(config_of(benchmark, samples_folder, talker, tmp_path / "cut",
                                          temperature=0.5))
 
 
@@ -463,7 +468,7 @@ def test_a_benchmark_goes_on_with_two_processes_after_three_were_killed(samples_
     critic = f"llava-critic={FIXTURES / 'llava_critic_tiny'}"
     whole, cut = (config_of("mmie", samples_folder, talker, tmp_path / name, judge=critic)
                   for name in ("whole", "cut"))
-    evaluate.run_benchmark(whole)
+    run_benchmark(whole)
     answers, replies = ((tmp_path / "whole" / "model" / name).read_text().splitlines(keepends=True)
                         for name in ("answers.jsonl", "replies.jsonl"))
     assert len(answers) > 4
@@ -514,7 +519,7 @@ def test_rates_of_the_toy_world_go_on_with_two_processes(warm, tmp_path, monkeyp
 
 
 def test_answers_are_written_as_mmie_wants_them(samples_folder, talker, tmp_path):
-    evaluate.run_benchmark(config_of("mmie", samples_folder, talker, tmp_path))
+    run_benchmark(config_of("mmie", samples_folder, talker, tmp_path))
     questions, written = (json.loads((folder / "data.json").read_text())
                       for folder in (samples_folder / "mmie", tmp_path / "model"))
     assert [record["id"] for record in written] == [record["id"] for record in questions]
@@ -538,14 +543,14 @@ def test_answers_are_written_as_mmie_wants_them(samples_folder, talker, tmp_path
 def test_a_budget_without_room_for_a_picture_is_refused(samples_folder, talker, tmp_path):
     config = config_of("mmie", samples_folder, talker, tmp_path, budget=8)
     with pytest.raises(UserError, match="--budget 8.*9 positions"):
-        evaluate.run_benchmark(config)
+        run_benchmark(config)
     assert not (tmp_path / "model").exists()
 
 
 def test_half_a_character_does_not_end_a_run(samples_folder, talker, tmp_path):
     write(tmp_path / "data" / "data.json",
           r'[{"id": "SA-1\ud83d", "question": "cut \ud83d emoji", "extra": "\udc00"}]')
-    evaluate.run_benchmark(config_of("mmie", samples_folder, talker, tmp_path / "out",
+    run_benchmark(config_of("mmie", samples_folder, talker, tmp_path / "out",
                                      data=str(tmp_path / "data")))
     record, = json.loads((tmp_path / "out" / "model" / "data.json").read_text())
     assert record["id"] == "SA-1?" and record["question"][0]["text"] == "cut ? emoji"
@@ -561,13 +566,13 @@ def test_our_critic_judges_and_is_called_by_its_name(samples_folder, talker, tmp
     monkeypatch.setattr(LlavaCritic, "replies", replies)
     config = config_of("interleavedbench", samples_folder, talker, tmp_path,
                        judge=f"llava-critic={FIXTURES / 'llava_critic_tiny'}")
-    evaluate.run_benchmark(config)
+    run_benchmark(config)
     results = json.loads((tmp_path / "results.json").read_text())
     assert [of["value"] for of in results["rows"]["model"].values()] == [3] * 6
     page = (tmp_path / "model" / "answers.html").read_text()
     assert "LLaVA-Critic, NOT the official judge" in page and "text aspects do not count for" in page
     count = len(questions)
-    evaluate.run_benchmark(config)
+    run_benchmark(config)
     assert len(questions) == count, "replies are kept"
 
 
@@ -590,7 +595,7 @@ def test_the_real_critic_sees_the_pictures(samples_folder, talker, tmp_path):
     with pytest.MonkeyPatch.context() as patch:
         real = LlavaCritic.replies
         patch.setattr(LlavaCritic, "replies", lambda self, *of, **more: real(self, *of, 2, **more))
-        evaluate.run_benchmark(config_of("mmie", samples_folder, talker, tmp_path,
+        run_benchmark(config_of("mmie", samples_folder, talker, tmp_path,
                                          judge=f"llava-critic={FIXTURES / 'llava_critic_tiny'}"))
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["rows"] == {"model": {}}

@@ -9,11 +9,12 @@ from html import unescape
 import numpy as np
 import pytest
 import torch
-from conftest import RUN, flags, run
+from conftest import RUN, SMALL, flags, run
 from PIL import Image
 
 import grpo
 import shapes
+import warmup
 from common import draw_sheet, enlarged, png, write_comparison, write_report
 from data import Sample
 from rewards import Scores, group_record
@@ -41,7 +42,8 @@ def sheet(title: str, answers: list[Answer] = (RIGHT, WRONG)) -> dict:
     sample, scores = Sample(PROMPT, [shapes.render(STATES[0])]), SCORES[:len(answers)]
     group = group_record(sample, answers, scores, grpo.advantages(answers, scores, grpo.Config()))
     group["worked"] = grpo.worked(answers, scores, grpo.Config())
-    return {"title": title, "groups": [group], "judged": []}
+    asked = {"question": "How good is <it>?", "reply": "So so.", "score": None, "pictures": group["pictures"]}
+    return {"title": title, "groups": [group], "judged": [asked]}
 
 
 RATES = ("format", "text", "visual", "visual_true", "story", "reward")
@@ -87,7 +89,7 @@ def test_every_metric_stands_on_the_page_with_its_first_and_last_value(folder):
         assert f"{name}: {lines[0][name]:.3g} → {lines[-1][name]:.3g}" in page, name
     first, last = (line["reward"] / 2.5 for line in (lines[0], lines[-1]))
     assert f"reward, mean of its parts: {first:.3g} → {last:.3g}" in page
-    assert "Zero all the time: truncated." in page
+    assert "Zero all the time: truncated (answers cut by the budget)." in page
     assert f"40 updates, {sum(line['seconds'] for line in lines):.0f} s" in page
 
 
@@ -166,8 +168,29 @@ def test_a_format_that_is_wrong_is_spelled_out(folder):
     wrong = answer_of([shapes.caption(STATES[1])], [STATES[1]], "wtVpvE")
     record = sheet("x", [wrong, RIGHT])
     record["groups"][0]["answers"][0]["format"] = 0.0
+    del record["groups"][0]["truth"], record["groups"][0]["worked"]          # as earlier versions wrote them
     (folder / "samples" / "000000_before.json").write_text(json.dumps(record))
-    assert "form wrong: words /think vis picture /vis end" in words(write_report(folder).read_text())
+    page = words(write_report(folder).read_text())
+    assert "form wrong: words /think vis picture /vis end" in page and "lacks 'worked'" in page
+
+
+def test_the_report_shows_what_a_judge_was_asked_with_its_pictures(folder):
+    page = write_report(folder).read_text()
+    assert "[score: none] How good is <it>? --> So so." in words(page)
+    assert page.count('alt="picture of the question"') == 1
+
+
+def test_a_warm_up_leaves_its_report_whoever_starts_it(warm, tmp_path):
+    """grpo.py calls `warm_up` too. The prompts of its sheets ask for as many edits as its stories had."""
+    out = tmp_path / "warmup"
+    shutil.copytree(warm, out)
+    (out / "report.html").unlink()
+    assert warmup.warm_up(warmup.Config(out=str(out), **SMALL)) == out / "report.html"
+    page = words((out / "report.html").read_text())
+    assert "The same prompts before and after" in page and "This cannot be shown" not in page
+    assert "tokenizer" in page and "pretrain" in page and "loss/image" in page
+    groups = json.loads((out / "samples" / "after.json").read_text())["groups"]
+    assert {shapes.wanted_steps(group["prompt"]) for group in groups} == {warmup.Config.edits}
 
 
 @pytest.mark.parametrize("name, text, expected", [
@@ -188,6 +211,14 @@ def test_what_a_folder_lacks_is_named_and_the_rest_is_shown(folder, name, text, 
         (folder / name).write_text(text)
     page = words(write_report(folder).read_text())
     assert expected in page.split("This cannot be shown.", 1)[1] and "Rollout of update 10" in page
+
+
+def test_a_value_that_is_no_number_breaks_no_curve(folder):
+    lines = (folder / "metrics.jsonl").read_text()
+    odd = '{"update": 41, "seconds": 1.0, "kl/text": NaN, "kl/image": null, "note": "resumed"}\n'
+    (folder / "metrics.jsonl").write_text(lines + odd)
+    page = words(write_report(folder).read_text())
+    assert "kl/text: " in page and "nan" not in page and "This cannot be shown" not in page
 
 
 def test_half_a_run_shows_what_there_is(folder):
@@ -219,6 +250,17 @@ def test_several_runs_stand_on_one_page(folder, tmp_path):
     figure = html[html.index("<b>grad_norm</b>"):]
     assert figure[:figure.index("</figure>")].count("<polyline") == 4, "a thin and a thick line a run"
     assert "three This cannot be shown." in page
+
+
+def test_compare_writes_one_page_of_several_runs_or_one_report_anew(folder, tmp_path):
+    shutil.copytree(folder, tmp_path / "other")
+    run("evaluate.py", "--compare", folder, tmp_path / "other", "--out", tmp_path / "both")
+    assert "Runs compared" in (tmp_path / "both" / "compare.html").read_text()
+    assert not (folder / "report.html").exists()
+    out = run("evaluate.py", "--compare", tmp_path / "none", check=2)
+    assert f"--compare {tmp_path / 'none'}: expected a run directory" in out
+    run("evaluate.py", "--compare", folder)
+    assert (folder / "report.html").exists()
 
 
 def test_sheets_keep_the_pictures_shape_and_put_before_beside_after(tmp_path):

@@ -259,8 +259,7 @@ def test_processes_that_do_not_meet_are_one_sentence_after_a_bounded_wait(monkey
 
 @pytest.mark.parametrize("settings, world, message", [
     (dict(prompts_per_update=2), 4, "--prompts-per-update 2: expected a multiple of the 4 processes"),
-    (dict(reward_device="cuda:1"), 2, "--reward-device cuda:1"),
-    (dict(lora_rank=2, precision="bf16"), 1, "--precision bf16")])
+    (dict(reward_device="cuda:1"), 2, "--reward-device cuda:1")])
 def test_settings_that_processes_cannot_share_are_refused(settings, world, message):
     with pytest.raises(UserError, match=message):
         grpo.check(grpo.Config(**settings), world)

@@ -122,7 +122,7 @@ def test_adapters_start_as_the_base_are_trained_alone_and_come_back(tmp_path, qu
     save(model, tmp_path / "policy", {"step": 3})
     names = {f.name for f in (tmp_path / "policy").iterdir()}
     assert names == {"adapter_config.json", "adapter_model.safetensors", "base.json", "training.json",
-                     "training.safetensors"}
+                     "training.safetensors", "written.json"}
     again = load(tmp_path)
     assert torch.equal(again.log_probs(*batch), after)
     assert same(trainable_state(again), trainable_state(model))
@@ -197,7 +197,7 @@ def test_both_scripts_run_with_qlora_resume_and_merge(warm, tmp_path, monkeypatc
     record, base = (json.loads((tmp_path / "whole" / "policy" / name).read_text())
                     for name in ("adapter_config.json", "base.json"))
     assert record["base_model_name_or_path"] == str(warm.resolve() / "policy" / "llm")
-    assert record["r"] == 4 and base == {"quantize": "nf4"}
+    assert record["r"] == 4 and base["quantize"] == "nf4"
     run("model.py", "--model", tmp_path / "whole", "--merge", tmp_path / "merged")
     merged, adapted = load(tmp_path / "merged"), load(tmp_path / "whole")
     logp, expected = merged.log_probs(*some_batch(merged)), adapted.log_probs(*some_batch(adapted))
@@ -251,7 +251,7 @@ def test_damaged_adapters_are_refused(tmp_path):
     whole, text = file.read_bytes(), record.read_text()
     think = model.text.id(THINK_START)
     for spoil, expected in ((lambda: file.write_bytes(whole[:-9]), "adapter_model.safetensors"),
-                            (file.unlink, "missing"),
+                            (file.unlink, "no such file"),
                             (lambda: record.write_text(text.replace('"r": 2', '"r": 3')), "shape"),
                             (lambda: record.write_text(text.replace('"LORA"', '"IA3"')), "IA3"),
                             (lambda: record.write_text(text.replace('"r": 2', '"r": 2, "use_dora": true')),

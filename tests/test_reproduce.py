@@ -18,7 +18,7 @@ import grpo
 import warmup
 from common import UserError
 from evaluate import (CLAIMS, PAPER_ROWS, RESAMPLES, ROWS, Config, bootstrap, claim_results, holm,
-                      judge_agreement, p_value, reproduce, reproduction_table, row_result,
+                      judge_agreement, p_value, reproduce, reproduction_parts, row_result,
                       three_way_interval, verdict)
 
 # ------------------------------------------------------------------------------------------------------------
@@ -36,9 +36,9 @@ def test_each_of_the_three_levels_is_resampled(values, bases):
     """Two equal parts of 0 and 1: the mean is 0, 1/2, 1 with chance 1/4, 1/2, 1/4. Its variance is 1/8, of a
     mean of two 1/4. So t is .5 / .5 = 1, and with one degree of freedom half of all values are beyond 1."""
     values = np.array(values)
-    mean, means = bootstrap(values, bases)
-    assert mean == 0.5 and len(means) == RESAMPLES
-    assert [np.mean(means == value) for value in (0, 0.5, 1)] == pytest.approx([0.25, 0.5, 0.25], abs=0.02)
+    means = bootstrap(values, bases)
+    assert len(means) == RESAMPLES
+    assert [np.mean(means == value) for value in (0, 0.5, 1)] == pytest.approx([0.25, 0.5, 0.25], abs=0.04)
     assert three_way_interval(values, bases) == [0.5, 0, 1]
     assert p_value(values, bases) == pytest.approx(0.5, abs=0.02)
 
@@ -49,19 +49,27 @@ def test_all_three_levels_add_up():
     are two draws in each of two base models, or four in one."""
     values = np.array([[base + run + prompt for prompt in (-0.1, 0.1)]
                        for base in (0, 1) for run in (-0.2, 0.2)])
-    mean, means = bootstrap(values, [0, 0, 1, 1])
-    assert mean == pytest.approx(0.5) and means.var() == pytest.approx(0.125 + 0.01 + 0.005, rel=0.03)
+    assert bootstrap(values, [0, 0, 1, 1]).var() == pytest.approx(0.125 + 0.01 + 0.005, rel=0.06)
 
 
 def test_base_models_weigh_the_same_however_many_runs_they_have():
-    assert bootstrap(np.array([[0.0], [0.0], [1.0]]), [0, 0, 1])[0] == 0.5
+    assert three_way_interval(np.array([[0.0], [0.0], [1.0]]), [0, 0, 1])[0] == 0.5
 
 
 def test_p_is_two_sided_never_zero_and_that_of_students_t():
     assert p_value(np.full((2, 3), 0.25), [0, 1]) == p_value(np.full((2, 3), -0.25), [0, 1]) == SMALLEST
     assert p_value(np.zeros((2, 3)), [0, 1]) == p_value(np.ones((1, 1)), [0]) == 1
     runs = np.array([[0.1], [0.3], [0.5], [0.2], [0.4], [0.6]])            # mean .35, error .1871 / sqrt(6)
-    assert p_value(runs, [0] * 6) == pytest.approx(0.0060, abs=0.0006)     # t = 4.583, df = 5
+    assert p_value(runs, [0] * 6) == pytest.approx(0.0059, abs=0.0008)     # t = 4.583, df = 5
+    assert p_value(runs.T, [0]) == pytest.approx(0.0059, abs=0.0008)       # six prompts
+
+
+def test_where_only_prompts_differ_the_degrees_of_freedom_are_theirs():
+    """Two runs alike, 101 prompts with standard deviation s: t = mean / (s / sqrt(101)) with df = 100, where
+    one degree of freedom, that of the runs, would give .29 instead of .052."""
+    prompts = np.random.default_rng(0).normal(size=101)
+    prompts = (prompts - prompts.mean()) / prompts.std(ddof=1) * 101 ** 0.5 + 1.97         # t is 1.97
+    assert p_value(np.stack([prompts, prompts]), [0, 1]) == pytest.approx(0.052, abs=0.015)
 
 
 @pytest.mark.parametrize("p, adjusted", [
@@ -108,6 +116,9 @@ def test_a_row_without_grpo_is_paired_with_every_run_of_its_base_model():
     found = {c["claim"]: c for c in claim_results(rows, list(range(6)), Config()) if c["runs"]}
     assert found["process > no-warm-up-grpo"]["runs"] == 2                  # the seeds that both rows have
     assert found["r_f > warm-up"]["difference"][0] == pytest.approx(10 - (0 + 1 + 2) / 3)
+    rows["no-warm-up"] = {base: {"format": np.zeros(50)} for base in (0, 1, 2)}
+    rows["warm-up"] = {base: {"format": np.ones(50), "story": np.ones(50)} for base in (0, 1, 2)}
+    assert next(c["runs"] for c in claim_results(rows, list(range(6)), Config())) == 3     # not the 6 seeds
 
 
 def test_agreement_of_the_judges_by_hand():
@@ -127,7 +138,7 @@ def test_the_papers_numbers_stand_beside_the_rows():
     assert PAPER_ROWS["r_f+r_t+r_v"] == (57.83, 2.79) and PAPER_ROWS["G2-no-kl"] == (53.04, 1.72)
     paper = {(c["claim"], c["measure"]): c["paper"] for c in claim_results({}, [0], Config())}
     assert paper["r_f+r_t+r_v > r_f+r_t", "story"] == [3.21, 0.49]
-    assert paper["warm-up > no-warm-up", "story"] == [None, 1.46]          # the paper has no MMIE without it
+    assert paper["warm-up > no-warm-up", "format"] == [None, 1.46]          # the paper has no MMIE without it
     assert paper["G2 > G2-no-kl", "kept"] == [None, None]
 
 
@@ -294,8 +305,20 @@ def test_other_prompts_rate_a_run_again_without_training_it(runs, small, monkeyp
     assert command[1].endswith("evaluate.py") and "--prompts=4" in command and "--seed=2026" in command
 
 
+def test_a_base_model_that_fails_is_the_reason_of_all_its_runs(monkeypatch, tmp_path):
+    def fail(jobs, at_once, bar):
+        for job in jobs:
+            job.reason = "no space left" if job.commands else job.reason
+    monkeypatch.setattr(evaluate, "run_jobs", fail)
+    reproduce(Config(only=("warm-up", "process"), seeds="0", out=str(tmp_path)))
+    failed = json.loads((tmp_path / "reproduction.json").read_text())["failed"]
+    reason = f"its base model {tmp_path}/base/0: no space left"
+    assert failed == {"warm-up/0": reason, "process/0": reason}
+
+
 def test_the_table_of_a_row_without_runs_says_why():
     result = {"settings": asdict(Config()), "prompts_seed": 1, "machine": "", "claims": [], "judges": {},
               "rows": {"r_f": row_result("r_f", {}, Config())}, "failed": {"r_f/0": "no memory"}}
-    row = next(line for line in reproduction_table(result).splitlines() if line.startswith("| r_f"))
-    assert "failed: no memory" in row and "53.56" in row and row.count("|") == 13
+    header, row = reproduction_parts(result)[0].rows
+    assert len(row) == len(header) and dict(zip(header, row))["paper: MMIE"] == "53.56"
+    assert row[3] == "failed: no memory"

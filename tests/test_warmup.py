@@ -212,6 +212,6 @@ def test_a_loss_that_is_not_finite_stops_before_the_step(warm, tmp_path, monkeyp
     monkeypatch.setattr(warmup, "warmup_loss", broken)
     config = warmup.Config(out=str(tmp_path / "nan"), **SMALL)
     batch = warmup.toy_batches({data.toy_t2i: 1.0}, config, stage)
-    with pytest.raises(UserError, match=f"{stage}: the loss became nan at step 0: lower {flag};"):
+    with pytest.raises(UserError, match=f"{stage}, step 0: the loss became nan: lower {flag};"):
         warmup.train_decoder(model, warmup.Run(config), config, stage, batch, data.CodeCache(model), 0, {})
     assert same(model.state_dict(), before)
