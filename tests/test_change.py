@@ -23,8 +23,7 @@ import grpo
 import rewards
 
 
-def all_or_nothing(named, true, first=3):
-    """named, true: scenes or None; first: how many of shape, colour and cell count."""
+def all_or_nothing(named, true, first=3):        # two scenes or None; first: attributes that count
     return float(named is not None and true is not None and named[:first] == true[:first])
 
 
