@@ -34,7 +34,7 @@ GIB = 2 ** 30
 PARTS = ("weights", "copy", "gradients", "optimizer", "reference", "KV cache", "activations", "judges")
 
 
-COPIES = 5           # of logits in float32: these, by temperature, log-probs, and two gradients
+COPIES = 4           # of logits in float32 that are alive together: these, log-probs, their gradients
 
 
 @dataclass
@@ -165,9 +165,9 @@ class Live(TorchDispatchMode):
 
 PROMPT = 50
 SMALL = {            # name -> width, MLP, layers, heads, vocabulary; rank of the adapters (0: all is trained)
-    "full, deep": ((256, 700, 8, 4, 600), 0),
-    "full, wide": ((512, 1400, 4, 8, 2000), 0),
-    "QLoRA": ((256, 704, 8, 4, 4000), 16),
+    "full, deep": ((192, 520, 8, 4, 600), 0),
+    "full, wide": ((384, 1040, 2, 6, 2000), 0),
+    "QLoRA": ((192, 512, 6, 4, 3000), 16),
 }
 
 
@@ -209,14 +209,14 @@ def measure(sizes: tuple[int, ...], rank: int) -> tuple[dict[str, float], dict[s
     """One update of two micro-batches in float32 -> bytes by part as planned, and as measured."""
     torch.manual_seed(0)
     model = small_model(sizes, rank > 0)
-    config = grpo.Config(lora_rank=rank, quantize="nf4" if rank else "none", micro_batch=2, budget=200,
-                         group_size=4, prompts_per_update=1, checkpointing=True, text_reward="rules")
+    config = grpo.Config(lora_rank=rank, quantize="nf4" if rank else "none", micro_batch=1, budget=200,
+                         group_size=2, prompts_per_update=1, checkpointing=True)
     s = Shapes(model.decoder.config, model.depth_config, model.vision_config)
     planned = plan(s, config, 1, PROMPT, size=4)
     prepare_training(model, rank, 16.0)
     model.decoder.checkpointing = True
     optimizer = torch.optim.Adam(model.policy_parameters(), lr=1e-4)
-    batch = random_rollout(model, 4, PROMPT, config.budget, config.budget // (s.vision.positions + 40))
+    batch = random_rollout(model, 2, PROMPT, config.budget, config.budget // (s.vision.positions + 40))
     live = Live()
     for tensor in [*model.parameters(), *model.buffers()]:
         live.add(tensor)
@@ -225,7 +225,7 @@ def measure(sizes: tuple[int, ...], rank: int) -> tuple[dict[str, float], dict[s
         reference = trainable_state(model)                               # alive, as the KL's reference is
         got["reference"] = sum(x.untyped_storage().nbytes() for x in reference.values())
         cache = KVCache(len(model.decoder.layers), PROMPT + config.budget)
-        model.prefill([model.prompt("a red circle at top left")] * 4, cache)
+        model.prefill([model.prompt("a red circle at top left")] * 2, cache)
         got["KV cache"] = sum(x.untyped_storage().nbytes() for x in [*cache.k, *cache.v])
         del cache
         grpo.update(model, optimizer, batch, batch.old_logp, config)
