@@ -510,12 +510,14 @@ def test_rates_of_the_toy_world_go_on_with_two_processes(warm, tmp_path, monkeyp
     assert len(lines) == 7
     lines[0]["rates"]["format"] = 100.0
     write(file, lines)
+    (tmp_path / "cut" / common.LOCK).touch()                               # the command line leaves it there
     assert f"{warm.name} greedy" in on_two_processes(tmp_path, cut)
     got = json.loads((tmp_path / "cut" / "evaluation.json").read_text())
     assert got["sampled"].pop("format")[0] > 1, "what was rated before the kill is not rated again"
     del expected["sampled"]["format"]
     assert got == expected
-    assert [file.name for file in (tmp_path / "cut").iterdir()] == ["evaluation.json"]
+    left = {file.name for file in (tmp_path / "cut").iterdir()}
+    assert left == {"evaluation.json", "values.json", common.LOCK}
 
 
 def test_answers_are_written_as_mmie_wants_them(samples_folder, talker, tmp_path):
