@@ -766,7 +766,8 @@ def read_sources(text: str, flag: str, readers: dict[str, tuple[Reader, str]], l
     for name, path in parse_sources(text, flag):
         reader, kind = readers[name]
         before = left_out.total()
-        of_source = list(tqdm(reader(path, left_out), desc=f"reading {name}", unit=" samples"))
+        of_source = list(tqdm(reader(path, left_out), desc=f"reading {name}", unit=" samples",
+                              disable=process_rank() > 0))
         broken = left_out.total() - before
         tqdm.write(f"{name:12} {kind:14} {len(of_source):9,} samples, {broken:,} records left out")
         if not of_source:

@@ -685,11 +685,16 @@ def row_result(row: str, runs: dict[int, dict], config: Config) -> dict:
 
 
 def claim_results(measured: dict[str, dict], seeds: list[int], config: Config) -> list[dict]:
-    """Test every claim whose two rows have a seed in common, paired by base model, seed and prompt."""
+    """Test every claim about rows that are here, paired by base model, seed and prompt.
+
+    measured: row -> number of the run -> measure -> values. A claim without a pair of runs has no verdict.
+    """
     results, tested = [], []
     for better, worse, measure, source in CLAIMS:
+        if better not in measured or worse not in measured:
+            continue
         result = {"claim": f"{better} > {worse}", "measure": measure, "source": source, "runs": 0}
-        rows = measured.get(better, {}), measured.get(worse, {})
+        rows = measured[better], measured[worse]
         pairs = dict.fromkeys((run_of(better, seed, config.bases), run_of(worse, seed, config.bases))
                               for seed in seeds)
         pairs = [(a, b) for a, b in pairs if a in rows[0] and b in rows[1]]

@@ -510,6 +510,7 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> list[S
     check_content(folder, state.get("content", {}), content)
     check_memory(config.model, config.budget, config.rows, device, config.quantize, config.base)
     policy, reference = start_policy(config, state, device)
+    # Choice: Adam moves every number by itself, so under torchrun each process updates its own shards.
     optimizer = torch.optim.Adam(policy.policy_parameters(), lr=config.lr, betas=(0.9, 0.95))
     restore_optimizer(optimizer, tensors)
     judges, codes = make_judges(config, device), CodeCache(policy, together=bool(pool))

@@ -1398,6 +1398,7 @@ def load(source: str | Path, device: str | torch.device = "cpu", quantize: str =
     model.text = TextTokenizer.from_folder(folder / "llm")              # small files first: they fail fast
     load_weights(model, folder, device, quantize)
     check_configs(model, folder)
+    model.configs["llm"]["tie_word_embeddings"] = False
     fit_vocabulary(model, folder)
     model.source, model.quantize = str(folder.resolve() if Path(source).exists() else source), quantize
     model.content = checkpoint_hash(source)
@@ -1648,8 +1649,7 @@ def published_sizes(model: UnifiedModel) -> dict[str, dict]:
     """A model's sizes as the published config files state them, by folder."""
     d, k, v = model.decoder.config, model.depth_config, model.vision_config
     llm = {**{f: x for f, x in asdict(d).items() if f not in ("rope_factor", "context", "qkv_bias", "tied")},
-           "rope_scaling": {"type": "linear", "factor": d.rope_factor} if d.rope_factor != 1 else None,
-           "tie_word_embeddings": False}
+           **({"rope_scaling": {"type": "linear", "factor": d.rope_factor}} if d.rope_factor != 1 else {})}
     tower = {"hidden_size": v.width, "vision_layers_used": v.layers, "rqvaesiglip": v.to_published(),
              "rqtransformer": {"embed_dim": k.width, "block_size": [v.grid, v.grid, v.depth],
                                "head": {"n_layer": k.layers, "block": {"n_head": k.heads}},

@@ -2,7 +2,7 @@
 
     part   judged                               judge           scale 0..1
     r_t    every text, given the prompt         RulesText       share of attributes that are right (toy world)
-                                                LlavaCritic     its score / 100 (the paper's judge)
+                                                LlavaCritic     its score over the scale (the paper's judge)
     r_v    every picture, given its own text    RulesVisual     share of attributes that are right (toy world)
                                                 ImageReward     normal CDF of its reward (the paper's judge)
                                                 ClipScore       2.5 max(0, cosine) (the paper's ablation)

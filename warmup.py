@@ -15,12 +15,6 @@ Stages 2 and 3 minimise Eq. (1), the negative log-likelihood of every answer tok
 
 The same command resumes a run that was interrupted, and ends with the same weights.
 """
-from common import (Count, LearningRate, Natural, Positive, Run, Seed, UserError, Weights, average_gradients,
-                    averaged, check_config, check_content, check_finite, check_settings, claim, end_processes,
-                    note_processes, optimizer_tensors, parse_config, process_count, process_rank, require,
-                    restore_optimizer, run_main, seeded, shown, start_processes, wait_for_all, whole,
-                    write_report, write_text)
-
 import itertools
 import json
 import math
@@ -40,6 +34,11 @@ from torch import Tensor
 from tqdm import tqdm
 
 import shapes
+from common import (Count, LearningRate, Natural, Positive, Run, Seed, UserError, Weights, average_gradients,
+                    averaged, check_config, check_content, check_finite, check_settings, claim, end_processes,
+                    note_processes, optimizer_tensors, parse_config, peak_gib, process_count, process_rank,
+                    require, restore_optimizer, run_main, seeded, shown, start_processes, wait_for_all, whole,
+                    write_report, write_text)
 from data import (I2T_QUESTION, KINDS, MARKS, PRETRAINING, READERS, CodeCache, LeftOut, Sample, hash_samples,
                   keep_usable, parse_sources, read_sources, row_of, toy_i2t, toy_prompt, toy_story, toy_t2i)
 from model import (DecoderConfig, DepthConfig, UnifiedModel, by_modality, chat, checkpoint_hash, gathered,
@@ -514,7 +513,8 @@ def make_optimizers(model: UnifiedModel, config: Config, lr: float) -> list[torc
     Choice: Muon (kellerjordan.github.io/posts/muon) orthogonalises the momentum of a matrix. With it the
     miniature is as good after half the steps. Embeddings, heads, norms, biases and the projector stay with
     AdamW, as Muon's author advises. With adapters or a published model Muon is not measured: AdamW alone.
-    Both work on sharded parameters as well: torch gathers a matrix where Muon orthogonalises it.
+    Choice: the same two under torchrun, where parameters are sharded. AdamW moves every number by itself,
+    and where Muon orthogonalises a matrix torch gathers that one.
     """
     matrices = []
     if not config.model:
@@ -591,7 +591,8 @@ def train_decoder(model: UnifiedModel, run: Run, config: Config, stage: str, bat
         began = time.perf_counter()
         samples = batch(step)
         model.zero_grad()
-        metrics = averaged(add_gradients(model, samples[share], codes, config))
+        metrics = add_gradients(model, samples[share], codes, config)
+        metrics = averaged({**metrics, "peak_gib": peak_gib(model.device)})
         check_finite(f"{stage}, step {step}: the loss", metrics["loss"], flag)
         for optimizer in optimizers:
             average_gradients(optimizer)

@@ -22,7 +22,12 @@ EXAMPLES = {
 import grpo
 import rewards
 
-rewards.agreement = lambda named, true: float(named is not None and named == true)
+
+def all_or_nothing(named, true, first=3):        # two scenes or None; first: attributes that count
+    return float(named is not None and true is not None and named[:first] == true[:first])
+
+
+rewards.agreement = all_or_nothing
 grpo.run_main(grpo.main)         # python my_reward.py --out out/my-reward
 """,
     "my_judge.py": """

@@ -27,7 +27,7 @@ BLOCKS = re.findall(r"^```bash\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
 TINY = {
     "warmup.py": SMALL,
     "grpo.py": dict(updates=2, prompts_per_update=2, group_size=2, budget=48, eval_prompts=0),
-    "evaluate.py": dict(prompts=2, updates=1, seeds="0", budget=24),
+    "evaluate.py": dict(prompts=2, updates=1, seeds="0", budget=24, only="warm-up"),
     "model.py": dict(budget=60),
     "shapes.py": dict(count=4),
     "published_samples.py": dict(share=0.1),
@@ -75,6 +75,10 @@ def clone(warm, tmp_path_factory):
     first command would train the whole one."""
     folder = fresh_clone(tmp_path_factory.mktemp("readme") / "clone")
     shutil.copytree(warm, folder / "out" / "warmup")
+    script, start = folder / "evaluate.py", 'if __name__ == "__main__":'    # small runs of --reproduce
+    small = {name: value for name, value in SMALL.items() if name in evaluate.WARM_UP}
+    script.write_text(script.read_text().replace(
+        start, f"WARM_UP.update({small})\nGRPO.update(budget=24)\n{start}"))
     tools = folder.parent / "tools"
     tools.mkdir()
     (tools / "shim.py").write_text(SHIM)

@@ -297,7 +297,7 @@ def test_a_part_of_weight_0_is_judged_by_nobody():
     assert make_judges(nobody, cpu) == (None, None)
     text, visual = make_judges(settings(visual_reward="", reward_weights=(1, 0, 1)), cpu)
     assert isinstance(text, RulesText) and visual is None
-    with pytest.raises(UserError, match="missing"):
+    with pytest.raises(UserError, match="vocab.json"):
         make_judges(settings(text_reward="llava-critic=tests"), cpu)
     scores, = judge([SAMPLE], [answer()], None, None)
     assert (scores.text, scores.visual, scores.format, scores.unscored) == (None, None, 1, [])

@@ -4,11 +4,9 @@ import math
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from conftest import FIXTURES, RUN, flags, killed_after, metrics, run, same, talkative, write
-from PIL import Image
+from conftest import FIXTURES, RUN, flags, killed_after, metrics, run, same, talkative
 
 import data
 import grpo
@@ -162,36 +160,24 @@ def test_learned_judges_train_and_the_report_shows_what_was_asked(warm, tmp_path
 
 def test_learned_judges_and_adapters_train_on_prompts_with_photographs(tmp_path):
     """Nothing of the toy world: prompts with pictures, LLaVA-Critic, ImageReward, adapters on a VILA-U."""
-    photographs(tmp_path)
-    vila_u = talkative(load(FIXTURES / "vila_u_tiny"), "How do I pack this?")
+    vila_u = talkative(load(FIXTURES / "vila_u_tiny"), "How do I pack this for a journey?")
     save(vila_u, tmp_path / "base" / "policy")
-    out = run("grpo.py", "--model", tmp_path / "base", "--prompts", tmp_path / "prompts.jsonl",
+    out = run("grpo.py", "--model", tmp_path / "base", "--prompts", "tests/photographs.jsonl",
               "--text-reward", f"llava-critic={FIXTURES / 'llava_critic_tiny'}",
               "--visual-reward", f"image-reward={FIXTURES / 'image_reward_tiny'}", "--critic-tiles", 2,
               "--lora-rank", 2, "--out", tmp_path / "g", "--credit", "process",
-              *flags({**RUN, "updates": 2, "group_size": 2, "budget": 80}))
-    assert "2 prompts are ready" in out
+              *flags({**RUN, "updates": 2, "prompts_per_update": 3, "budget": 80}))
+    assert "3 prompts are ready" in out
     lines = metrics(tmp_path / "g")
     assert len(lines) == 2 and any(line["reward/visual"] > 0 for line in lines)
     assert all(math.isfinite(value) for line in lines for value in line.values())
     assert any(line["grad_norm"] > 0 for line in lines), "something is learned"
     page = (tmp_path / "g" / "report.html").read_text()
     judged = page.split("what the text judge was asked", 1)[1].split("</details>")[0]
-    assert "Question: [How do I pack this?  ]" in judged and "[score: " in judged and "--&gt;" in judged
-    assert judged.count("picture of the question") == (judged.count("Given an image and")
-                                                       + 2 * judged.count("Given images and")) > 0
-
-
-def photographs(folder: Path) -> None:
-    """prompts.jsonl: a prompt with one picture and a prompt with two, of many colours and no square."""
-    rng = np.random.default_rng(0)
-    for name, size in {"wide": (9, 12), "tall": (12, 9), "small": (3, 4)}.items():
-        pixels = rng.integers(0, 256, (*size, 3), dtype=np.uint8)
-        picture = Image.fromarray(pixels).resize((20 * size[1], 20 * size[0]), Image.BICUBIC)
-        picture.save(folder / f"{name}.jpg")
-    write(folder / "prompts.jsonl", [
-        {"prompt": "How do I pack this? <image>", "images": ["wide.jpg"]},
-        {"prompt": "First <image>, then <image>. What is next?", "images": ["tall.jpg", "small.jpg"]}])
+    assert "Question: [How do I pack this for a journey?  ]" in judged
+    assert "[score: " in judged and "--&gt;" in judged and "Given a question, please serve" in judged
+    pictures = judged.count("Given an image and") + 2 * judged.count("Given images and")
+    assert judged.count("picture of the question") == pictures > 0
 
 
 def test_one_answer_from_the_command_line(warm, tmp_path):
