@@ -26,11 +26,6 @@ from tokenizer import Answer, Segment
 
 
 @pytest.fixture(scope="session")
-def run_benchmark(config):
-    """Run a benchmark as the command line does."""
-    evaluate.run_benchmark(config, Path(config.out))
-
-
 def samples_folder(tmp_path_factory):
     return published_samples.make(tmp_path_factory.mktemp("published"), 0.5, seed=1)
 
@@ -41,6 +36,11 @@ def talker(tiny, tmp_path_factory):
     folder = tmp_path_factory.mktemp("talker")
     save(tiny, folder / "policy")
     return folder
+
+
+def run_benchmark(config):
+    """Run a benchmark as the command line does."""
+    evaluate.run_benchmark(config, Path(config.out))
 
 
 def read(benchmark: str, path: Path) -> tuple[list[Question], LeftOut]:
