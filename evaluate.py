@@ -1440,11 +1440,12 @@ def main() -> None:
         "benchmark": BENCHMARKS, "text_reward": judge_names("text"), "visual_reward": judge_names("visual")})
     _, world, _ = start_processes(config.device)
     check(config, world)
+    if len(config.compare) == 1:
+        print(f"report: {write_report(Path(config.compare[0]))}")
+        return
     modes = {"compare": config.compare, config.benchmark: config.benchmark, "reproduce": config.reproduce}
     with claim(config.out or f"out/{next((name for name, on in modes.items() if on), 'evaluate')}") as out:
-        if len(config.compare) == 1:
-            print(f"report: {write_report(Path(config.compare[0]))}")
-        elif config.compare:
+        if config.compare:
             runs = {str(Path(run)).removeprefix("out/"): Path(run) for run in config.compare}
             print(f"side by side: {write_comparison(runs, out)}")
         elif config.benchmark:

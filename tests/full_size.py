@@ -32,7 +32,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 import data
 import grpo
 import memory_plan
-from common import end_processes, process_count, process_rank, start_processes, whole
+from common import averaged, end_processes, process_count, process_rank, start_processes, whole
 from model import (NAMES, DecoderConfig, DepthConfig, Sampling, UnifiedModel, load, prepare_training, rename,
                    trainable_state, with_trainable, write_configs)
 from rewards import RulesText, RulesVisual
@@ -244,10 +244,10 @@ def shard_update(size: str, out: Path) -> None:
     batch.old_logp = ref_logp.clone()
     # Choice: this eps makes a step follow its gradient; Adam's own makes a first step its sign, noise too.
     optimizer = torch.optim.Adam(policy.policy_parameters(), lr=1e-4, eps=1e-4)
-    metrics = grpo.averaged(grpo.update(policy, optimizer, batch, ref_logp, config), policy.device)
+    metrics = averaged(grpo.update(policy, optimizer, batch, ref_logp, config))
     seconds = time.perf_counter() - began
     peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 10
-    peaks = grpo.averaged({"peak_max": peak_mib}, policy.device)
+    peaks = averaged({"peak_max": peak_mib})
     steps = {name: whole(p.detach() - reference[name]).flatten()[::97].clone()
              for name, p in policy.named_parameters() if p.requires_grad}
     if process_rank() == 0:
