@@ -822,7 +822,8 @@ def free_folder(folder: Path) -> Path:
 
 LOCK = "run.lock"                # in every folder that results go to; empty unless a run is alive
 BEAT, DEAD = 15, 60              # seconds between signs of life, and without one until a run counts as dead
-GOES_ON = {"policy*/training.json": "the same command goes on from the last checkpoint",
+GOES_ON = {"*/*/config.json": "the same command goes on, finished runs are not trained again",
+           "policy*/training.json": "the same command goes on from the last checkpoint",
            "*/answers*.jsonl": "the same command goes on behind the last answer",
            "rates_*.jsonl": "the same command goes on behind the last answer"}
 

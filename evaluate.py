@@ -35,18 +35,10 @@ criteria in our words (llava-critic). The same command resumes a run that was in
 
     torchrun --nproc_per_node=8 evaluate.py ...           # the same tables, the work shared by 8 processes
 """
-from common import (COLUMNS, Count, Names, Natural, Naturals, NonNegative, NonNegatives, Part, Seed, TopPs,
-                    UserError, Weights, add_line, chart, check_config, check_content, check_settings, claim,
-                    end_processes, flag_of, fold, free_folder, hash_files, parse_config, part_html,
-                    pick_device, picture_html, process_count, process_rank, read_json, read_lines,
-                    read_metrics, read_picture, require, run_main, shown, start_processes, steps_html,
-                    wait_for_all, write_comparison, write_page, write_report, write_text, write_whole)
-
 import hashlib
 import html
 import json
 import os
-import platform
 import random
 import re
 import signal
@@ -67,6 +59,12 @@ from tqdm import tqdm
 
 import data
 import shapes
+from common import (COLUMNS, Count, Names, Natural, Naturals, NonNegative, NonNegatives, Part, Seed, TopPs,
+                    UserError, Weights, add_line, chart, check_config, check_content, check_settings, claim,
+                    end_processes, flag_of, fold, free_folder, hash_files, machine, parse_config,
+                    part_html, pick_device, picture_html, process_count, process_rank, read_json, read_lines,
+                    read_metrics, read_picture, require, run_main, shown, start_processes, steps_html,
+                    wait_for_all, write_comparison, write_page, write_report, write_text, write_whole)
 from data import (I2T_QUESTION, Broken, CodeCache, LeftOut, Question, Sample, fingerprint, hash_samples,
                   keep_usable, toy_prompt)
 from judges import LlavaCritic, strip_marks
@@ -364,7 +362,7 @@ GRPO = dict(                         # of every run: all settings of grpo.py tha
     edits=3, prompts_per_update=16, group_size=4, epochs_per_rollout=1, lr=2e-4, clip=0.2, kl=0.2,
     credit="process", step_discount=0.5, normalise="kind", per_modality=False, text_reward="rules",
     visual_reward="rules", reward_weights=(1.0, 1.0, 1.0), temperature=1.0, top_k=0, top_p=1.0, guidance=1.0,
-    score_guided=True, budget=160, lora_rank=0, lora_alpha=16.0, quantize="none")
+    score_guided=True, ramp=5, budget=160, lora_rank=0, lora_alpha=16.0, quantize="none")
 # Choice: stories of 2 and 4 edits have base models of their own. One that has learned stories of 3 edits
 # writes 3 steps whatever it is asked, so its format reward is 0 and GRPO has nothing to start from.
 BASES = {                            # kind of base model -> how it differs from WARM_UP
@@ -524,26 +522,19 @@ def command_of(script: str, settings: dict) -> list[str]:
     return [sys.executable, str(Path(__file__).with_name(script)), *flags]
 
 
-def weights_hash(base: Path) -> str:
-    """A hash of a base model's weights. A run on other weights is another run."""
-    digest = hashlib.sha256()
-    for file in sorted((base / "policy").rglob("*.safetensors")):
-        if file.name != "training.safetensors":
-            digest.update(file.read_bytes())
-    return digest.hexdigest()[:16]
-
-
 def check_cached(folder: Path, settings: dict) -> None:
-    """Refuse a folder whose run had other settings or another base model; note those of a new one.
+    """Refuse a folder whose run had other settings. Under "model" stands a hash of the base model.
 
     Choice: refuse rather than train anew, which would delete hours of work for a flag. Raises UserError.
     """
-    run, job, rates = folder / "config.json", folder / "job.json", folder / "rates" / "values.json"
-    if run.exists():
-        check_settings(folder, read_json(run)["settings"], settings)
-    if job.exists() and (run.exists() or rates.exists()):
-        check_settings(folder, read_json(job), settings)
-    write_text(job, json.dumps(settings, indent=1))
+    if not (folder / "config.json").exists():
+        return
+    record = read_json(folder / "config.json")
+    before = {**record["settings"], "model": (record["content"] or {}).get("model")}
+    for name, value in json.loads(json.dumps(settings)).items():
+        if before.get(name) != value:
+            raise UserError(f"{folder}: its run had {flag_of(name)} {before.get(name)}, not {value}: choose "
+                            f"another --out, or delete this folder")
 
 
 def base_job(kind: str, number: int, folder: Path, config: Config) -> Job:
@@ -558,27 +549,29 @@ def base_job(kind: str, number: int, folder: Path, config: Config) -> Job:
 
 def run_job(row: str, number: int, folder: Path, base: Path, config: Config) -> Job:
     """Train and rate one run of a row, or rate a base model, unless that is done."""
-    settings = {**GRPO, "updates": config.updates, **ROWS[row], "model": str(base), "seed": number}
+    settings = {**GRPO, "updates": config.updates, **ROWS[row], "seed": number}
     settings.pop("base", None)
-    check_cached(folder, {**settings, "base_weights": weights_hash(base)})
+    check_cached(folder, {**settings, "model": checkpoint_hash(base)})
     rated = Config(model=str(folder if settings["updates"] else base), prompts=config.prompts, seed=FRESH,
                    edits=settings["edits"], guidance=settings["guidance"], budget=settings["budget"],
                    visual_reward=settings["visual_reward"], device=config.device, out=str(folder / "rates"))
     values, now = folder / "rates" / "values.json", asdict(rated)
-    if values.exists() and read_json(values)["settings"] == json.loads(json.dumps(now)):
+    record = read_json(values) if values.exists() else {}
+    if record.get("settings") == json.loads(json.dumps(now)) and (
+            record["content"] == checkpoint_hash(rated.model)):
         return Job(folder, [])
     changed = {f.name: now[f.name] for f in fields(Config) if now[f.name] != f.default}
     commands = [command_of("evaluate.py", changed)]
     if settings["updates"]:
-        options = {"out": folder, "device": config.device, "eval_prompts": 0}
+        options = {"model": base, "out": folder, "device": config.device, "eval_prompts": 0}
         commands.insert(0, command_of("grpo.py", {**settings, **options}))
     return Job(folder, commands)
 
 
 def start(job: Job) -> subprocess.Popen:
-    """Start the next command of a job with one thread; its output goes to log.txt."""
-    job.folder.mkdir(parents=True, exist_ok=True)
-    with open(job.folder / "log.txt", "ab") as log:
+    """Start the next command of a job with one thread; its output goes to FOLDER.log."""
+    job.folder.parent.mkdir(parents=True, exist_ok=True)
+    with open(f"{job.folder}.log", "ab") as log:
         return subprocess.Popen(job.commands.pop(0), stdout=log, stderr=subprocess.STDOUT,
                                 env={**os.environ, "OMP_NUM_THREADS": "1"})
 
@@ -608,7 +601,7 @@ def run_jobs(jobs: list[Job], at_once: int, bar: tqdm) -> None:
                     running[start(job)] = job
                     continue
                 if process.returncode:
-                    job.reason = last_words(job.folder / "log.txt") or f"exit code {process.returncode}"
+                    job.reason = last_words(Path(f"{job.folder}.log")) or f"exit code {process.returncode}"
                 bar.update()
             bar.set_postfix_str(" ".join(str(job.folder) for job in running.values()), refresh=False)
             time.sleep(0.2)
@@ -647,8 +640,7 @@ def reproduce(config: Config, out: Path) -> None:
     measured = {row: {number: read_values(job.folder) for (of, number), job in jobs.items()
                       if of == row and not job.reason} for row in rows}
     result = {
-        "settings": asdict(config), "base_models": WARM_UP, "grpo": GRPO, "prompts_seed": FRESH,
-        "machine": f"{platform.machine()}, {os.cpu_count()} CPUs, torch {torch.__version__}",
+        "settings": asdict(config), "base_models": WARM_UP, "grpo": GRPO, "prompts_seed": FRESH, **machine(),
         "rows": {row: row_result(row, measured[row], config) for row in rows},
         "claims": claim_results(measured, seeds, config), "judges": judge_agreement(measured),
         "failed": {f"{row}/{number}": job.reason for (row, number), job in jobs.items() if job.reason}}
@@ -1340,6 +1332,7 @@ def benchmark_table(benchmark: Benchmark, ours: dict[str, Rows]) -> str:
         lines.append(f"paper full, in other measures of the same ability, not this one: {others}")
     return "\n".join(lines)
 
+
 PAGE = 200                           # answers that a page shows
 
 
@@ -1447,11 +1440,12 @@ def main() -> None:
         "benchmark": BENCHMARKS, "text_reward": judge_names("text"), "visual_reward": judge_names("visual")})
     _, world, _ = start_processes(config.device)
     check(config, world)
+    if len(config.compare) == 1:
+        print(f"report: {write_report(Path(config.compare[0]))}")
+        return
     modes = {"compare": config.compare, config.benchmark: config.benchmark, "reproduce": config.reproduce}
     with claim(config.out or f"out/{next((name for name, on in modes.items() if on), 'evaluate')}") as out:
-        if len(config.compare) == 1:
-            print(f"report: {write_report(Path(config.compare[0]))}")
-        elif config.compare:
+        if config.compare:
             runs = {str(Path(run)).removeprefix("out/"): Path(run) for run in config.compare}
             print(f"side by side: {write_comparison(runs, out)}")
         elif config.benchmark:
@@ -1463,7 +1457,8 @@ def main() -> None:
             result = summary(values, config)
             if process_rank() == 0:
                 write_text(out / "evaluation.json", json.dumps(result, indent=1))
-                write_text(out / "values.json", json.dumps({"settings": asdict(config), "values": values}))
+                write_text(out / "values.json", json.dumps(
+                    {"settings": asdict(config), "content": checkpoint_hash(config.model), "values": values}))
             print(rates_table({Path(config.model).name: result}))
             print(f"rates: {out / 'evaluation.json'}, those of every prompt: {out / 'values.json'}")
     end_processes()

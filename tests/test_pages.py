@@ -15,7 +15,7 @@ from PIL import Image
 import grpo
 import shapes
 import warmup
-from common import draw_sheet, enlarged, png, write_comparison, write_report
+from common import LOCK, draw_sheet, enlarged, png, write_comparison, write_report
 from data import Sample
 from rewards import Scores, group_record
 from tokenizer import Answer, Segment
@@ -189,17 +189,17 @@ def test_a_warm_up_leaves_its_report_whoever_starts_it(warm, tmp_path):
     page = words((out / "report.html").read_text())
     assert "The same prompts before and after" in page and "This cannot be shown" not in page
     assert "tokenizer" in page and "pretrain" in page and "loss/image" in page
-    groups = json.loads((out / "samples" / "after.json").read_text())["groups"]
+    groups = json.loads((out / "samples" / "999999_after.json").read_text())["groups"]
     assert {shapes.wanted_steps(group["prompt"]) for group in groups} == {warmup.Config.edits}
 
 
 @pytest.mark.parametrize("name, text, expected", [
-    ("metrics.jsonl", None, "metrics.jsonl: missing"),
+    ("metrics.jsonl", None, "metrics.jsonl: no such file"),
     ("metrics.jsonl", "", "no line of metrics"),
     ("metrics.jsonl", '{"update": 1, "reward": 0.5}\n', "lacks 'seconds'"),
-    ("config.json", None, "config.json: missing"),
+    ("config.json", None, "config.json: no such file"),
     ("config.json", '{"command": "x"}', "lacks 'settings'"),
-    ("evaluation.json", None, "evaluation.json: missing"),
+    ("evaluation.json", None, "evaluation.json: no such file"),
     ("evaluation.json", '{"before": {}}', "lacks"),
     ("evaluation.json", '{"before"', "not JSON"),
     ("samples/000000_before.json", '{"title": "x", "groups": [{"prompt": "p", "answers": []}]}', "lacks"),
@@ -228,7 +228,7 @@ def test_half_a_run_shows_what_there_is(folder):
     whole = (folder / "metrics.jsonl").read_text()
     (folder / "metrics.jsonl").write_text(whole + '{"update": 41, "rew')
     page = words(write_report(folder).read_text())
-    assert "40 updates" in page and "before answer 1" in page and "evaluation.json: missing" in page
+    assert "40 updates" in page and "before answer 1" in page and "evaluation.json: no such file" in page
     assert (folder / "metrics.jsonl").read_text().endswith('"rew'), "a page changes no file of the run"
 
 
@@ -286,7 +286,8 @@ def test_explain_walks_one_prompt_through_one_update_and_leaves_the_run_alone(wa
     shutil.copytree(warm, out)
 
     def files() -> dict:
-        return {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in out.rglob("*") if p.is_file()}
+        return {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in out.rglob("*")
+                if p.is_file() and p.name != LOCK}
     before = files()
     printed = run("grpo.py", "--model", warm, "--out", out, "--explain", *flags({**RUN, "group_size": 4}))
     after = files()

@@ -174,12 +174,12 @@ def test_a_killed_warmup_goes_on_bit_equal(warm, tmp_path, monkeypatch, lines):
     warmup.warm_up(config)
     assert warmup.is_done(folder) and same(weights(folder), weights(warm))
     assert metrics(folder) == metrics(warm)
-    for sheet in ("samples/before.json", "samples/after.json"):
+    for sheet in ("samples/000000_before.json", "samples/999999_after.json"):
         assert (folder / sheet).read_text() == (warm / sheet).read_text()
 
 
 def test_sheets_show_heldout_prompts_of_the_length_that_is_trained(warm):
-    for name in ("before", "after"):
+    for name in ("000000_before", "999999_after"):
         groups = json.loads((warm / "samples" / f"{name}.json").read_text())["groups"]
         assert len(groups) == 6
         for group in groups:
