@@ -475,6 +475,7 @@ def test_a_benchmark_goes_on_with_two_processes_after_three_were_killed(samples_
     left = tmp_path / "cut" / "model"
     copytree(tmp_path / "whole" / "model", left, ignore=ignore_patterns("*.jsonl", "data.json", "*.html"))
     kept = json.loads(answers[1]) | {"layout": "kept"}
+    write(left.parent / common.LOCK, "")                                   # as a kill leaves it
     write(left / "answers-0.jsonl", answers[0] + answers[3][:20])
     write(left / "answers-2.jsonl", json.dumps(kept) + "\n")
     write(left / "replies-2.jsonl", replies[2])
@@ -486,7 +487,11 @@ def test_a_benchmark_goes_on_with_two_processes_after_three_were_killed(samples_
     lines = {line["id"]: line for line in common.read_lines(left / "answers.jsonl")}
     expected = {line["id"]: line for line in map(json.loads, answers)} | {kept["id"]: kept}
     assert lines == expected
-    assert sorted((left / "replies.jsonl").read_text().splitlines(keepends=True)) == sorted(replies)
+
+    def words(line: dict) -> tuple:          # without the pictures' hash: another batch, other rounding
+        return line["id"], line["aspect"], line["reply"]
+    assert sorted(map(words, common.read_lines(left / "replies.jsonl"))) == sorted(
+        words(json.loads(line)) for line in replies)
 
 
 def test_rates_of_the_toy_world_go_on_with_two_processes(warm, tmp_path, monkeypatch):
