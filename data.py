@@ -681,8 +681,8 @@ def read_jsonl(path: Path, left_out: LeftOut, with_steps: bool = True) -> Iterat
         origin = (path, line, id_of(record))
         with left_out.guard(*origin):
             prompt = need(record, "prompt", str)
-            for key in record.keys() - {"prompt", "images", "steps", "id"}:
-                left_out.add(*origin, f"unknown key {key!r}, expected prompt, images, steps or id",
+            for key in record.keys() - {"prompt", "images", "steps", "kind", "id"}:
+                left_out.add(*origin, f"unknown key {key!r}, expected prompt, images, steps, kind or id",
                              verdict="noted")
             if not prompt.strip():
                 raise Broken("the prompt is empty")

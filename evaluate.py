@@ -35,6 +35,13 @@ criteria in our words (llava-critic). The same command resumes a run that was in
 
     torchrun --nproc_per_node=8 evaluate.py ...           # the same tables, the work shared by 8 processes
 """
+from common import (COLUMNS, Count, Names, Natural, Naturals, NonNegative, NonNegatives, Part, Seed, TopPs,
+                    UserError, Weights, add_line, chart, check_config, check_content, check_settings, claim,
+                    end_processes, flag_of, fold, free_folder, hash_files, machine, parse_config,
+                    part_html, pick_device, picture_html, process_count, process_rank, read_json, read_lines,
+                    read_metrics, read_picture, require, run_main, shown, start_processes, steps_html,
+                    wait_for_all, write_comparison, write_page, write_report, write_text, write_whole)
+
 import hashlib
 import html
 import json
@@ -59,12 +66,6 @@ from tqdm import tqdm
 
 import data
 import shapes
-from common import (COLUMNS, Count, Names, Natural, Naturals, NonNegative, NonNegatives, Part, Seed, TopPs,
-                    UserError, Weights, add_line, chart, check_config, check_content, check_settings, claim,
-                    end_processes, flag_of, fold, free_folder, hash_files, machine, parse_config,
-                    part_html, pick_device, picture_html, process_count, process_rank, read_json, read_lines,
-                    read_metrics, read_picture, require, run_main, shown, start_processes, steps_html,
-                    wait_for_all, write_comparison, write_page, write_report, write_text, write_whole)
 from data import (I2T_QUESTION, Broken, CodeCache, LeftOut, Question, Sample, fingerprint, hash_samples,
                   keep_usable, toy_prompt)
 from judges import LlavaCritic, strip_marks

@@ -15,6 +15,12 @@ Stages 2 and 3 minimise Eq. (1), the negative log-likelihood of every answer tok
 
 The same command resumes a run that was interrupted, and ends with the same weights.
 """
+from common import (Count, LearningRate, Natural, Positive, Run, Seed, UserError, Weights, average_gradients,
+                    averaged, check_config, check_content, check_finite, check_settings, claim, end_processes,
+                    note_processes, optimizer_tensors, parse_config, peak_gib, process_count, process_rank,
+                    require, restore_optimizer, run_main, seeded, shown, start_processes, wait_for_all, whole,
+                    write_report, write_text)
+
 import itertools
 import json
 import math
@@ -34,11 +40,6 @@ from torch import Tensor
 from tqdm import tqdm
 
 import shapes
-from common import (Count, LearningRate, Natural, Positive, Run, Seed, UserError, Weights, average_gradients,
-                    averaged, check_config, check_content, check_finite, check_settings, claim, end_processes,
-                    note_processes, optimizer_tensors, parse_config, peak_gib, process_count, process_rank,
-                    require, restore_optimizer, run_main, seeded, shown, start_processes, wait_for_all, whole,
-                    write_report, write_text)
 from data import (I2T_QUESTION, KINDS, MARKS, PRETRAINING, READERS, CodeCache, LeftOut, Sample, hash_samples,
                   keep_usable, parse_sources, read_sources, row_of, toy_i2t, toy_prompt, toy_story, toy_t2i)
 from model import (DecoderConfig, DepthConfig, UnifiedModel, by_modality, chat, checkpoint_hash, gathered,

@@ -12,7 +12,7 @@ from pathlib import Path
 import published_samples
 import pytest
 import torch
-from conftest import RUN, SMALL, flags, killed_after, metrics, run, same, shots, write
+from conftest import FIXTURES, RUN, SMALL, flags, killed_after, metrics, run, same, shots, write
 from PIL import Image
 
 import common
@@ -389,7 +389,9 @@ def test_our_own_lines(tmp_path):
         {"prompt": "How? <image>", "steps": [step]}, {"prompt": "How?"},
         {"prompt": "How?", "steps": [step], "more": 1}])
     samples, left_out = read("jsonl", file)
-    assert [s.origin[1] for s in samples] == [1, 7] and sum(left_out.counts.values()) == 5
+    assert [s.origin[1] for s in samples] == [1, 7]
+    verdicts = Counter(verdict for verdict, *_ in left_out.counts.elements())
+    assert verdicts == {"left out": 5, "noted": 1}, "line 7 is used, its unknown key is noted"
 
 
 @pytest.mark.parametrize("text, message",
@@ -622,8 +624,8 @@ def test_grpo_takes_the_prompt_side_of_published_data(warm, samples_folder, tmp_
         return (lambda prompts, pictures, texts: [0.3 * len(so_far[-1]) % 1 for so_far in texts],
                 lambda texts, pictures: [p.mean() / 255 for p in pictures])
     stories = samples_folder / "jsonl" / "stories.jsonl"
-    config = grpo.Config(model=str(warm), out=str(tmp_path / "g"), text_reward="llava-critic",
-                         visual_reward="clip-score", **{**RUN, "eval_prompts": 2},
+    config = grpo.Config(model=str(warm), out=str(tmp_path / "g"), text_reward=f"llava-critic={FIXTURES / 'llava_critic_tiny'}",
+                         visual_reward=f"clip-score={FIXTURES / 'clip_tiny'}", **{**RUN, "eval_prompts": 2},
                          prompts=f"genhowto={samples_folder / 'genhowto'},jsonl={stories}")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(grpo, "make_judges", judges)

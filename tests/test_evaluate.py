@@ -632,7 +632,7 @@ def test_visual_reward_of_a_right_picture_is_one_and_of_none_is_zero(tmp_path):
 
 def test_help_lists_the_benchmarks_and_judges_by_name():
     out = re.sub(r"\s+", " ", run("evaluate.py", "--help"))
-    assert ", ".join(BENCHMARKS) in out and "rules, image-reward, clip-score" in out
+    assert ", ".join(BENCHMARKS) in out and "rules, rules-weak, image-reward, clip-score" in out
 
 
 @pytest.mark.parametrize("arguments, words", [
