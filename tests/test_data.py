@@ -24,6 +24,10 @@ from common import UserError
 from data import CodeCache, LeftOut, Sample, keep_usable, read_sources, records
 from model import load, load_training
 
+# Settings that name learned judges; the tests that use them put others in their place.
+JUDGES = {"text_reward": f"llava-critic={FIXTURES / 'llava_critic_tiny'}",
+          "visual_reward": f"clip-score={FIXTURES / 'clip_tiny'}"}
+
 
 @pytest.fixture(scope="session")
 def samples_folder(tmp_path_factory):
@@ -598,7 +602,7 @@ def test_prompts_of_every_kind_train_what_they_ask_for(warm, tmp_path, monkeypat
     monkeypatch.setattr(grpo, "rollout", lambda *given: batches.append(real(*given)) or batches[-1])
     monkeypatch.setattr(grpo, "make_judges", lambda *_: (lambda *asked: [0.5] * len(asked[0]),) * 2)
     grpo.train(grpo.Config(model=str(warm), out=str(tmp_path / "g"), prompts=str(file),
-                           text_reward="llava-critic", visual_reward="clip-score", **RUN),
+                           **JUDGES, **RUN),
                0, 1, torch.device("cpu"))
     assert capsys.readouterr().out.count('1 of them do not say how many "steps" they want') == 1
     kinds = {sample.kind for batch in batches for sample in batch.samples}
@@ -624,8 +628,7 @@ def test_grpo_takes_the_prompt_side_of_published_data(warm, samples_folder, tmp_
         return (lambda prompts, pictures, texts: [0.3 * len(so_far[-1]) % 1 for so_far in texts],
                 lambda texts, pictures: [p.mean() / 255 for p in pictures])
     stories = samples_folder / "jsonl" / "stories.jsonl"
-    config = grpo.Config(model=str(warm), out=str(tmp_path / "g"), text_reward=f"llava-critic={FIXTURES / 'llava_critic_tiny'}",
-                         visual_reward=f"clip-score={FIXTURES / 'clip_tiny'}", **{**RUN, "eval_prompts": 2},
+    config = grpo.Config(model=str(warm), out=str(tmp_path / "g"), **JUDGES, **{**RUN, "eval_prompts": 2},
                          prompts=f"genhowto={samples_folder / 'genhowto'},jsonl={stories}")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(grpo, "make_judges", judges)
