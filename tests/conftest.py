@@ -6,6 +6,11 @@ import sys
 from pathlib import Path
 
 import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")                  # before torch is imported
+WORKER = int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw"))
+os.environ["PET_MASTER_PORT"] = str(29500 + WORKER)            # torchrun's port, one for each worker
+
 import torch
 from PIL import Image
 
