@@ -548,7 +548,8 @@ def reading(path: Path, what: str):
 def read_lines(path: Path, key: Callable[[dict], object] = dict) -> list[dict]:
     """The JSON lines of a log of our own, [] where there is none. `key` takes from a line what it must hold.
 
-    Half a line, left by a kill, and any other broken one are taken out of the file, with one warning.
+    Half a line, left by a kill, and any other broken one are taken out of the file, with one warning. Of several
+    processes only rank 0 does so.
     """
     lines, broken = [], 0
     for text in path.read_bytes().splitlines() if path.exists() else ():
@@ -558,7 +559,7 @@ def read_lines(path: Path, key: Callable[[dict], object] = dict) -> list[dict]:
             lines.append(line)
         except (ValueError, RecursionError, TypeError, KeyError):
             broken += 1
-    if broken:
+    if broken and process_rank() == 0:
         tqdm.write(f"warning: {path}: {broken} broken lines are dropped", file=sys.stderr)
         write_text(path, "".join(json.dumps(line) + "\n" for line in lines))
     return lines

@@ -50,7 +50,7 @@ def run(*arguments, check: int = 0, **environment) -> str:
     """A script in a process of its own, in the repository's root."""
     done = subprocess.run([sys.executable, *map(str, arguments)], cwd=ROOT, capture_output=True, text=True,
                           env={**os.environ, "OMP_NUM_THREADS": "1", **environment})
-    assert done.returncode == check, done.stderr[-2000:]
+    assert done.returncode == check, done.stderr[:3000]
     return done.stdout + done.stderr
 
 
