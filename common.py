@@ -548,8 +548,8 @@ def reading(path: Path, what: str):
 def read_lines(path: Path, key: Callable[[dict], object] = dict) -> list[dict]:
     """The JSON lines of a log of our own, [] where there is none. `key` takes from a line what it must hold.
 
-    Half a line, left by a kill, and any other broken one are taken out of the file, with one warning. Of several
-    processes only rank 0 does so.
+    Half a line, left by a kill, and any other broken one are taken out of the file, with one warning. Of
+    several processes only rank 0 does so.
     """
     lines, broken = [], 0
     for text in path.read_bytes().splitlines() if path.exists() else ():
