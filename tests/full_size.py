@@ -50,6 +50,8 @@ SIZES = {                                            # --size of `shard` -> deco
                     num_attention_heads=8), DepthConfig(width=256, layers=3, heads=4)),
     "200M": (replace(DECODER, hidden_size=1024, intermediate_size=2816, num_hidden_layers=8,
                      num_attention_heads=8), DepthConfig(width=512, layers=3, heads=8)),
+    "600M": (replace(DECODER, hidden_size=1536, intermediate_size=4224, num_hidden_layers=14,
+                     num_attention_heads=12), DepthConfig(width=1024, layers=4, heads=16)),
     "1B": (replace(DECODER, hidden_size=2048, intermediate_size=5632, num_hidden_layers=16,
                    num_attention_heads=16), DepthConfig(width=1280, layers=6, heads=20)),
 }
