@@ -401,7 +401,7 @@ class UnifiedModel(nn.Module):
         self.system_prompt = VICUNA
         self.configs: dict[str, dict] = {}               # the published config.json files, by folder
         self.source, self.quantize = "", "none"          # what the weights were loaded from, and how
-        self.content = ""                                # `checkpoint_hash` of the source
+        self.content = ""                                # with adapters: `checkpoint_hash` of the source
         self.adapter: dict | None = None                 # rank and alpha, if there are adapters
         self.precision: torch.dtype | None = None        # of passes, if it is not that of the weights
         self.rows = 0                                    # what `rows_that_fit` printed last
@@ -1102,6 +1102,7 @@ def prepare_training(model: UnifiedModel, rank: int, alpha: float, seed: int = 0
     ids = [model.text.id(token) for token in (THINK_START, THINK_END)]
     decoder.embed, decoder.lm_head = AddedRows(decoder.embed, ids), AddedRows(decoder.lm_head, ids)
     model.adapter = {"rank": rank, "alpha": alpha}
+    model.content = checkpoint_hash(model.source) if model.source else ""
 
 
 def merge(model: UnifiedModel) -> None:
@@ -1401,7 +1402,6 @@ def load(source: str | Path, device: str | torch.device = "cpu", quantize: str =
     model.configs["llm"]["tie_word_embeddings"] = False
     fit_vocabulary(model, folder)
     model.source, model.quantize = str(folder.resolve() if Path(source).exists() else source), quantize
-    model.content = checkpoint_hash(source)
     return model
 
 
@@ -1525,10 +1525,10 @@ def load_adapters(folder: Path, device: str | torch.device, base: str, quantize:
     except UserError as error:
         raise UserError(f"{folder}: the base of these adapters cannot be loaded (one that was moved is named "
                         f"with --base FOLDER): {error}") from None
+    prepare_training(model, rank, alpha)
     if content not in ("", model.content):
         raise UserError(f"{folder}: these adapters were trained on other weights than those in {base} now: "
                         f"name their base with --base FOLDER")
-    prepare_training(model, rank, alpha)
     load_adapter_weights(model, folder, device)
     return model
 
