@@ -179,10 +179,13 @@ def judge(samples: list, answers: list[Answer], text_judge: TextJudge | None,
     texts = ask_text(samples, answers, text_judge, own_step or credit == "process") if text_judge else {}
     pictures = ask_visual(samples, answers, visual_judge) if visual_judge else {}
     cuts = getattr(visual_judge, "cuts", lambda text: False)
+    rewards = [({}, {}) for _ in answers]                  # r_t and r_v of each answer, by segment
+    for kind, part in enumerate((texts, pictures)):
+        for (n, i), reward in part.items():
+            rewards[n][kind][i] = reward
     scores = []
-    for n, (sample, answer) in enumerate(zip(samples, answers, strict=True)):
+    for sample, answer, (r_t, r_v) in zip(samples, answers, rewards, strict=True):
         segments, (n_texts, n_pictures) = answer.segments, wanted(sample)
-        r_t, r_v = ({i: r for (m, i), r in part.items() if m == n} for part in (texts, pictures))
         whole = [r for i, r in r_t.items() if visible(segments[i].text)]
         text = mean_reward(list(r_t.values()), n_texts) if own_step or not whole else whole[-1]
         scores.append(Scores(
