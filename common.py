@@ -927,7 +927,7 @@ class Run:
             {"settings": asdict(config), "content": content, "command": " ".join(sys.argv), **machine(),
              "threads": torch.get_num_threads(), "processes": process_count()}, indent=1))
         self.metrics = self.folder / "metrics.jsonl"
-        earlier = read_metrics(self.metrics)[:lines]
+        earlier = read_lines(self.metrics)[:lines]
         write_text(self.metrics, "".join(json.dumps(line) + "\n" for line in earlier))
         self.lines = len(earlier)
 
@@ -960,11 +960,6 @@ def start_over(folder: Path) -> None:
     sheets = [file for end in ("json", "png") for file in (folder / "samples").glob(f"{'[0-9]' * 6}*.{end}")]
     for file in (*sheets, *(folder / name for name in ("metrics.jsonl", "evaluation.json", "report.html"))):
         file.unlink(missing_ok=True)
-
-
-def read_metrics(path: Path) -> list[dict]:
-    """The lines of a metrics.jsonl, none where there is no such file."""
-    return read_lines(path)
 
 
 def optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:

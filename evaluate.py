@@ -39,7 +39,7 @@ from common import (COLUMNS, Count, Names, Natural, Naturals, NonNegative, NonNe
                     UserError, Weights, add_line, chart, check_config, check_content, check_settings, claim,
                     end_processes, flag_of, fold, free_folder, hash_files, machine, parse_config,
                     part_html, pick_device, picture_html, process_count, process_rank, read_json, read_lines,
-                    read_metrics, read_picture, require, run_main, shown, start_processes, steps_html,
+                    read_picture, require, run_main, shown, start_processes, steps_html,
                     wait_for_all, write_comparison, write_page, write_report, write_text, write_whole)
 
 import hashlib
@@ -649,7 +649,7 @@ def reproduce(config: Config, out: Path) -> None:
     table = "\n".join(map(markdown, reproduction_parts(result)))
     write_text(out / "reproduction.md", table)
     print(table)
-    curves = {row: {seed: read_metrics(out / row / str(seed) / "metrics.jsonl") for seed in measured[row]}
+    curves = {row: {seed: read_lines(out / row / str(seed) / "metrics.jsonl") for seed in measured[row]}
               for row in rows if "updates" not in ROWS[row]}
     print(f"table, intervals and curves: {write_reproduction_page(out, result, curves)}")
 

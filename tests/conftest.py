@@ -71,8 +71,8 @@ def same(a: dict, b: dict) -> bool:
 
 
 def metrics(folder: Path) -> list[dict]:
-    from common import read_metrics
-    lines = read_metrics(folder / "metrics.jsonl")
+    from common import read_lines
+    lines = read_lines(folder / "metrics.jsonl")
     return [{k: v for k, v in line.items() if "seconds" not in k and k != "peak_gib"} for line in lines]
 
 

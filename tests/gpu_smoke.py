@@ -36,7 +36,7 @@ from safetensors.torch import load_file
 from test_vila_u import arrays, published_vocabulary
 
 import grpo
-from common import read_metrics
+from common import read_lines
 from model import DepthConfig, Sampling, UnifiedModel, load, prepare_training, unpacked
 from tokenizer import pack
 
@@ -136,7 +136,7 @@ def scratch(device: torch.device, small: bool) -> dict:
             start([ROOT / "warmup.py", "--out", "out/warmup", "--device", device, *flags(FEW_STEPS)], folder)
         settings = flags({**RUN, "device": device}) if small else ["--device", device]
         start([ROOT / "grpo.py", *settings], folder)
-        lines = read_metrics(Path(folder) / "out" / "grpo" / "metrics.jsonl")
+        lines = read_lines(Path(folder) / "out" / "grpo" / "metrics.jsonl")
     return {"seconds": time.perf_counter() - began, "updates": lines[-1]["update"],
             "reward of the first update": lines[0]["reward"], "of the last": lines[-1]["reward"]}
 
