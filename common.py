@@ -35,15 +35,12 @@ import subprocess
 import textwrap
 import threading
 import time
-from collections import Counter
 from contextlib import contextmanager, suppress
 from dataclasses import Field, asdict, fields
 from datetime import timedelta
 from functools import partial
 from pathlib import Path
-from statistics import fmean, pstdev
 from typing import Annotated, Callable, Iterable, Literal, NamedTuple, get_args, get_origin
-from urllib.parse import quote
 
 import numpy as np
 import torch
@@ -985,29 +982,31 @@ SIDE = 96            # pixels on the screen that the shorter side of a picture h
 LETTERS = {"T": "think", "w": "words", "t": "/think", "V": "vis", "p": "picture", "v": "/vis", "E": "end"}
 
 
-def png(picture: np.ndarray) -> str:
-    """uint8 [H, W, 3] -> a base64 PNG of at most 256 pixels a side, for JSON and HTML."""
-    data, image = io.BytesIO(), Image.fromarray(picture)
-    image.thumbnail((256, 256))
-    image.save(data, "PNG")
+def thumbnail(picture: np.ndarray, side: int = 128) -> str:
+    """uint8 [H, W, 3] -> a base64 file for JSON and HTML.
+
+    Choice: a photograph becomes a JPEG of `side` pixels on its shorter side, so that pages stay below 1 MB.
+    """
+    data, image, kind = io.BytesIO(), Image.fromarray(picture), "PNG"
+    if min(image.size) >= SIDE:
+        image, kind = ImageOps.scale(image, min(1, side / min(image.size))), "JPEG"
+    image.save(data, kind)
     return base64.b64encode(data.getvalue()).decode()
 
 
-def enlarged(source: str | Path) -> Image.Image:
-    """A base64 PNG or a picture file, enlarged by a whole number until its shorter side has SIDE pixels."""
-    image = Image.open(source if isinstance(source, Path) else io.BytesIO(base64.b64decode(source)))
-    zoom = math.ceil(SIDE / min(image.size))
-    return image.resize((image.width * zoom, image.height * zoom), Image.NEAREST)
+def enlarged(code: str) -> Image.Image:
+    """A base64 file as an image, enlarged by a whole number until its shorter side has SIDE pixels."""
+    image = Image.open(io.BytesIO(base64.b64decode(code)))
+    return ImageOps.scale(image, math.ceil(SIDE / min(image.size)), Image.NEAREST)
 
 
 def pairs(steps: list[dict]) -> list[list[dict]]:
     """Steps -> each text together with the picture that follows it."""
     found = []
     for step in steps:
-        if found and step["picture"] and not found[-1][-1]["picture"]:
-            found[-1].append(step)
-        else:
-            found.append([step])
+        if not (found and step["picture"] and not found[-1][-1]["picture"]):
+            found.append([])
+        found[-1].append(step)
     return found
 
 
@@ -1021,106 +1020,104 @@ def parts_of(answer: dict) -> str:
 
 def draw_sheet(groups: list[dict], path: Path, earlier: list[dict] = ()) -> None:
     """A PNG: each prompt and below it an answer a row. `earlier` answers to the same prompts stand left."""
-    sides = [earlier, groups] if len(earlier) == len(groups) else [groups]
-    lengths = [len(pairs(a["steps"])) for side in sides for group in side for a in group["answers"]]
-    half, rows = max([3, *lengths]), []              # columns of one side; rows of cells
-    for of in zip(*sides):
-        # column, columns of room, text, picture
-        rows.append([(0, half * len(sides), of[0]["prompt"], None)])
-        rows.append([(i, 1, "", p) for i, p in enumerate(of[0]["pictures"])])
-        for answers in itertools.zip_longest(*(group["answers"] for group in of)):
-            places = [(n * half, answer) for n, answer in enumerate(answers) if answer]
-            rows.append([(left, half, parts_of(answer), None) for left, answer in places])
-            rows.append([(left + i, 1, step["text"] or "", step["picture"]) for left, answer in places
-                         for i, pair in enumerate(pairs(answer["steps"])) for step in pair])
-    rows = [[(column, room, text, p and enlarged(p)) for column, room, text, p in row] for row in rows]
-    cell = 24 + max([p.width for row in rows for *_, p in row if p], default=SIDE)
-    rows = [[(8 + column * cell, textwrap.wrap(text, room * cell // 8), p) for column, room, text, p in row]
-            for row in rows]
-    words = [18 * max([len(lines) for _, lines, _ in row], default=0) for row in rows]     # heights of rows
-    pictures = [max([p.height for *_, p in row if p], default=0) for row in rows]
-    tops = list(itertools.accumulate((6 + a + b for a, b in zip(words, pictures)), initial=6))
-    sheet = Image.new("RGB", (half * len(sides) * cell + 8, tops[-1]), "white")
-    pen, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
-    for row, top, down in zip(rows, tops, words):
-        for x, lines, picture in row:
-            pen.multiline_text((x, top), "\n".join(lines), fill="#1c1c1c", font=font)
+    sides, rows = [earlier, groups] if len(earlier) == len(groups) else [groups], []
+    columns = 1 + max(len(pairs(of["steps"])) for side in sides for group in side for of in group["answers"])
+    for of in zip(*sides):                                 # a row: cells of a text and a picture below it
+        rows.append([(of[0]["prompt"], None), *(("", picture) for picture in of[0]["pictures"])])
+        for beside in zip(*(group["answers"] for group in of)):
+            rows.append([])
+            for answer in beside:
+                cells = [(pair[0]["text"] or "", pair[-1]["picture"]) for pair in pairs(answer["steps"])]
+                rows[-1] += [(parts_of(answer), None), *cells, *[("", None)] * (columns - 1 - len(cells))]
+    rows = [[(text, picture and enlarged(picture)) for text, picture in row] for row in rows]
+    wide = 24 + max([SIDE + 40, *(picture.width for row in rows for _, picture in row if picture)])
+    strips, font = [], ImageFont.load_default(14)
+    for row in rows:
+        row = [(textwrap.wrap(text, wide // 8), picture) for text, picture in row]
+        down = max([18 * len(lines) for lines, picture in row if picture], default=0)
+        height = max([18 * len(lines) + 8 for lines, _ in row] + [down + 8 + p.height for _, p in row if p])
+        strips.append(Image.new("RGB", (wide * max(map(len, rows)), height), "white"))
+        for x, (lines, picture) in zip(itertools.count(8, wide), row):
+            ImageDraw.Draw(strips[-1]).text((x, 0), "\n".join(lines), fill="#1c1c1c", font=font)
             if picture:
-                sheet.paste(picture, (x, top + down))
-    sheet.save(path)
+                strips[-1].paste(picture, (x, down))
+    Image.fromarray(np.concatenate([np.asarray(strip) for strip in strips])).save(path)
 
 
 # ------------------------------------------------------------------------------------------------------------
 # Pages (HTML): pieces from small to large
 
 STYLE = """
-:root{--page:#fff;--ink:#1c1c1c;--soft:#555;--line:#bbb;--card:#f5f5f3;--good:#176b2c;--bad:#b3261e;
---c0:#1f5fa8;--c1:#b3470a;--c2:#1c7a3d;--c3:#8a3d9e;--c4:#7a5b00;--c5:#555;color-scheme:light dark}
-@media screen and (prefers-color-scheme:dark){:root{--page:#16181b;--ink:#ececec;--soft:#b8b8b8;--line:#555;
---card:#22262a;--good:#7bd88f;--bad:#ff9d94;--c0:#8ab8f5;--c1:#f5a66b;--c2:#7bd88f;--c3:#d9a3ea;--c4:#e3c562;
---c5:#bbb}}
-body{font:16px/1.4 system-ui,sans-serif;max-width:1120px;margin:1.5em auto;padding:0 12px;color:var(--ink);
-background:var(--page);overflow-wrap:break-word}h1{font-size:1.5em}h2{font-size:1.3em;margin:1.6em 0 .4em}
-h3{font-size:1.05em;margin:.8em 0 .2em}p{margin:.4em 0;max-width:75ch}.headline{font-size:1.3em}
-figure{margin:0;max-width:336px}figure,.part,.pair{break-inside:avoid}
-figcaption,table,.note{font-size:13px}.note svg{float:left;margin:5px 5px 0 0}
-pre{white-space:pre-wrap;background:var(--card);padding:.8em;font-size:13px}.wide{overflow-x:auto}
-pre.wide{white-space:pre}.row{display:flex;flex-wrap:wrap;gap:12px 26px;align-items:start}
-.answer .row{gap:10px 6px}.note{white-space:nowrap}.soft{white-space:normal}
-.part{display:inline-block;vertical-align:top;max-width:min(520px,100%);padding-right:24px;
-box-sizing:border-box}
-svg{display:block;font-size:12px}svg text{fill:currentColor}td svg{display:inline;margin-left:4px}
-table{border-collapse:collapse;margin:.4em 0}
-td,th{padding:2px 6px;text-align:left;vertical-align:top;border-top:1px solid var(--line)}
-.group{background:var(--card);padding:2px 12px 12px;margin:14px 0;border-radius:6px}
-.sides{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,480px),1fr));gap:4px 20px}
-.answer{border-top:1px solid var(--line);padding:6px 0}
-.pair{min-width:150px;max-width:258px;width:min-content}
-img{display:block;image-rendering:pixelated;max-width:100%;height:auto;
-border:1px solid var(--line);margin:3px 0}
-.right{color:var(--good)}.wrong,.missing{color:var(--bad)}summary{cursor:pointer;margin:.4em 0}"""
+:root{color-scheme:light dark;--line:light-dark(#bbb,#555);--card:light-dark(#f5f5f3,#22262a);
+--good:light-dark(#176b2c,#7bd88f);--bad:light-dark(#b3261e,#ff9d94);--c0:light-dark(#1f5fa8,#8ab8f5);
+--c1:light-dark(#b3470a,#f5a66b);--c2:light-dark(#1c7a3d,#7bd88f);--c3:light-dark(#8a3d9e,#d9a3ea);
+--c4:light-dark(#7a5b00,#e3c562)}
+body{font:16px/1.4 system-ui,sans-serif;max-width:1120px;margin:auto;padding:12px;overflow-wrap:break-word}
+h1{font-size:1.5em}h2{font-size:1.3em}h3{font-size:1.05em;margin:.6em 0 .2em}p{margin:.4em 0;max-width:75ch}
+.row,.sides{display:flex;flex-wrap:wrap;gap:10px 20px}.sides>*{flex:1 1 min(100%,440px)}.part{max-width:100%}
+figure{margin:0;max-width:336px}figcaption,table,pre,.note{font-size:13px}.headline{font-size:1.3em}
+pre{white-space:pre-wrap}.wide{overflow-x:auto}pre.wide{white-space:pre}table{border-collapse:collapse}
+td{padding:2px 8px 2px 0;vertical-align:top;border-top:1px solid var(--line)}tr:first-child{font-weight:700}
+pre,.group{background:var(--card);padding:4px 12px 12px;margin:14px 0;border-radius:6px}
+.pair{width:min-content;min-width:150px}img{display:block;image-rendering:pixelated;margin:3px 0}
+svg{display:block;font-size:12px}svg text{fill:currentColor}.pair svg{float:left;margin:3px 5px 0 0}
+polyline{fill:none;stroke:currentColor;vector-effect:non-scaling-stroke}.thin{opacity:.5}
+.thick{stroke-width:2.5}.area{fill:currentColor;stroke:none}
+.right{color:var(--good)}.wrong,.missing{color:var(--bad)}summary{cursor:pointer}"""
 COLUMNS = {          # of an evaluation -> what it counts
     "format": "well-formed, with as many steps as asked", "text": "the text names the true state",
     "visual": "the picture shows what its own text says", "visual_true": "the picture shows the true state",
     "story": "all texts and pictures right, well-formed", "reward": "Eq. (5), the sum of three parts"}
 ARMS = {"sampled": "Sampled as in training", "greedy": "Greedy", "low": "Sampled at a low temperature"}
-CHARTS = (           # title with the unit, metrics, top of the scale (None: their largest value)
-    ("Reward and its parts, 0..1", "reward.*", 1.0),
-    ("KL to the reference, Eq. (7), nats", "kl/.*", None),
-    ("Ratio, Eq. (3), and share clipped", "ratio_.*|clip_frac/.*|logp_gap", 2.0),
-    ("Texts and pictures an answer", "steps_per_answer", None),
-    ("Standard deviation in a group", "spread/.*", None),
-    ("Shares, 0..1", "truncated|no_score|cut_texts|zero_spread|text_share|padding", 1.0),
-    ("Norm of the gradient", "grad_norm", None),
-    ("Seconds, stacked", "seconds/.*", None),
-    ("Seconds in all", "seconds", None),
-    ("Peak memory, GiB", "peak_gib", None),
-    ("Loss, nats a decision", "loss.*", None))
+CHARTS = {           # metrics that share a chart -> its title with the unit, the top of a fixed scale
+    "reward": ("Reward and its parts, 0..1", 1.0), "kl/": ("KL to the reference, Eq. (7), nats", None),
+    "ratio_|clip_|logp_": ("Ratio, Eq. (3), and share clipped", 2.0), "seconds/": ("Seconds, stacked", None),
+    "spread/": ("Standard deviation in a group", None), "loss": ("Loss, nats a decision", None),
+    "truncated|no_score|cut_texts|zero_spread|text_share|padding": ("Shares, 0..1", 1.0)}
 METRICS = {          # metric whose name does not say it -> what it is
     "truncated": "answers cut by the budget", "no_score": "steps that a judge gave no score",
     "cut_texts": "texts that a judge read in part", "zero_spread": "groups without any advantage",
     "text_share": "text among all decisions", "ratio_max": "1 but for later updates on a rollout",
-    "logp_gap": "sampler against scorer", "padding": "of a batch"}
+    "logp_gap": "sampler against scorer", "padding": "of a batch", "grad_norm": "norm of the gradient",
+    "steps_per_answer": "texts and pictures", "peak_gib": "memory, GiB", "seconds": "in all"}
 LEGEND = (
-    "r_t, r_v and r_f are the text, visual and format rewards of Eq. (5), each 0..1. The form that is asked "
-    "for: think, words, /think, vis, picture, /vis for every step, then end. Right and wrong compare with "
-    "the true answer; a picture's reward compares it with its own text. An advantage is a step's mean.")
+    "r_t, r_v and r_f are the text, visual and format rewards of Eq. (5), each 0..1; one that is missing was "
+    "not judged. The form that is asked for: think, words, /think, vis, picture, /vis for every step, then "
+    "end. Right and wrong compare with the true answer; a picture's reward compares it with its own text. An "
+    "advantage is a step's mean.")
+
+
+class Interval(NamedTuple):
+    """A cell of a table: a mean with its 95% interval, drawn on a scale from least to most."""
+    mean: float
+    low: float
+    high: float
+    least: float = 0.0
+    most: float = 1.0
+
+    def __str__(self) -> str:
+        return "{:.3f} [{:.3f} {:.3f}]".format(*self)
 
 
 class Part(NamedTuple):
-    """A piece of a page or of a print-out: a title, sentences, rows of plain cells with the header first."""
+    """A piece of a page or a print-out: a title, sentences, rows of texts or intervals, the header first."""
     title: str
     words: str = ""
-    rows: list[list[str]] = ()
+    rows: list[list[str | Interval]] = ()
+
+
+def rounded(value: float | None) -> str:
+    """A number in a table, two decimals."""
+    return "-" if value is None else f"{value:.2f}"
 
 
 def write_page(path: Path, title: str, body: list[str]) -> Path:
     """Write one HTML file that opens offline; `body` holds HTML, the title is escaped here."""
     title = html.escape(title)
-    head = ('<!doctype html><html lang="en"><meta charset="utf-8">'
-            '<meta name="viewport" content="width=device-width,initial-scale=1">'
-            f'<title>{title}</title><style>{STYLE}</style>')
-    write_text(path, "\n".join([head, f"<h1>{title}</h1>", *body]))
+    write_text(path, "\n".join([
+        '<!doctype html><html lang="en"><meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width,initial-scale=1">',
+        f"<title>{title}</title><style>{STYLE}</style><h1>{title}</h1>", *body]))
     return path
 
 
@@ -1129,24 +1126,23 @@ def fold(title: str, *body: str) -> str:
     return f"<details><summary>{html.escape(title)}</summary>{''.join(body)}</details>" if any(body) else ""
 
 
-def picture_html(source: str | Path, alt: str, folder: Path = Path()) -> str:
-    """An <img> of a base64 PNG, or of a file by its path from `folder`, where the page lies."""
-    link = f"data:image/png;base64,{source}"
-    if isinstance(source, Path):
-        link = quote(os.path.relpath(source, folder))
-    width = min(256, enlarged(source).width)
-    return f'<img alt="{html.escape(alt)}" width="{width}" loading="lazy" src="{link}">'
+def picture_html(code: str, alt: str) -> str:
+    """An <img> of a base64 file."""
+    width = enlarged(code).width
+    return f'<img alt="{html.escape(alt)}" width="{width}" src="data:image;base64,{code}">'
 
 
-def bar(value: float, top: float) -> str:
-    """A small bar from the middle, to the right where positive, to the left where negative, full at `top`."""
-    length = 17 * min(1.0, abs(value) / top)
-    x, colour = (17.5, "--c0") if value >= 0 else (17.5 - length, "--c1")
-    return (f'<svg width="35" height="10" aria-hidden="true"><path d="M17.5 0V10" stroke="currentColor"/>'
-            f'<rect x="{x:.1f}" y="2" width="{length:.1f}" height="6" style="fill:var({colour})"/></svg>')
+def bar(mean: float, low: float, high: float, least: float, most: float, wide: int = 120) -> str:
+    """A line from low to high and a dot at the mean, on a scale from least to most with a tick at 0."""
+    at, a, b, zero = (4 + (wide - 8) * (min(max(value, least), most) - least) / (most - least)
+                      for value in (mean, low, high, 0))
+    return (f'<svg width="{wide}" height="12" aria-hidden="true" style="color:var(--c{int(mean < 0)})">'
+            f'<path d="M4 6H{wide - 4}M{zero:.1f} 0V12" style="stroke:var(--line)"/>'
+            f'<path d="M{a:.1f} 6H{b:.1f}" stroke="currentColor" stroke-width="4"/>'
+            f'<circle cx="{at:.1f}" cy="6" r="4" fill="currentColor"/></svg>')
 
 
-def steps_html(steps: list[dict], folder: Path = Path()) -> str:
+def steps_html(steps: list[dict]) -> str:
     """Texts and pictures in turn, each text with its picture; below each its mark, reward and advantage."""
     cells = ""
     for pair in pairs(steps):
@@ -1154,46 +1150,40 @@ def steps_html(steps: list[dict], folder: Path = Path()) -> str:
         for step in pair:
             cells += html.escape(step["text"] or "")
             if step["picture"]:
-                cells += picture_html(step["picture"], f"picture: {pair[0]['text'] or 'no text'}", folder)
+                cells += picture_html(step["picture"], f"picture: {pair[0]['text'] or 'no text'}")
             if step.get("right") is not None:
-                mark = ("wrong", "✗ wrong"), ("right", "✓ right")
-                cells += '<div class="note {}">{}</div>'.format(*mark[step["right"]])
-            for name, top, form in (("reward", 1.0, ".2f"), ("advantage", 2.0, "+.2f")):
-                if step.get(name) is not None:
-                    cells += f'<div class="note">{bar(step[name], top)}{name} {step[name]:{form}}</div>'
+                mark, words = ("right", "✓ right") if step["right"] else ("wrong", "✗ wrong")
+                cells += f'<div class="note {mark}">{words}</div>'
+            for name, top in (("reward", 1.0), ("advantage", 2.0)):
+                if (value := step.get(name)) is not None:
+                    drawn = bar(value, 0, value, -top, top, 40)
+                    cells += f'<div class="note">{drawn}{name} {value:.2f}</div>'
         cells += "</div>"
     return f'<div class="row">{cells}</div>'
 
 
 def group_html(sides: dict[str, dict], most: int = 1) -> str:
-    """One prompt, its true answer, and below them the answers of each side (name -> group) side by side.
-
-    Answers beyond the first `most` are folded.
-    """
+    """One prompt, its true answer, and below them the first answers of each side (name -> group)."""
     group = next(iter(sides.values()))
-    start = "".join(picture_html(p, "picture of the prompt") for p in group["pictures"])
-    body = f'<h3>{html.escape(group["prompt"])}</h3><div class="row">{start}'
+    body = "".join(picture_html(p, "picture of the prompt") for p in group["pictures"])
     if group.get("truth"):
         body += f'<div>The true answer:{steps_html(group["truth"])}</div>'
-    body += '</div><div class="sides">'
+    body = f'<h3>{html.escape(group["prompt"])}</h3><div class="row">{body}</div><div class="sides">'
     for name, of in sides.items():
-        answers = [f'<div class="answer"><div class="note soft">answer {n}: {html.escape(parts_of(answer))}'
-                   f'</div>{steps_html(answer["steps"])}</div>' for n, answer in enumerate(of["answers"], 1)]
-        rest = fold(f"{len(answers) - most} more answers to this prompt", *answers[most:])
-        body += f'<div><h3>{name}</h3><div class="sides">{"".join(answers[:most])}</div>{rest}</div>'
+        for n, answer in enumerate(of["answers"][:most], 1):
+            words = html.escape(f"{name} answer {n}: {parts_of(answer)}")
+            body += f'<div><div class="note">{words}</div>{steps_html(answer["steps"])}</div>'
     return f'<div class="group">{body}</div></div>'
 
 
 def part_html(part: Part) -> str:
-    """A part as HTML. A number with a sign and two decimals gets a bar."""
-    lines, tag = [], "th"
-    for row in part.rows:
-        bars = [bar(float(cell), 2.0) if re.fullmatch(r"[+-]\d+\.\d\d", cell) else "" for cell in row]
-        lines.append("".join(f"<{tag}>{html.escape(c)}{b}</{tag}>" for c, b in zip(row, bars, strict=True)))
-        tag = "td"
+    """A part as HTML, its intervals drawn."""
+    rows = [[html.escape(str(cell)) + (bar(*cell) if isinstance(cell, Interval) else "") for cell in row]
+            for row in part.rows]
     words = "".join(f"<p>{html.escape(line)}</p>" for line in part.words.splitlines())
-    table = f'<div class="wide"><table><tr>{"<tr>".join(lines)}</table></div>' if lines else ""
-    return f'<div class="part"><h3>{html.escape(part.title)}</h3>{words}{table}</div>'
+    table = "".join(f"<tr><td>{'<td>'.join(row)}" for row in rows)
+    return (f'<div class="part"><h3>{html.escape(part.title)}</h3>{words}'
+            f'<div class="wide"><table>{table}</table></div></div>')
 
 
 def part_text(part: Part) -> str:
@@ -1203,137 +1193,114 @@ def part_text(part: Part) -> str:
     return "\n".join(["", part.title, *textwrap.wrap(part.words, 100), *rows])
 
 
-def chart(title: str, lines: dict[str, list[tuple[float, float]]], top: float | None, across: str) -> str:
-    """Named lines of points (x, y) on one pair of axes as inline SVG: thin the values, thick their mean over
-    an eighth of the line. `top` is the highest y of a fixed scale. "stacked" in the title draws areas."""
-    stacked, body, keys, below = "stacked" in title, "", "", Counter()
-    xs, ys = zip(*(point for line in lines.values() for point in line), strict=True)
-    first, last, low, high = min(xs), max(*xs, min(xs) + 1), min(0.0, *ys), top or max(ys)
-    if stacked:
-        high = max(sum(y for _, y in of) for of in zip(*lines.values()))
-    quarter = max(high / 4, -low, 1e-9)                    # of the scale: a round number
-    unit = 10 ** math.floor(math.log10(quarter))
-    quarter = unit * min(k for k in (1, 2, 2.5, 4, 5, 10) if k * unit >= 0.9999 * quarter)
-    low, high = -quarter * (low < 0), quarter * (4 - (low < 0))
+def chart(title: str, top: float | None, across: str, lines: dict[str, list[tuple[float, float]]]) -> str:
+    """Named lines of points (x, y) as inline SVG: thin the values, thick their mean over an eighth of them.
 
-    def at(x: float, y: float) -> str:
-        share = (min(max(y, low), high) - low) / (high - low)
-        return f"{50 + 274 * (x - first) / (last - first):.1f},{150 - 140 * share:.1f}"
-    for i in range(5):
-        y, x = low + (high - low) * i / 4, round(first + (last - first) * i / 4)
-        level, place = 150 - 35 * i, at(x, low).partition(",")[0]
-        body += (f'<path d="M50 {level}H324" style="stroke:var(--line)"/><text x="46" y="{level + 4}" '
-                 f'text-anchor="end">{y:.3g}</text><text x="{place}" y="166" text-anchor="middle">{x}</text>')
-    for i, (name, line) in enumerate(lines.items()):
-        colour, every, wide = f"var(--c{i % 6})", math.ceil(len(line) / 200), max(1, len(line) // 16)
-        means = [(line[n][0], fmean(y for _, y in line[max(0, n - wide):n + wide + 1]))
-                 for n in range(0, len(line), every)]
-        if stacked:
-            edge = [at(x, below[x]) for x, _ in line[::every]]
-            below.update(dict(line))
-            edge += [at(x, below[x]) for x, _ in reversed(line[::every])]
-            body += f'<polygon points="{" ".join(edge)}" style="fill:{colour}"/>'
-        for points, style in ((line[::every], "1;opacity:.5"), (means, "2.5")) if not stacked else ():
-            path = " ".join(at(*point) for point in points)
-            body += f'<polyline points="{path}" style="fill:none;stroke:{colour};stroke-width:{style}"/>'
-        words = f"{name}: {line[0][1]:.3g} → {line[-1][1]:.3g}"
-        words += f" ({METRICS[name]})" if name in METRICS else ""
-        keys += f'<br><b style="color:{colour}">▬</b> {html.escape(words)}'
+    top: the end of a fixed scale. "stacked" in the title: areas, each on the sum of those before it.
+    """
+    stacked, curves, axes, keys = "stacked" in title, "", "", ""
+    drawn = [np.array(points, float).T for points in lines.values()]                       # x and y, [2, n]
+    for below, above in itertools.pairwise(drawn) if stacked else ():
+        above[1] += np.interp(above[0], *below)
+    xs, ys = np.concatenate(drawn, axis=1)
+    last, low, high = max(1, xs.max()), min(0.0, ys.min()), top or ys.max()
+    unit = 10 ** math.floor(math.log10(max(high, 1e-9)))
+    high = unit * math.ceil(high / unit - 1e-6)            # rounded up to one digit
+    for share in (0, 0.25, 0.5, 0.75, 1):
+        x, y = 50 + 274 * share, 150 - 140 * share
+        axes += (f'<path d="M50 {y}H324" style="stroke:var(--line)"/><text x="46" y="{y + 4}" '
+                 f'text-anchor="end">{low + share * (high - low):.3g}</text>'
+                 f'<text x="{x}" y="166" text-anchor="middle">{share * last:.3g}</text>')
+    for i, (name, points), (x, y) in reversed(list(zip(itertools.count(), lines.items(), drawn))):
+        colour, half = f"color:var(--c{i % 5})", max(1, len(y) // 16)
+        keys = (f'<br><b style="{colour}">▬</b> {html.escape(name)}: {points[0][1]:.3g} → '
+                f'{points[-1][1]:.3g}{keys}')
+        mean = [y[max(0, n - half):n + half + 1].mean() for n in range(len(y))]
+        for kind, values in (("area", y),) if stacked else (("thin", y), ("thick", mean)):
+            places = [f"{a:g},{-b:.5g}" for a, b in zip(x, values)][::math.ceil(len(x) / 200)]
+            places += [f"{x[-1]:g},0", f"{x[0]:g},0"] if stacked else []
+            curves += f'<polyline class="{kind}" points="{" ".join(places)}" style="{colour}"/>'
     title, words = html.escape(title), html.escape(f"by {across}: {', '.join(lines)}")
     return (f'<figure><b>{title}</b><svg width="336" height="184" role="img" aria-label="{title} {words}">'
-            f'{body}<text x="185" y="182" text-anchor="middle">{across}</text></svg>'
+            f'{axes}<text x="185" y="182" text-anchor="middle">{across}</text>'
+            f'<svg x="50" y="10" width="274" height="140" preserveAspectRatio="none" aria-hidden="true" '
+            f'viewBox="0 {-high:g} {last:g} {high - low:g}">{curves}</svg></svg>'
             f'<figcaption>first → last{keys}</figcaption></figure>')
 
 
 def curves_html(runs: dict[str, list[dict]]) -> str:
     """Charts of one run's metrics in groups; of several runs (name -> lines) one a metric, overlaid."""
-    body, stages = "", {}                                  # stages: stage -> metric -> run -> points
+    metrics, zeros = {}, []                                # metrics: (x axis, metric) -> run -> points
+    charts = {(*of, "update"): {} for of in CHARTS.values()}                  # (title, top, x axis) -> lines
     for run, lines in runs.items():
-        for m in lines:
-            across = "step" if "step" in m else "update"
-            metrics = stages.setdefault((m.get("stage", ""), across), {})
-            for name, value in m.items():
-                if name != across and isinstance(value, (int, float)) and math.isfinite(value):
-                    metrics.setdefault(name, {}).setdefault(run, []).append((m[across], value))
-    for (stage, across), metrics in stages.items():
-        zeros = [name for name, of in metrics.items() if not any(y for line in of.values() for _, y in line)]
-        names, charts = [name for name in metrics if name not in zeros], []
-        for title, pattern, top in (*CHARTS, *((name, re.escape(name), None) for name in names)):
-            group = [name for name in names if re.fullmatch(pattern, name)]
-            names = [name for name in names if name not in group]          # each stands in one chart
-            if group and len(runs) == 1:
-                charts.append(chart(title, {n: of for n in group for of in metrics[n].values()}, top, across))
-            else:
-                charts += [chart(name, metrics[name], top, across) for name in group]
-        body += f'<h3>{html.escape(stage)}</h3><div class="row">{"".join(charts)}</div>'
-        zeros = [f"{name} ({METRICS[name]})" if name in METRICS else name for name in zeros]
-        body += f"<p>Zero all the time: {html.escape(', '.join(zeros))}.</p>" if zeros else ""
-    return body
+        for line in lines:
+            across = f"{line['stage']} step" if "stage" in line else "update"
+            x = line.pop(across.split()[-1])
+            for name, y in line.items():
+                if isinstance(y, (int, float)) and math.isfinite(y):
+                    metrics.setdefault((across, name), {}).setdefault(run, []).append((x, y))
+    for (across, name), of in metrics.items():
+        words = f"{name} ({METRICS[name]})" if name in METRICS else name
+        title = next((of for metrics, of in CHARTS.items() if re.match(metrics, name)), (words, None))
+        if not any(y for points in of.values() for _, y in points):
+            zeros.append(words)
+        elif len(runs) > 1:
+            charts[words, None, across] = of
+        else:
+            charts.setdefault((*title, across), {})[words] = of[run]
+    drawn = "".join(chart(*of, lines) for of, lines in charts.items() if lines)
+    words = f"<p>Zero all the time: {html.escape(', '.join(zeros))}.</p>" if zeros else ""
+    return f'<div class="row">{drawn}</div>{words}'
 
 
 def rates_html(results: dict[str, dict]) -> str:
-    """Evaluations by name -> for each arm a picture of the means with 95% intervals, and the table."""
-    cards = ""
+    """Evaluations by name -> a table for each arm: the means with 95% intervals, as numbers and drawn."""
+    tables = ""
     for arm, title in ARMS.items():
-        body, rows, y = "", [["rate", "", "mean", "95% interval"]], 0
+        rows = [["rate", "", "mean [95% interval]"]]
         for rate, meaning in COLUMNS.items():
-            top = 1.0 if rate != "reward" else 3.0
-            body += f'<text y="{y + 14}"><tspan font-weight="700">{rate}</tspan> {meaning}</text>'
             for i, (name, result) in enumerate(results.items()):
-                y, (mean, low, high) = y + 18, result[arm][rate]
-                x, left, right = (92 + 190 * min(1.0, value / top) for value in (mean, low, high))
-                body += (f'<text x="86" y="{y + 14}" text-anchor="end">{html.escape(name[-13:])}</text>'
-                         f'<path d="M92 {y + 10}h190" style="stroke:var(--line)"/>'
-                         f'<g style="color:var(--c{i % 6})" fill="currentColor" stroke="currentColor">'
-                         f'<path d="M{left:.1f} {y + 10}H{right:.1f}" stroke-width="3"/>'
-                         f'<circle cx="{x:.1f}" cy="{y + 10}" r="4"/></g>'
-                         f'<text x="290" y="{y + 14}">{mean:.3f}</text>')
-                rows.append([rate, name, f"{mean:.3f}", f"{low:.3f}–{high:.3f}"])
-            y += 28
-        words = f"{title}: rates with their intervals, the numbers of the table below"
-        cards += (f'<figure><b>{title}</b><svg width="336" height="{y}" role="img" aria-label="{words}">'
-                  f'{body}</svg>{part_html(Part("", rows=rows))}</figure>')
-    single = "; ".join(f"{name}: " + ", ".join(f"{task} {share:.2f}" for task, share in of["kept"].items())
-                       for name, of in results.items())
-    return (f'<p>A grey line runs from 0 to 1 (reward: to 3).</p><div class="row">{cards}</div>'
-            f"<p>Kept tasks, greedy (t2i: text to image, i2t: image to text): {html.escape(single)}.</p>")
+                cell = Interval(*result[arm][rate], most=3.0 if rate == "reward" else 1.0)
+                rows.append(["" if i else f"{rate}: {meaning}", name, cell])
+        tables += part_html(Part(title, "", rows))
+    kept = "; ".join(f"{name}: " + ", ".join(f"{task} {share:.2f}" for task, share in of["kept"].items())
+                     for name, of in results.items())
+    return (f'<p>The grey lines run from 0 to 1 (reward: to 3).</p><div class="row rates">{tables}</div>'
+            f"<p>Kept tasks, greedy (t2i: text to image, i2t: image to text): {html.escape(kept)}.</p>")
 
 
 def read_run(folder: Path) -> list[dict]:
     """The metrics of a run's folder, the reward as the mean of its parts by weight, in 0..1."""
-    lines, _, _ = read_text(folder / "metrics.jsonl").rpartition("\n")          # half a line may follow
-    lines, settings = list(map(json.loads, lines.splitlines())), read_json(folder / "config.json")["settings"]
+    text, _, _ = read_text(folder / "metrics.jsonl").rpartition("\n")          # half a line may follow
+    lines, settings = list(map(json.loads, text.splitlines())), read_json(folder / "config.json")["settings"]
     if not lines:
         raise UserError(f"{folder / 'metrics.jsonl'}: no line of metrics")
-    total = sum(settings.get("reward_weights", [1]))
     for line in lines:
         if "reward" in line:
-            line["reward, mean of its parts"] = line.pop("reward") / total
+            line["reward, mean of its parts"] = line.pop("reward") / sum(settings.get("reward_weights", [1]))
     return lines
 
 
 def headline(folder: Path) -> str:
     """What came out of a run, in words and numbers."""
-    lines, file, words = read_run(folder), folder / "evaluation.json", ""
-    seconds = f"{lines[-1].get('update', len(lines))} updates, {sum(line['seconds'] for line in lines):.0f} s"
-    if file.exists():
-        before, after = (read_json(file)[name] for name in ("before", "after"))
+    lines, rates, words = read_run(folder), folder / "evaluation.json", []
+    if rates.exists():
+        before, after = (read_json(rates)[side] for side in ("before", "after"))
         first, last = (of["greedy"]["story"][0] for of in (before, after))
-        split = {"heldout": "held-out"}.get(after["split"], after["split"])
-        words = f"greedy stories right: {first:.0%} → {last:.0%} on {after['prompts']} {split} prompts; "
-        if "seconds" in after:
-            seconds += f", evaluation {before['seconds'] + after['seconds']:.0f} s"
-        seconds += f"; kept tasks {min(after['kept'].values()):.2f}"
-    return f'<p class="headline">{html.escape(words + seconds)}</p>'
+        words = [f"greedy stories right: {first:.0%} → {last:.0%} on {after['prompts']} held-out prompts",
+                 f"kept tasks {min(after['kept'].values()):.2f}",
+                 f"evaluation {before['seconds'] + after['seconds']:.0f} s"]
+    words.append(f"{lines[-1].get('update', len(lines))} updates, {sum(of['seconds'] for of in lines):.0f} s")
+    return f'<p class="headline">{html.escape("; ".join(words))}</p>'
 
 
 def settings_html(runs: dict[str, Path]) -> str:
     """How a run was made: settings, machine, versions. Of several runs only what differs."""
-    columns = [{**config["settings"], **{k: v for k, v in config.items() if k != "settings"}}
-               for config in (read_json(folder / "config.json") for folder in runs.values())]
+    files = [read_json(folder / "config.json") for folder in runs.values()]
+    columns = [{**file.pop("settings"), **file} for file in files]
     rows = [[key, *(str(column.get(key, "-")) for column in columns)]
-            for key in dict.fromkeys(key for column in columns for key in column)]
-    rows = [row for row in rows if len(row) == 2 or len(set(row[1:])) > 1]
+            for key in dict.fromkeys(itertools.chain(*columns))]
+    rows = [row for row in rows if len(runs) == 1 or len(set(row[1:])) > 1]
     return part_html(Part("", "", [["", *runs], *rows]))
 
 
@@ -1353,62 +1320,54 @@ def answers_html(samples: Path) -> str:
     if not sheets:
         raise UserError(f"{samples}: no answers, *before.json and *after.json")
     groups = zip(*(sheet["groups"] for sheet in sheets.values()), strict=True)
-    return f"<p>{LEGEND}</p>" + "".join(group_html(dict(zip(sheets, of))) for of in groups)
+    body = "".join(group_html(dict(zip(sheets, of))) for of in groups)
+    return f"<p>{LEGEND} More answers to these prompts: samples/*.png.</p>{body}"
 
 
 def worked_html(samples: Path) -> str:
-    """Of the first sheet the group whose step rewards differ most, and how its advantages came about."""
-    def spread(group: dict) -> float:
-        return pstdev([step["reward"] or 0.0 for answer in group["answers"] for step in answer["steps"]])
-    file = min(samples.glob("*.json"), default=samples / "000000_before.json")
-    group = max(read_json(file)["groups"], key=spread)
-    parts = "".join(part_html(Part(*part)) for part in group["worked"])
-    return group_html({"": group}, 99) + parts
+    """Of the first sheet the group with most different step rewards, and how its advantages came about."""
+    def different(group: dict) -> int:
+        return len({step["reward"] for answer in group["answers"] for step in answer["steps"]})
+    group = max(read_json(min(samples.glob("*.json"), default=samples / "000000_before.json"))["groups"],
+                key=different)
+    return group_html({"": group}, 4) + "".join(part_html(Part(*part)) for part in group["worked"])
 
 
-def rollouts_html(samples: Path) -> str:
-    """The latest rollouts, and what a learned text judge was asked, folded."""
+def judged_html(samples: Path) -> str:
+    """What a learned text judge was asked last, and its replies."""
     body = ""
-    for file in sorted(samples.glob("*[0-9].json"))[-3:]:
-        sheet = read_json(file)
-        asked = ""
-        for j in sheet["judged"]:
-            score = "none" if j["score"] is None else j["score"]
-            asked += "".join(picture_html(p, "picture of the question") for p in j.get("pictures", ()))
-            words = html.escape(f"{j['question']}\n--> {j['reply']}")
-            asked += f"<pre>[score: {score}]\n{words}</pre>"
-        body += fold(sheet["title"], *(group_html({"": group}) for group in sheet["groups"]),
-                     fold("what the text judge was asked last, and its replies", asked))
-    return body
+    for of in read_json(max(samples.glob("*.json"), default=samples / "999999_after.json"))["judged"]:
+        score = "none" if of["score"] is None else of["score"]
+        body += "".join(picture_html(picture, "picture of the question") for picture in of["pictures"])
+        words = html.escape(f"{of['question']}\n--> {of['reply']}")
+        body += f"<pre>[score: {score}]\n{words}</pre>"
+    return fold("what the text judge was asked last, and its replies", body)
 
 
 def write_report(folder: Path) -> Path:
     """Write a run directory's report.html. What the directory lacks is named on the page."""
-    samples, metrics, settings = folder / "samples", folder / "metrics.jsonl", folder / "config.json"
-    rates, warm_up = folder / "evaluation.json", metrics.exists() and '"stage"' in read_text(metrics)
-    made = section("", settings, lambda: settings_html({folder.name: folder}))
+    samples, metrics, rates = folder / "samples", folder / "metrics.jsonl", folder / "evaluation.json"
+    made = section("", folder / "config.json", lambda: settings_html({folder.name: folder}))
     body = [section("", metrics, lambda: headline(folder)), fold("how this run was made", made),
             section("The same prompts before and after", samples, lambda: answers_html(samples))]
-    if not warm_up:
+    if not (metrics.exists() and '"stage"' in read_text(metrics)):                         # no warm-up
         body += [section("Rates before and after", rates, lambda: rates_html(
-                    {name: read_json(rates)[name] for name in ("before", "after")})),
-                 section("One group in numbers: Eq. (4) to (6)", samples, lambda: worked_html(samples))]
-    body += [section("Curves", metrics, lambda: curves_html({"": read_run(folder)})),
-             section("Rollouts", samples, lambda: rollouts_html(samples))]
+                    {side: read_json(rates)[side] for side in ("before", "after")})),
+                 section("One group in numbers: Eq. (4) to (6)", samples, lambda: worked_html(samples)),
+                 section("", samples, lambda: judged_html(samples))]
+    body.append(section("Curves", metrics, lambda: curves_html({"": read_run(folder)})))
     return write_page(folder / "report.html", f"Report: {folder}", body)
 
 
 def write_comparison(runs: dict[str, Path], folder: Path) -> Path:
     """Write compare.html: rates of several runs side by side, their curves overlaid, settings that differ."""
-    body, rates, lines = [], {}, {}
-    for name, run in runs.items():
-        def read(name=name, run=run) -> str:
-            lines[name] = read_run(run)
-            rates[name] = read_json(run / "evaluation.json")["after"]
-            return headline(run)
-        body.append(section(name, run, read))
-    runs = {name: run for name, run in runs.items() if (run / "config.json").exists()}
-    body += [section("Settings that differ", folder, lambda: settings_html(runs)),
-             section("Rates after training", folder, lambda: rates_html(rates)),
-             section("Curves", folder, lambda: curves_html(lines))]
+    def having(file: str) -> dict[str, Path]:
+        return {name: run for name, run in runs.items() if (run / file).exists()}
+    body = [section(name, run, partial(headline, run)) for name, run in runs.items()]
+    body += [section("Settings that differ", folder, lambda: settings_html(having("config.json"))),
+             section("Rates after training", folder, lambda: rates_html(
+                 {name: read_json(run / "evaluation.json")["after"]
+                  for name, run in having("evaluation.json").items()})),
+             section("Curves", folder, lambda: curves_html(
+                 {name: read_run(run) for name, run in having("metrics.jsonl").items()}))]
     return write_page(folder / "compare.html", "Runs compared", body)

@@ -35,11 +35,11 @@ criteria in our words (llava-critic). The same command resumes a run that was in
 
     torchrun --nproc_per_node=8 evaluate.py ...           # the same tables, the work shared by 8 processes
 """
-from common import (COLUMNS, Count, Names, Natural, Naturals, NonNegative, NonNegatives, Part, Seed, TopPs,
-                    UserError, Weights, add_line, chart, check_config, check_content, check_settings, claim,
-                    end_processes, flag_of, fold, free_folder, hash_files, machine, parse_config,
+from common import (COLUMNS, Count, Interval, Names, Natural, Naturals, NonNegative, NonNegatives, Part, Seed,
+                    TopPs, UserError, Weights, add_line, chart, check_config, check_content, check_settings,
+                    claim, end_processes, flag_of, fold, free_folder, hash_files, machine, parse_config,
                     part_html, pick_device, picture_html, process_count, process_rank, read_json, read_lines,
-                    read_picture, require, run_main, shown, start_processes, steps_html,
+                    read_picture, require, rounded, run_main, shown, start_processes, steps_html, thumbnail,
                     wait_for_all, write_comparison, write_page, write_report, write_text, write_whole)
 
 import hashlib
@@ -313,8 +313,8 @@ def rates_table(results: dict[str, dict]) -> str:
     lines = [f"{'':24}" + "".join(f"{name:>22}" for name in COLUMNS)]
     for name, result in results.items():
         for arm in ("sampled", "low", "greedy"):
-            cells = ["{:.3f} [{:.3f} {:.3f}]".format(*result[arm][rate]) for rate in COLUMNS]
-            lines.append(f"{name + ' ' + arm:24}" + "".join(f"{cell:>22}" for cell in cells))
+            cells = [str(Interval(*result[arm][rate])) for rate in COLUMNS]
+            lines.append(f"{name + ' ' + arm:24}" + "".join(f"{text:>22}" for text in cells))
         lines.append(f"{name + ' kept':24}  t2i {result['kept']['t2i']:.3f}  i2t {result['kept']['i2t']:.3f}")
     return "\n".join(lines)
 
@@ -721,26 +721,26 @@ def judge_agreement(measured: dict[str, dict]) -> dict:
 
 def reproduction_parts(result: dict) -> list[Part]:
     """reproduction.json as tables: rows, claims with their verdicts; judges and failures as sentences."""
-    settings, number = result["settings"], "{:.3f} [{:.3f} {:.3f}]".format
+    settings = result["settings"]
     paper = ["paper: MMIE", "paper: InterleavedBench"]
     rows, claims = [["row", "differs by", "runs", *MEASURES, *paper]], []
     for row, of in result["rows"].items():
         different = ", ".join(f"{name} {shown(value)}" for name, value in of["settings"].items())
         reasons = [reason for run, reason in result["failed"].items() if run.startswith(f"{row}/")]
         cells = [f"failed: {reasons[0]}", *[""] * (len(MEASURES) - 1)] if not of["rates"] else [
-            number(*of["rates"][name]) for name in MEASURES]
-        rows.append([row, different, str(len(of["runs"])), *cells, *map(paper_cell, of["paper"])])
+            Interval(*of["rates"][name]) for name in MEASURES]
+        rows.append([row, different, str(len(of["runs"])), *cells, *map(rounded, of["paper"])])
     claims.append(["claim", "in", "runs", "difference", "p, Holm", "verdict", "whose", *paper])
     for of in result["claims"]:
         cells = ["", "", "not measured"]
         if of["runs"]:
-            cells = [number(*of["difference"]), f"{of['adjusted_p']:.4f}", of["verdict"]]
+            cells = [Interval(*of["difference"], least=-1.0), f"{of['adjusted_p']:.4f}", of["verdict"]]
         claims.append([of["claim"], of["measure"], str(of["runs"]), *cells, of["source"],
-                       *map(paper_cell, of["paper"])])
+                       *map(rounded, of["paper"])])
     words = "".join(f"{run} failed: {reason}\n" for run, reason in result["failed"].items())
     if judges := result["judges"]:
         words += (f"rules-weak against rules, r_v of {judges['answers']} answers of the warm-up models: "
-                  f"correlation {paper_cell(judges['correlation'])}, {judges['equal']:.0%} equal, mean "
+                  f"correlation {rounded(judges['correlation'])}, {judges['equal']:.0%} equal, mean "
                   f"{judges['mean_weak']:.2f} against {judges['mean_true']:.2f}.\n")
     made = (f"{settings['prompts']} fresh prompts (seed {result['prompts_seed']}); GRPO seeds "
             f"{settings['seeds']} on {settings['bases']} base models, {settings['updates']} updates; sampled "
@@ -750,44 +750,18 @@ def reproduction_parts(result: dict) -> list[Part]:
 
 def markdown(part: Part) -> str:
     """A part as markdown."""
-    lines = [f"| {' | '.join(cells)} |" for cells in part.rows]
+    lines = [f"| {' | '.join(map(str, cells))} |" for cells in part.rows]
     lines.insert(1, "|---" * len(part.rows[0]) + "|")
     return "\n".join([f"## {part.title}", "", part.words, "", *lines, ""])
 
 
-def paper_cell(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"
-
-
 def write_reproduction_page(out: Path, result: dict, curves: dict[str, dict[int, list[dict]]]) -> Path:
-    """Write reproduction.html: the intervals drawn, the reward of each row's runs overlaid, the table."""
-    stories = {row: of["rates"]["story"] for row, of in result["rows"].items() if of["rates"]}
-    body = ["<h2>story, sampled: mean and 95% interval</h2>", intervals_svg(stories, 0, 1),
-            "<h2>Claims: difference and 95% interval (before Holm's correction)</h2>",
-            intervals_svg({f"{of['claim']}, {of['measure']}: {of['verdict']}": of["difference"]
-                           for of in result["claims"] if of["runs"]}, -1, 1),
-            '<h2>Reward, Eq. (5), a line for each run</h2><div class="row">']
-    for row, runs in curves.items():
-        lines = {f"seed {seed}": [(of["update"], of["reward"]) for of in run] for seed, run in runs.items()}
-        body.append(chart(row, lines, 3.0, "update") if lines else "")
-    body += ["</div><style>.part{display:block;max-width:none}</style>",
-             *map(part_html, reproduction_parts(result))]
-    return write_page(out / "reproduction.html", "The paper's ablation, reproduced", body)
-
-
-def intervals_svg(rows: dict[str, list[float]], low: float, high: float) -> str:
-    """[mean, low, high] by name -> a line for each interval with a dot at its mean, on a scale low..high."""
-    def x(value: float) -> str:
-        return f"{470 + 400 * (value - low) / (high - low):.1f}"
-    parts = [f'<path d="M{x(tick)} 0V{22 * len(rows)}" style="stroke:var(--line)"/><text x="{x(tick)}" '
-             f'y="{22 * len(rows) + 14}" text-anchor="middle">{tick:g}</text>'
-             for tick in (low, (low + high) / 2, high)]
-    for i, (name, (mean, left, right)) in enumerate(rows.items()):
-        y = 22 * i + 11
-        parts.append(f'<text x="0" y="{y + 4}">{html.escape(name)}</text>'
-                     f'<path d="M{x(left)} {y}H{x(right)}" style="stroke:var(--c0);stroke-width:3"/>'
-                     f'<circle cx="{x(mean)}" cy="{y}" r="4" style="fill:var(--c0)"/>')
-    return f'<div class="wide"><svg width="890" height="{22 * len(rows) + 20}">{"".join(parts)}</svg></div>'
+    """Write reproduction.html: the tables, intervals drawn, and the reward of each row's runs overlaid."""
+    charts = [chart(f"{row}: reward, Eq. (5)", 3.0, "update", {
+        f"seed {seed}": [(of["update"], of["reward"]) for of in lines] for seed, lines in runs.items()})
+        for row, runs in curves.items() if runs]
+    return write_page(out / "reproduction.html", "The paper's ablation, reproduced",
+                      [*map(part_html, reproduction_parts(result)), '<div class="row">', *charts, "</div>"])
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -1334,27 +1308,24 @@ def benchmark_table(benchmark: Benchmark, ours: dict[str, Rows]) -> str:
     return "\n".join(lines)
 
 
-PAGE = 200                           # answers that a page shows
-
-
-def question_html(question: Question, of: AnswerSet) -> str:
-    """One question, its answer and the judge's replies as HTML. Pictures stay files beside the page."""
-    start = "".join(picture_html(path, "picture of the question", of.folder)
-                    for path in question.prompt_pictures)
-    steps = [{"text": segment["text"], "picture": segment["image"] and of.folder / segment["image"]}
-             for segment in of.segments(question)]
-    replies = [f"<pre>{html.escape(f'{aspect}: {reply}')}</pre>"
-               for (id, aspect), reply in of.replies.items() if id == question.id]
-    return (f'<div class="group"><h3>{html.escape(f"{question.id} · {question.group}")}</h3>'
-            f'<p>{html.escape(question.prompt)}</p><div class="row">{start}</div>'
-            f'<div class="answer">{steps_html(steps, of.folder)}</div>{fold("judge", *replies)}</div>')
+PAGE = 50                            # answers that a page shows
 
 
 def write_answers_page(of: AnswerSet, title: str, table: str) -> Path:
     """Write answers.html: the table, then the first answers with what the judge replied."""
+    def picture(path: Path) -> str:
+        return thumbnail(read_picture(path, "a picture of the page"))
     body = [f'<pre class="wide">{html.escape(table)}</pre>',
             f"<p>The first {min(PAGE, len(of.questions))} of {len(of.questions)} answers.</p>"]
-    body += [question_html(question, of) for question in of.questions[:PAGE]]
+    for question in of.questions[:PAGE]:
+        start = [picture_html(picture(path), "picture of the question") for path in question.prompt_pictures]
+        steps = [{"text": s["text"], "picture": s["image"] and picture(of.folder / s["image"])}
+                 for s in of.segments(question)]
+        replies = [f"<pre>{html.escape(f'{aspect}: {reply}')}</pre>"
+                   for (id, aspect), reply in of.replies.items() if id == question.id]
+        words = html.escape(f"{question.id} · {question.group}: {question.prompt}")
+        body.append(f'<div class="group"><h3>{words}</h3><div class="row">{"".join(start)}</div>'
+                    f'{steps_html(steps)}{fold("judge", *replies)}</div>')
     return write_page(of.folder / "answers.html", title, body)
 
 

@@ -18,8 +18,8 @@ from common import (LEGEND, Count, LearningRate, Natural, Naturals, NonNegative,
                     Range, Run, Seed, Share, TopPs, UserError, Weights, average_gradients, averaged,
                     check_config, check_content, check_finite, check_settings, claim, end_processes,
                     group_html, note_processes, optimizer_tensors, parse_config, part_html, part_text,
-                    parts_of, peak_gib, png, require, restore_optimizer, run_main, shown, start_over,
-                    start_processes, whole, write_page)
+                    parts_of, peak_gib, require, restore_optimizer, rounded, run_main, shown, start_over,
+                    start_processes, thumbnail, whole, write_page)
 
 import itertools
 import math
@@ -346,17 +346,19 @@ def rollout(policy: UnifiedModel, samples: list[Sample], config: Config, judges:
     padded = torch.zeros(*tokens.shape[:2], 1)                                             # [B, T, 1]
     for row, t, value in zip(padded, trajectories, sum(values, [])):
         row[len(t.prompt):len(t.prompt) + len(value)] = value
+    parts = ("text", "visual", "format")
     metrics = {
-        "reward": mean(rewards), "reward/text": mean(s.text for s in scores),
-        "reward/visual": mean(s.visual for s in scores), "reward/format": mean(s.format for s in scores),
+        "reward": mean(rewards),
+        **{f"reward/{part}": mean(getattr(s, part) for s in scores) for part in parts},
         "zero_spread": mean(float(not any(a.any() for a in group)) for group in values),
         **{f"spread/{part}": mean(spread([getattr(s, part) for s in scores[g]]) for g in groups)
-           for part in ("text", "visual", "format")},
+           for part in parts},
         "steps_per_answer": mean(len(a.segments) for a in answers),
         "truncated": mean(t.truncated for t in trajectories),
-        "no_score": mean(float(missing) for s in scores for missing in s.unscored),
-        "cut_texts": mean(float(cut) for s in scores for cut in s.cut),
+        "no_score": mean(float(missing) for s in scores for missing in s.unscored) or 0.0,
+        "cut_texts": mean(float(cut) for s in scores for cut in s.cut) or 0.0,
         "seconds/rollout": sampled - began, "seconds/reward": judged - sampled}
+    metrics = {name: value for name, value in metrics.items() if value is not None}        # nobody judged it
     return Rollout(samples, answers, scores, tokens, is_image, mask, logp, padded.to(policy.device), metrics)
 
 
@@ -366,11 +368,11 @@ def spread(values: list[float | None]) -> float | None:
     return statistics.stdev(values) if len(values) > 1 else None
 
 
-def mean(values) -> float:
-    """The mean of all processes' values that are not None, 0 where there is none."""
+def mean(values) -> float | None:
+    """The mean of all processes' values that are not None; None where there is none."""
     values = [v for v in values if v is not None]
     over_all = averaged({"sum": sum(values), "count": len(values)})
-    return over_all["sum"] / (over_all["count"] or 1)
+    return over_all["sum"] / over_all["count"] if over_all["count"] else None
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -589,7 +591,7 @@ def log(run: Run, bar: tqdm, done: int, metrics: dict, silent: int) -> None:
     run.log(update=done, **metrics)
     names = {"reward": "reward", "text": "reward/text", "visual": "reward/visual", "format": "reward/format",
              "kl/image": "kl/image"}
-    bar.set_postfix({short: f"{metrics[name]:.3f}" for short, name in names.items()})
+    bar.set_postfix({short: f"{metrics[name]:.3f}" for short, name in names.items() if name in metrics})
     if silent == 3:
         tqdm.write("warning: three rollouts in a row had no spread in any group: every advantage is zero and "
                    "nothing is learned (try other prompts, a higher --temperature or other --reward-weights)")
@@ -611,51 +613,37 @@ def show(policy: UnifiedModel, run: Run, config: Config, pool: list[Sample], jud
 
 def worked(answers: list, scores: list[Scores], config: Config) -> list[Part]:
     """Eq. (4) to (6) on one group as tables, computed by the functions that train."""
-    G, gamma, weights = len(answers), config.step_discount, config.reward_weights
+    gamma, weights = config.step_discount, config.reward_weights
 
-    def credit(*reward_weights: float, discount: float) -> list[list[float]]:
-        """Eq. (6) with other weights and discount -> for each answer the mean advantage of each step."""
-        settings = replace(config, credit="process", reward_weights=reward_weights, step_discount=discount)
+    def credit(discount: float, r_f: float = 0.0) -> list[list[float]]:
+        """Eq. (6) with another discount and weight of r_f -> each answer's mean advantage of each step."""
+        settings = replace(config, credit="process", step_discount=discount,
+                           reward_weights=(*weights[:2], r_f))
         return [[values[s.start:s.stop].mean().item() for s in answer.segments]
                 for answer, values in zip(answers, advantages(answers, scores, settings))]
-
-    def table(columns: list[list], form: str, titles: list[str]) -> list[list[str]]:
-        """Columns of a value for each step -> rows; the longest answer names the steps."""
-        rows = [["step", *titles]]
-        for j, segment in enumerate(max((answer.segments for answer in answers), key=len)):
-            values = [column[j] if j < len(column) else None for column in columns]
-            rows.append([f"{j + 1} {'picture' if segment.text is None else 'text'}",
-                         *("-" if value is None else f"{value:{form}}" for value in values)])
-        return rows
-    names = [f"answer {n + 1}" for n in range(G)]
     rewards = torch.tensor(hybrid_rewards(scores, weights))
     whole = [["", "r_t", "r_v", "r_f", "r", "A"]]
-    for name, of, r, a in zip(names, scores, rewards, outcome_advantages(rewards)):
-        parts = ["-" if part is None else f"{part:.2f}" for part in (of.text, of.visual, of.format)]
-        whole.append([name, *parts, f"{r:.2f}", f"{a:+.2f}"])
-    own = credit(*weights[:2], 0.0, discount=0.0)                                         # r~ of each step
-    n = max(range(G), key=lambda n: max(own[n], default=0.0) - min(own[n], default=0.0))
-    reach = [credit(*weights[:2], 0.0, discount=g)[n] for g in (0.0, 0.5, 1.0)]
-    total = sum(gamma ** k * r for k, r in enumerate(own[n]))
-    terms = " + ".join(f"{gamma ** k:g} x ({r:+.2f})" for k, r in enumerate(own[n]))
-    form = weights[2] * outcome_advantages(torch.tensor([of.format for of in scores]))[n]
+    for n, (of, r, a) in enumerate(zip(scores, rewards, outcome_advantages(rewards)), 1):
+        whole.append([f"answer {n}", *map(rounded, (of.text, of.visual, of.format, r)), f"{a:+.2f}"])
+    columns = credit(0.0), credit(0.5), credit(1.0), credit(gamma, weights[2])
+    steps = [["answer, step", "r", "r~: discount 0", "0.5", "1", f"A: {gamma:g}, with r_f"]]
+    for n, (answer, of, *values) in enumerate(zip(answers, scores, *columns), 1):
+        for j, (segment, r, *row) in enumerate(zip(answer.segments, of.steps, *values), 1):
+            kind = "picture" if segment.text is None else "text"
+            steps.append([f"answer {n}, {j} {kind}", rounded(r), *(f"{value:+.2f}" for value in row)])
+    own = columns[0][0]                                                                    # r~ of answer 1
+    terms = " + ".join(f"{gamma ** k:g} x ({r:+.2f})" for k, r in enumerate(own))
+    total = sum(gamma ** k * r for k, r in enumerate(own))
     pools = "texts and pictures apart" if config.normalise == "kind" else "all steps together"
     return [
         Part("Eq. (5) and (4): whole answers",
              f"r = r_t + r_v + r_f, weighted {shown(weights)}. A = (r - mean) / (std + {EPSILON:g}), here "
              f"with mean {rewards.mean():.2f} and std {rewards.std():.2f}.", whole),
-        Part("The rewards r of the steps", "r_t of a text, r_v of a picture.",
-             table([of.steps for of in scores], ".2f", names)),
-        Part("Normalised over the group: r~", f"r~ = (r - mean) / (std + {EPSILON:g}), {pools}.",
-             table(own, "+.2f", names)),
-        Part("Eq. (6): the advantage of each step",
-             f"A of step j = sum of {gamma:g}^(k - j) r~ of step k over all k >= j. For {names[n]}, step 1: "
-             f"{terms} = {total:+.2f}. Words also get the normalised format reward of their answer, here "
-             f"{form:+.2f}.",
-             table(credit(*weights, discount=gamma), "+.2f", names)),
-        Part(f"How a step's reward reaches back: {names[n]}",
-             "The same r~, summed with three discounts: 0 is the step alone, 1 is Eq. (6) as printed.",
-             table(reach, "+.2f", ["discount 0", "0.5", "1"]))]
+        Part("Eq. (6): the steps, and how the reward of one reaches back",
+             f"r is r_t of a text, r_v of a picture. r~ = (r - mean) / (std + {EPSILON:g}) over the group, "
+             f"{pools}. A of step j = sum of discount^(k - j) r~ of step k over all k >= j; discount 0 is "
+             f"the step alone, 1 is Eq. (6) as printed. For answer 1, step 1: {terms} = {total:+.2f}. In "
+             f"the last column words also get the normalised format reward of their answer.", steps)]
 
 
 def loss_table(policy: UnifiedModel, batch: Rollout, ref_logp: Tensor, config: Config) -> list[list[str]]:
@@ -689,46 +677,43 @@ def explain(config: Config, device: torch.device) -> Path:
     optimizer = torch.optim.Adam(policy.policy_parameters(), lr=config.lr, betas=(0.9, 0.95))
     sample = next_prompts(config, 0, ready_prompts(pool, left_out, policy, codes, config))[0]
 
-    def tell(part: Part, pictures: str = "") -> None:
-        """Print a part, and put it on the page, its rows replaced by pictures if there are any."""
+    def tell(part: Part, group: str = "") -> None:
+        """Print a part, and put it on the page, where a group with its pictures stands for its rows."""
         part = part._replace(title=f"{len(body) + 1}. {part.title}")
         print(part_text(part))
-        words = part_html(part._replace(rows=()) if pictures else part)
-        body.append(f"<div>{words}{pictures}</div>" if pictures else words)
+        body.append(part_html(part._replace(rows=()) if group else part) + group)
 
-    def answer() -> tuple[Rollout, dict, list[list[str]]]:
-        """The group's rollout, its record, and its answers as rows; the same random numbers every time."""
+    def answer(title: str, words: str, **before: dict) -> tuple[Rollout, dict]:
+        """Sample the group, with the same random numbers every time, and tell it -> rollout and record."""
         batch = rollout(policy, [sample], config, judges, codes, [(config.seed, 0, 0)])
         record, = batch.records(1, config)
-        marks = {True: " (right)", False: " (wrong)", None: ""}
-        return batch, record, [
-            [f"answer {n + 1}:", *((s["text"] or "picture") + marks[s["right"]] for s in answer["steps"]),
-             parts_of(answer)] for n, answer in enumerate(record["answers"])]
-    batch, first, rows = answer()
-    tell(Part(f"The prompt, and G = {config.group_size} answers", f"{sample.prompt}\n{LEGEND}", rows),
-         group_html({"": first}, len(rows)))
+        rows = [[f"answer {n}:", *(step["text"] or "picture" for step in of["steps"]), parts_of(of)]
+                for n, of in enumerate(record["answers"], 1)]
+        tell(Part(title, words, rows), group_html({**before, "after" if before else "": record}, len(rows)))
+        return batch, record
+    batch, first = answer(f"The prompt, and G = {config.group_size} answers", f"{sample.prompt}\n{LEGEND}")
     for part in first["worked"]:
         tell(part)
     ref_logp = reference_logp(policy, reference, batch, config)
+    rows = loss_table(policy, batch, ref_logp, config)
+    ratios = [float(ratio) for row in rows[1:] for ratio in row[3:5]]
     tell(Part("Eq. (2), (3), (7): the loss before the update",
-              f"ratio = pi / pi_old, 1 everywhere: the policy still is the one that sampled. The loss: "
-              f"-min(ratio A, clip(ratio, {1 - config.clip:g}, {1 + config.clip:g}) A) + beta KL.",
-              loss_table(policy, batch, ref_logp, config)))
+              f"ratio = pi / pi_old, here {min(ratios):.4f} to {max(ratios):.4f}: the policy still is the "
+              f"one that sampled. The loss: -min(ratio A, clip(ratio, {1 - config.clip:g}, "
+              f"{1 + config.clip:g}) A) + beta KL.", rows))
     metrics = update(policy, optimizer, batch, ref_logp, config)
     tell(Part("The update",
               f"One step of Adam at learning rate {config.lr:g}; loss {metrics['loss']:.4f}, norm of the "
               f"gradient {metrics['grad_norm']:.3f}. On the same answers ratio and KL are now:",
               loss_table(policy, batch, ref_logp, config)))
-    _, again, rows = answer()
-    tell(Part("The same prompt again, with the same random numbers", "", rows),
-         group_html({"before the update": first, "after it": again}, len(rows)))
+    answer("The same prompt again, with the same random numbers", "", before=first)
     return write_page(Path(config.out) / "explain.html", "One prompt through one update", body)
 
 
-def judge_records(judges: tuple, most: int = 24) -> list[dict]:
+def judge_records(judges: tuple, most: int = 8) -> list[dict]:
     """The latest questions to a learned text judge with their pictures, its replies and their scores."""
     latest = list(getattr(judges[0], "record", ()))[-most:]
-    return [{"question": question, "pictures": [png(p) for p in pictures], "reply": reply, "score": score}
+    return [{"question": question, "pictures": list(map(thumbnail, pictures)), "reply": reply, "score": score}
             for question, pictures, reply, score in latest]
 
 

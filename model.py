@@ -20,8 +20,8 @@ and `decision_logp`, which both call. Behind them come QLoRA, then loading and s
 from common import (Count, Naturals, NonNegative, NonNegatives, Seed, TopPs, UserError, check_replaceable,
                     claim, foreign, free_bytes, hash_folder, open_tensors, parse_config, pick_device,
                     picture_html, process_count, process_rank, read_json, read_picture, read_tensor, reading,
-                    run_main, seeded, settled, sharded_like, snapshot, split_paths, steps_html, total_bytes,
-                    write_folder, write_page, write_tensors, write_text)
+                    run_main, seeded, settled, sharded_like, snapshot, split_paths, steps_html, thumbnail,
+                    total_bytes, write_folder, write_page, write_tensors, write_text)
 
 import json
 import math
@@ -1731,12 +1731,10 @@ def write_answer_page(prompt: str, pictures: list[np.ndarray], answer: Answer, f
     files |= {f"step_{i}.png": s.picture for i, s in enumerate(answer.segments) if s.picture is not None}
     for name, picture in files.items():
         Image.fromarray(picture).save(folder / name)
-    start = [picture_html(folder / name, "picture of the prompt", folder)
-             for name in files if name.startswith("prompt")]
-    steps = [{"text": s.text, "picture": None if s.picture is None else folder / f"step_{i}.png"}
-             for i, s in enumerate(answer.segments)]
-    body = [f'<div class="row">{"".join(start)}</div><h2>The answer</h2>', steps_html(steps, folder)]
-    return write_page(folder / "answer.html", prompt, body)
+    steps = [{"text": s.text, "picture": None if s.picture is None else thumbnail(s.picture, 256)}
+             for s in answer.segments]
+    start = "".join(picture_html(thumbnail(picture), "picture of the prompt") for picture in pictures)
+    return write_page(folder / "answer.html", prompt, [f'<div class="row">{start}</div>', steps_html(steps)])
 
 
 def write_merged(config: Config) -> None:

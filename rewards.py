@@ -15,7 +15,7 @@ sum (`hybrid_rewards`), Eq. (6) on the steps.
 
     python rewards.py           # score one right and three wrong answers and print the parts
 """
-from common import UserError, hash_folder, pick_device, png, read_picture, run_main
+from common import UserError, hash_folder, pick_device, read_picture, run_main, thumbnail
 
 import argparse
 import math
@@ -365,7 +365,7 @@ def true_steps(prompt: str) -> list[dict]:
     """The right answer to a toy prompt as the steps of a record, [] for other prompts."""
     states = shapes.states_of_prompt(prompt)[1:] if shapes.wanted_steps(prompt) else []
     return [step for state in states for step in ({"text": shapes.caption(state), "picture": None},
-                                                  {"text": None, "picture": png(shapes.render(state))})]
+                                                  {"text": None, "picture": thumbnail(shapes.render(state))})]
 
 
 def right_steps(prompt: str, answer: Answer) -> list[bool | None]:
@@ -395,13 +395,13 @@ def group_record(sample, answers: list[Answer], scores: list[Scores],
     records = []
     for n, (answer, score) in enumerate(zip(answers, scores)):
         right = right_steps(sample.prompt, answer)
-        steps = [{"text": s.text, "picture": None if s.picture is None else png(s.picture), "right": right[i],
-                  "reward": score.steps[i],
+        steps = [{"text": s.text, "picture": None if s.picture is None else thumbnail(s.picture),
+                  "right": right[i], "reward": score.steps[i],
                   "advantage": None if advantages is None else advantages[n][s.start:s.stop].mean().item()}
                  for i, s in enumerate(answer.segments)]
         records.append({"steps": steps, "layout": answer.layout, "text": score.text, "visual": score.visual,
                         "format": score.format})
-    return {"prompt": sample.prompt, "pictures": [png(p) for p in read_pictures(sample)],
+    return {"prompt": sample.prompt, "pictures": list(map(thumbnail, read_pictures(sample))),
             "truth": true_steps(sample.prompt), "answers": records}
 
 

@@ -15,7 +15,8 @@ from PIL import Image
 import grpo
 import shapes
 import warmup
-from common import LOCK, draw_sheet, enlarged, png, write_comparison, write_report
+from common import (COLUMNS, LOCK, METRICS, Interval, Part, draw_sheet, enlarged, part_html, thumbnail,
+                    write_comparison, write_report)
 from data import Sample
 from rewards import Scores, group_record
 from tokenizer import Answer, Segment
@@ -68,7 +69,7 @@ def folder(tmp_path):
         for arm in ("sampled", "low", "greedy"):
             drawn = {rate: sorted(rng.random(3).round(4).tolist()) for rate in RATES}
             arms[arm] = {rate: [mean, low, high] for rate, (low, mean, high) in drawn.items()}
-        results[side] = {**arms, "kept": {"t2i": 0.97, "i2t": 0.91}, "prompts": 33, "split": "heldout"}
+        results[side] = {**arms, "kept": {"t2i": 0.97, "i2t": 0.91}, "prompts": 33, "seconds": 4.0}
     (folder / "evaluation.json").write_text(json.dumps(results))
     (folder / "samples" / "000000_before.json").write_text(json.dumps(sheet("Before")))
     (folder / "samples" / "000010.json").write_text(json.dumps(sheet("Rollout of update 10")))
@@ -86,7 +87,8 @@ def test_every_metric_stands_on_the_page_with_its_first_and_last_value(folder):
     page = words(write_report(folder).read_text())
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for name in lines[0].keys() - {"update", "reward", "truncated"}:
-        assert f"{name}: {lines[0][name]:.3g} → {lines[-1][name]:.3g}" in page, name
+        words_of = f" ({METRICS[name]})" if name in METRICS else ""
+        assert f"{name}{words_of}: {lines[0][name]:.3g} → {lines[-1][name]:.3g}" in page, name
     first, last = (line["reward"] / 2.5 for line in (lines[0], lines[-1]))
     assert f"reward, mean of its parts: {first:.3g} → {last:.3g}" in page
     assert "Zero all the time: truncated (answers cut by the budget)." in page
@@ -99,22 +101,40 @@ def test_rates_on_the_page_are_those_of_the_evaluation(folder):
     for side, result in results.items():
         for arm in ("sampled", "low", "greedy"):
             for rate, (mean, low, high) in result[arm].items():
-                assert f"{rate} {side} {mean:.3f} {low:.3f}–{high:.3f}" in page, (side, arm, rate)
+                name = f"{rate}: {COLUMNS[rate]} " if side == "before" else ""
+                assert f"{name}{side} {mean:.3f} [{low:.3f} {high:.3f}]" in page, (side, arm, rate)
     before, after = (results[side]["greedy"]["story"][0] for side in ("before", "after"))
     assert f"greedy stories right: {before:.0%} → {after:.0%} on 33 held-out prompts" in page
-    assert "kept tasks 0.91" in page and "t2i 0.97" in page
+    assert "kept tasks 0.91; evaluation 8 s" in page and "t2i 0.97" in page
+
+
+def test_an_interval_is_drawn_at_its_values():
+    """A scale from 0 to 3 of 112 pixels, from pixel 4 on."""
+    drawn = part_html(Part("x", "", [["rate"], [Interval(1.5, 0.75, 2.25, most=3.0)]]))
+    assert "1.500 [0.750 2.250]" in drawn and 'd="M32.0 6H88.0"' in drawn and 'cx="60.0"' in drawn
 
 
 def test_a_curve_runs_through_its_values(folder):
-    """The thin line of the gradient's norm: 40 points at equal distances, each at its value's height."""
+    """The thin line of the gradient's norm: 40 points in the units of its axes, which hold them all."""
     page = write_report(folder).read_text()
-    figure = page[page.index("<b>Norm of the gradient</b>"):]
-    points = re.search('<polyline points="([^"]*)"', figure)[1].split()
+    figure = page[page.index("<b>grad_norm (norm of the gradient)</b>"):]
+    points = [tuple(map(float, p.split(","))) for p in re.search('points="([^"]*)"', figure)[1].split()]
     ticks = [float(t) for t in re.findall('text-anchor="end">([^<]*)</text>', figure)[:5]]
+    left, top, wide, high = map(float, re.search('viewBox="([^"]*)"', figure)[1].split())
     values = [json.loads(line)["grad_norm"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    assert len(points) == 40 and ticks[0] == 0 and ticks[-1] >= max(values)
-    for point, value in zip(points, values):
-        assert float(point.split(",")[1]) == pytest.approx(150 - 140 * value / ticks[-1], abs=0.06)
+    assert points == [(i + 1, pytest.approx(-value, rel=1e-4)) for i, value in enumerate(values)]
+    assert (left, wide) == (0, 40) and (-top, high) == (ticks[-1], ticks[-1]) and ticks[-1] >= max(values)
+
+
+def test_curves_below_zero_and_stacked_ones_stay_inside_their_axes(folder):
+    lines = [{"update": i, "seconds": 1.0, "loss": -0.5 + i, "seconds/a": 1.0, "seconds/b": 2.0}
+             for i in range(3)]
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = write_report(folder).read_text()
+    for title, ends in (("Loss, nats a decision", [-0.5, 2]), ("Seconds, stacked", [0, 3])):
+        figure = page[page.index(f"<b>{title}</b>"):]
+        ticks = [float(t) for t in re.findall('text-anchor="end">([^<]*)</text>', figure)[:5]]
+        assert [ticks[0], ticks[-1]] == ends, title
 
 
 def test_steps_are_marked_against_the_true_answer():
@@ -139,8 +159,8 @@ def test_before_and_after_stand_beside_each_other_under_one_prompt(folder):
     text = words(group)
     assert text.count("paint it blue, move it to center.") == 1
     assert text.index("The true answer") < text.index("before answer 1") < text.index("after answer 1")
-    assert text.count("✓ right") == 6 + 8 and text.count("✗ wrong") == 2
-    assert "form as asked" in text and "reward 0.50" in text
+    assert text.count("✓ right") == 4 + 4 and text.count("✗ wrong") == 0
+    assert "form as asked" in text and "reward 1.00" in text
     assert all(int(width) == 96 for width in re.findall('<img[^>]* width="([0-9]+)"', group))
     assert "<script" not in page and "http" not in page and not re.search("<img(?![^>]*alt=\"[^\"]+\")", page)
     assert len(page) < 1_000_000
@@ -148,20 +168,52 @@ def test_before_and_after_stand_beside_each_other_under_one_prompt(folder):
 
 def test_the_worked_tables_are_eq4_and_eq6_by_hand(folder):
     """Texts 1, 1, 1, 0: mean .75, std .5. Pictures 1, 1, .5, .5: mean .75, std .2887. Both forms are 1."""
-    tables = {part.title: part.rows for part in grpo.worked([RIGHT, WRONG], SCORES, grpo.Config())}
-    whole, rewards, own, credit, reach = tables.values()
+    whole, steps = (part.rows for part in grpo.worked([RIGHT, WRONG], SCORES, grpo.Config()))
     assert [row[-2:] for row in whole[1:]] == [["3.00", "+0.71"], ["2.00", "-0.71"]]
-    assert [" ".join(row[1:]) for row in rewards[1:]] == ["1.00 1.00", "1.00 0.50", "1.00 0.00", "1.00 0.50"]
-    expected = ["+0.50 +0.50", "+0.87 -0.87", "+0.50 -1.50", "+0.87 -0.87"]
-    assert [" ".join(row[1:]) for row in own[1:]] == expected
-    a, b = 0.25 / 0.5001, -0.25 / (0.28868 + 1e-4)
-    last = [-b, -b * 0.5 + a, (-b * 0.5 + a) * 0.5 - b, ((-b * 0.5 + a) * 0.5 - b) * 0.5 + a]
-    assert [row[1] for row in credit[1:]] == [f"{v:+.2f}" for v in reversed(last)]
-    zero, half, one = ([float(row[i]) for row in reach[1:]] for i in (1, 2, 3))
-    assert zero == [float(row[2]) for row in own[1:]], "discount 0 is the step alone"
-    assert one == pytest.approx([sum(zero[i:]) for i in range(4)], abs=0.02), "discount 1 is the plain sum"
+    names, rewards, zero, half, one, trained = zip(*steps[1:])
+    assert names[:2] == ("answer 1, 1 text", "answer 1, 2 picture") and names[-1] == "answer 2, 4 picture"
+    assert rewards == ("1.00",) * 4 + ("1.00", "0.50", "0.00", "0.50")
+    assert zero == ("+0.50", "+0.87", "+0.50", "+0.87", "+0.50", "-0.87", "-1.50", "-0.87")
+    a, b = 0.25 / 0.5001, 0.25 / (0.28868 + 1e-4)
+    last = [b, b * 0.5 + a, (b * 0.5 + a) * 0.5 + b, ((b * 0.5 + a) * 0.5 + b) * 0.5 + a]
+    assert list(half[:4]) == [f"{v:+.2f}" for v in reversed(last)] and trained == half
+    sums = [sum(map(float, zero[i:4])) for i in range(4)]
+    assert list(map(float, one[:4])) == pytest.approx(sums, abs=0.02), "discount 1 is the plain sum"
     page = words(write_report(folder).read_text())
-    assert all(cell in page for rows in tables.values() for row in rows for cell in row)
+    assert all(cell in page for rows in (whole, steps) for row in rows for cell in row)
+
+
+def test_a_part_of_weight_0_is_not_shown_as_a_reward_of_0(folder):
+    scores = [Scores(1.0, None, 1.0, [1.0, None, 1.0, None]), Scores(0.5, None, 1.0, [1.0, None, 0.0, None])]
+    config = grpo.Config(reward_weights=(1.0, 0.0, 1.0))
+    group = group_record(Sample(PROMPT, []), [RIGHT, WRONG], scores)
+    group["worked"] = grpo.worked([RIGHT, WRONG], scores, config)
+    record = {"title": "x", "groups": [group], "judged": []}
+    (folder / "samples" / "000000_before.json").write_text(json.dumps(record))
+    page = words(write_report(folder).read_text())
+    assert "before answer 1: r_t 1.00, r_f 1.00; form as asked" in page
+    assert "answer 2 0.50 - 1.00 1.50 -0.71" in page and "answer 1, 2 picture - " in page
+
+
+def test_a_report_with_photographs_stays_below_1_mb(folder):
+    """Noise of 256 pixels, the worst that there is to compress, in four prompts with four answers each."""
+    rng = np.random.default_rng(0)
+    noise = iter(rng.integers(0, 255, (200, 256, 256, 3), np.uint8))
+    for side in ("before", "after"):
+        groups, prompt = [], "How do I bake a cake? <image>"
+        for _ in range(4):
+            answers = [answer_of(["step"] * 4, STATES[:1] * 4) for _ in range(4)]
+            for answer in answers:
+                for segment in answer.segments:
+                    segment.picture = None if segment.picture is None else next(noise)
+            scores = [Scores(1.0, 1.0, 1.0, [1.0] * 8)] * 4
+            groups.append(group_record(Sample(prompt, [next(noise)]), answers, scores))
+            groups[-1]["worked"] = grpo.worked(answers, scores, grpo.Config())
+        judged = [{"question": "?", "reply": "x", "score": 1.0, "pictures": groups[0]["pictures"]}] * 8
+        file = folder / "samples" / f"{'000000' if side == 'before' else '999999'}_{side}.json"
+        file.write_text(json.dumps({"title": side, "groups": groups, "judged": judged}))
+    page = write_report(folder)
+    assert page.read_text().count("<img") > 60 and page.stat().st_size < 1_000_000
 
 
 def test_a_format_that_is_wrong_is_spelled_out(folder):
@@ -210,7 +262,7 @@ def test_what_a_folder_lacks_is_named_and_the_rest_is_shown(folder, name, text, 
     else:
         (folder / name).write_text(text)
     page = words(write_report(folder).read_text())
-    assert expected in page.split("This cannot be shown.", 1)[1] and "Rollout of update 10" in page
+    assert expected in page.split("This cannot be shown.", 1)[1] and len(page) > 1000
 
 
 def test_a_value_that_is_no_number_breaks_no_curve(folder):
@@ -245,9 +297,9 @@ def test_several_runs_stand_on_one_page(folder, tmp_path):
     html = write_comparison(runs, tmp_path / "out").read_text()
     page, results = words(html), json.loads((folder / "evaluation.json").read_text())
     mean = results["after"]["greedy"]["story"][0]
-    assert f"story one {mean:.3f}" in page and f"story two {mean:.3f}" in page
+    assert f"{COLUMNS['story']} one {mean:.3f}" in page and f" two {mean:.3f}" in page
     assert "lr 0.125 0.25" in page and "torch" not in page, "only settings that differ"
-    figure = html[html.index("<b>grad_norm</b>"):]
+    figure = html[html.index("<b>grad_norm (norm of the gradient)</b>"):]
     assert figure[:figure.index("</figure>")].count("<polyline") == 4, "a thin and a thick line a run"
     assert "three This cannot be shown." in page
 
@@ -266,10 +318,10 @@ def test_compare_writes_one_page_of_several_runs_or_one_report_anew(folder, tmp_
 def test_sheets_keep_the_pictures_shape_and_put_before_beside_after(tmp_path):
     picture = np.zeros((20, 30, 3), np.uint8)
     picture[:, :15], picture[:, 15:] = (250, 0, 0), (0, 0, 250)
-    assert enlarged(png(picture)).size == (150, 100)
+    assert enlarged(thumbnail(picture)).size == (150, 100)
     groups = sheet("x")["groups"]
     for group in groups:
-        group["pictures"] = [png(picture)]
+        group["pictures"] = [thumbnail(picture)]
     draw_sheet(groups, tmp_path / "one.png")
     draw_sheet(groups, tmp_path / "two.png", groups)
     one, two = (np.asarray(Image.open(tmp_path / f"{name}.png").convert("RGB")) for name in ("one", "two"))
@@ -293,8 +345,8 @@ def test_explain_walks_one_prompt_through_one_update_and_leaves_the_run_alone(wa
     after = files()
     assert after.pop(out / "explain.html") and after == before, "a page is all that is written"
     titles = re.findall(r"^\d+\. (.*)$", printed, re.M)
-    order = ("The prompt", "Eq. (5) and (4)", "The rewards r", "Normalised", "Eq. (6)", "How a step",
-             "Eq. (2), (3), (7)", "The update", "The same prompt again")
+    order = ("The prompt", "Eq. (5) and (4)", "Eq. (6)", "Eq. (2), (3), (7)", "The update",
+             "The same prompt again")
     assert all(title.startswith(start) for title, start in zip(titles, order, strict=True)), titles
     page = words((out / "explain.html").read_text())
     loss_before = re.findall(r"^(text|image) +(\d+) +(\S+) +(\S+) +(\S+) +(\S+) +(\S+)$", printed, re.M)
