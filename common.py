@@ -1127,9 +1127,9 @@ def fold(title: str, *body: str) -> str:
 
 
 def picture_html(code: str, alt: str) -> str:
-    """An <img> of a base64 file."""
-    width = enlarged(code).width
-    return f'<img alt="{html.escape(alt)}" width="{width}" src="data:image;base64,{code}">'
+    """An <img> of a base64 PNG or JPEG."""
+    kind, width = "jpeg" if code.startswith("/9j/") else "png", enlarged(code).width
+    return f'<img alt="{html.escape(alt)}" width="{width}" src="data:image/{kind};base64,{code}">'
 
 
 def bar(mean: float, low: float, high: float, least: float, most: float, wide: int = 120) -> str:
@@ -1203,7 +1203,7 @@ def chart(title: str, top: float | None, across: str, lines: dict[str, list[tupl
     for below, above in itertools.pairwise(drawn) if stacked else ():
         above[1] += np.interp(above[0], *below)
     xs, ys = np.concatenate(drawn, axis=1)
-    last, low, high = max(1, xs.max()), min(0.0, ys.min()), top or ys.max()
+    last, low, high = max(1, xs.max()), min(0.0, ys.min()), top or max(0.0, ys.max())
     unit = 10 ** math.floor(math.log10(max(high, 1e-9)))
     high = unit * math.ceil(high / unit - 1e-6)            # rounded up to one digit
     for share in (0, 0.25, 0.5, 0.75, 1):
@@ -1263,10 +1263,7 @@ def rates_html(results: dict[str, dict]) -> str:
                 cell = Interval(*result[arm][rate], most=3.0 if rate == "reward" else 1.0)
                 rows.append(["" if i else f"{rate}: {meaning}", name, cell])
         tables += part_html(Part(title, "", rows))
-    kept = "; ".join(f"{name}: " + ", ".join(f"{task} {share:.2f}" for task, share in of["kept"].items())
-                     for name, of in results.items())
-    return (f'<p>The grey lines run from 0 to 1 (reward: to 3).</p><div class="row rates">{tables}</div>'
-            f"<p>Kept tasks, greedy (t2i: text to image, i2t: image to text): {html.escape(kept)}.</p>")
+    return f'<p>The grey lines run from 0 to 1 (reward: to 3).</p><div class="row">{tables}</div>'
 
 
 def read_run(folder: Path) -> list[dict]:
@@ -1288,9 +1285,9 @@ def headline(folder: Path) -> str:
         before, after = (read_json(rates)[side] for side in ("before", "after"))
         first, last = (of["greedy"]["story"][0] for of in (before, after))
         words = [f"greedy stories right: {first:.0%} → {last:.0%} on {after['prompts']} held-out prompts",
-                 f"kept tasks {min(after['kept'].values()):.2f}",
+                 "kept tasks: text to image {t2i:.2f}, image to text {i2t:.2f}".format(**after["kept"]),
                  f"evaluation {before['seconds'] + after['seconds']:.0f} s"]
-    words.append(f"{lines[-1].get('update', len(lines))} updates, {sum(of['seconds'] for of in lines):.0f} s")
+    words.append(f"{lines[-1].get('update', len(lines))} updates {sum(of['seconds'] for of in lines):.0f} s")
     return f'<p class="headline">{html.escape("; ".join(words))}</p>'
 
 
@@ -1325,11 +1322,8 @@ def answers_html(samples: Path) -> str:
 
 
 def worked_html(samples: Path) -> str:
-    """Of the first sheet the group with most different step rewards, and how its advantages came about."""
-    def different(group: dict) -> int:
-        return len({step["reward"] for answer in group["answers"] for step in answer["steps"]})
-    group = max(read_json(min(samples.glob("*.json"), default=samples / "000000_before.json"))["groups"],
-                key=different)
+    """The first group of the first sheet, and how its advantages came about."""
+    group = read_json(min(samples.glob("*.json"), default=samples / "000000_before.json"))["groups"][0]
     return group_html({"": group}, 4) + "".join(part_html(Part(*part)) for part in group["worked"])
 
 
@@ -1337,10 +1331,9 @@ def judged_html(samples: Path) -> str:
     """What a learned text judge was asked last, and its replies."""
     body = ""
     for of in read_json(max(samples.glob("*.json"), default=samples / "999999_after.json"))["judged"]:
-        score = "none" if of["score"] is None else of["score"]
         body += "".join(picture_html(picture, "picture of the question") for picture in of["pictures"])
-        words = html.escape(f"{of['question']}\n--> {of['reply']}")
-        body += f"<pre>[score: {score}]\n{words}</pre>"
+        words = f"[score: {rounded(of['score'])}]\n{of['question']}\n--> {of['reply']}"
+        body += f"<pre>{html.escape(words)}</pre>"
     return fold("what the text judge was asked last, and its replies", body)
 
 

@@ -140,6 +140,7 @@ def one_rollout(policy, **settings) -> tuple[Config, grpo.Rollout]:
     """Four prompts, judged by constants: texts .75 and pictures .54, whatever they are."""
     config = Config(**{"prompts_per_update": 4, "budget": 48, "text_reward": "llava-critic", **settings})
     judges = (lambda *asked: [0.75] * len(asked[0]), lambda *asked: [0.54] * len(asked[0]))
+    judges = [judge if weight else None for judge, weight in zip(judges, config.reward_weights)]
     prompts = grpo.next_prompts(config, 0, [])
     seeds = [(0, p) for p in range(4)]
     return config, grpo.rollout(policy, prompts, config, judges, CodeCache(policy), seeds)
@@ -176,6 +177,16 @@ def test_the_spread_is_logged(tiny):
     visual = torch.tensor([s.visual for s in batch.scores]).view(4, 4)
     assert batch.metrics["spread/visual"] == pytest.approx(visual.std(1).mean().item())
     assert batch.metrics["spread/visual"] > 0 and "spread/text" in batch.metrics
+
+
+def test_a_part_of_weight_0_is_absent_from_the_log(tiny):
+    """It is not judged. A reward of 0 would say that all answers are wrong."""
+    _, whole = one_rollout(tiny)
+    for part, weights in (("visual", (1.0, 0.0, 1.0)), ("text", (0.0, 1.0, 1.0))):
+        _, batch = one_rollout(tiny, reward_weights=weights)
+        assert whole.metrics.keys() - batch.metrics.keys() == {f"reward/{part}", f"spread/{part}"}
+        record, *_ = batch.records(1, Config(reward_weights=weights))
+        assert {answer[part] for answer in record["answers"]} == {None}
 
 
 @pytest.mark.parametrize("settings, text, image", [

@@ -154,7 +154,7 @@ def test_learned_judges_train_and_the_report_shows_what_was_asked(warm, tmp_path
     assert len(logged) == RUN["updates"] and any(line["reward/text"] > 0 for line in logged)
     assert any(line["no_score"] > 0 for line in logged), "replies without a score are counted"
     page = write_report(tmp_path / "g").read_text()
-    for text in ("what the text judge was asked", "How do I boil an egg?]", "[score: none]"):
+    for text in ("what the text judge was asked", "How do I boil an egg?]", "[score: -]"):
         assert text in page
 
 
