@@ -1054,12 +1054,13 @@ STYLE = """
 --c4:light-dark(#7a5b00,#e3c562)}
 body{font:16px/1.4 system-ui,sans-serif;max-width:1120px;margin:auto;padding:12px;overflow-wrap:break-word}
 h1{font-size:1.5em}h2{font-size:1.3em}h3{font-size:1.05em;margin:.6em 0 .2em}p{margin:.4em 0;max-width:75ch}
-.row,.sides{display:flex;flex-wrap:wrap;gap:10px 20px}.sides>*{flex:1 1 min(100%,440px)}.part{max-width:100%}
+.row,.sides{display:flex;flex-wrap:wrap;align-items:start;gap:10px 20px}.sides>*{flex:1 1 min(100%,440px)}
 figure{margin:0;max-width:336px}figcaption,table,pre,.note{font-size:13px}.headline{font-size:1.3em}
 pre{white-space:pre-wrap}.wide{overflow-x:auto}pre.wide{white-space:pre}table{border-collapse:collapse}
 td{padding:2px 8px 2px 0;vertical-align:top;border-top:1px solid var(--line)}tr:first-child{font-weight:700}
 pre,.group{background:var(--card);padding:4px 12px 12px;margin:14px 0;border-radius:6px}
-.pair{width:min-content;min-width:150px}img{display:block;image-rendering:pixelated;margin:3px 0}
+.part{max-width:100%}.pair{width:min-content;min-width:150px}.pair .note{white-space:nowrap}
+img{display:block;image-rendering:pixelated;margin:3px 0}
 svg{display:block;font-size:12px}svg text{fill:currentColor}.pair svg{float:left;margin:3px 5px 0 0}
 polyline{fill:none;stroke:currentColor;vector-effect:non-scaling-stroke}.thin{opacity:.5}
 .thick{stroke-width:2.5}.area{fill:currentColor;stroke:none}
@@ -1169,8 +1170,8 @@ def group_html(sides: dict[str, dict], most: int = 1) -> str:
     if group.get("truth"):
         body += f'<div>The true answer:{steps_html(group["truth"])}</div>'
     body = f'<h3>{html.escape(group["prompt"])}</h3><div class="row">{body}</div><div class="sides">'
-    for name, of in sides.items():
-        for n, answer in enumerate(of["answers"][:most], 1):
+    for n, beside in enumerate(list(zip(*(of["answers"] for of in sides.values())))[:most], 1):
+        for name, answer in zip(sides, beside):
             words = html.escape(f"{name} answer {n}: {parts_of(answer)}")
             body += f'<div><div class="note">{words}</div>{steps_html(answer["steps"])}</div>'
     return f'<div class="group">{body}</div></div>'
@@ -1204,8 +1205,8 @@ def chart(title: str, top: float | None, across: str, lines: dict[str, list[tupl
         above[1] += np.interp(above[0], *below)
     xs, ys = np.concatenate(drawn, axis=1)
     last, low, high = max(1, xs.max()), min(0.0, ys.min()), top or max(0.0, ys.max())
-    unit = 10 ** math.floor(math.log10(max(high, 1e-9)))
-    high = unit * math.ceil(high / unit - 1e-6)            # rounded up to one digit
+    unit = 10 ** math.floor(math.log10(max(high, -low, 1e-9)))
+    low, high = unit * math.floor(low / unit), unit * math.ceil(high / unit - 1e-6)        # round numbers
     for share in (0, 0.25, 0.5, 0.75, 1):
         x, y = 50 + 274 * share, 150 - 140 * share
         axes += (f'<path d="M50 {y}H324" style="stroke:var(--line)"/><text x="46" y="{y + 4}" '
@@ -1312,8 +1313,10 @@ def section(title: str, file: Path, make: Callable[[], str]) -> str:
 
 
 def answers_html(samples: Path) -> str:
-    """The same prompts before and after, side by side, or what there is of the two."""
-    sheets = {side: read_json(file) for side in ("before", "after") for file in samples.glob(f"*{side}.json")}
+    """The same prompts before and after, side by side; without these the last rollout."""
+    files = [file for side in ("before", "after") for file in samples.glob(f"*{side}.json")]
+    files = files or sorted(samples.glob("*.json"))[-1:]
+    sheets = {file.stem.split("_")[-1]: read_json(file) for file in files}
     if not sheets:
         raise UserError(f"{samples}: no answers, *before.json and *after.json")
     groups = zip(*(sheet["groups"] for sheet in sheets.values()), strict=True)
@@ -1324,7 +1327,8 @@ def answers_html(samples: Path) -> str:
 def worked_html(samples: Path) -> str:
     """The first group of the first sheet, and how its advantages came about."""
     group = read_json(min(samples.glob("*.json"), default=samples / "000000_before.json"))["groups"][0]
-    return group_html({"": group}, 4) + "".join(part_html(Part(*part)) for part in group["worked"])
+    parts = "".join(part_html(Part(*part)) for part in group["worked"])
+    return f'{group_html({"": group}, 4)}<div class="row">{parts}</div>'
 
 
 def judged_html(samples: Path) -> str:

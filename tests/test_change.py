@@ -158,5 +158,5 @@ def test_prompts_of_ones_own_with_photographs(warm, tmp_path):
     out = tmp_path / "out" / "my-prompts"
     page = (out / "report.html").read_text()
     assert "How do I water this plant?" in page and "The true answer" not in page
-    assert page.count('alt="picture of the prompt" width="256"') >= 2, "photographs"
+    assert page.count('alt="picture of the prompt" width="171"') >= 2, "photographs"
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 1
