@@ -1060,7 +1060,7 @@ pre{white-space:pre-wrap}.wide{overflow-x:auto}pre.wide{white-space:pre}table{bo
 td{padding:2px 8px 2px 0;vertical-align:top;border-top:1px solid var(--line)}tr:first-child{font-weight:700}
 pre,.group{background:var(--card);padding:4px 12px 12px;margin:14px 0;border-radius:6px}
 .part{max-width:100%}.pair{width:min-content;min-width:150px}.pair .note{white-space:nowrap}
-img{display:block;image-rendering:pixelated;margin:3px 0}
+img{display:block;image-rendering:pixelated;margin:3px 0;border:1px solid var(--line)}
 svg{display:block;font-size:12px}svg text{fill:currentColor}.pair svg{float:left;margin:3px 5px 0 0}
 polyline{fill:none;stroke:currentColor;vector-effect:non-scaling-stroke}.thin{opacity:.5}
 .thick{stroke-width:2.5}.area{fill:currentColor;stroke:none}
