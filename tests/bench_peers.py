@@ -1,7 +1,7 @@
 """The same work by others: a GRPO update by TRL, answers of text by transformers. Times are ours / theirs.
 
     python -m venv /tmp/peers
-    /tmp/peers/bin/pip install -r requirements.txt transformers==5.24.0 trl==1.16.0
+    /tmp/peers/bin/pip install -r tests/requirements.txt trl==1.16.0          # transformers==5.24.0 is in it
     /tmp/peers/bin/python tests/bench_peers.py                        # everything, 12 minutes on two cores
     /tmp/peers/bin/python tests/bench_peers.py --only generate --sizes miniature --rounds 3 --batches 1 8
 
