@@ -4,6 +4,7 @@
     python tests/results.py measure scratch          # python grpo.py from nothing, three times, two threads
     python tests/results.py measure tries            # the five tries of the README, on two seeds
     python tests/results.py measure pairs            # pairs that no story had: where it goes wrong
+    python tests/results.py measure signal           # how much of an update's gradient points where it should
     python tests/results.py measure processes        # one process against two
     python tests/results.py measure full-size        # 7B policy and judges, random weights: 34 GB on disk
 
@@ -32,7 +33,19 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 from common import machine
 
+import torch
+
+import data
+import grpo
+import shapes
+from evaluate import GRPO, ROWS, rate_answer
+from model import Sampling, load
+from rewards import RulesText, RulesVisual
+
 RESULTS = ROOT / ".github" / "results"
+SIGNAL_ROWS = ("r_f+r_t+r_v", "process", "process-as-printed", "discount-0", "discount-1", "one-pool",
+               "one-pool-discount-0", "per-modality", "G2", "G8")
+ROUNDS = 24                          # of rollouts and gradients of each setting
 RATES = ("format", "text", "visual", "story")
 SEEDS = (0, 1)                       # of the tries
 TRIES = {                            # number in the README -> flags; 4 and 5 change the code first
@@ -141,12 +154,6 @@ def pairs(folder: Path) -> dict:
 
     Of the base models and the runs of the row "process" that `evaluate.py --reproduce` left in out/reproduce.
     """
-    import torch
-
-    import data
-    import shapes
-    from evaluate import rate_answer
-    from model import Sampling, load
     rng, result = random.Random("pairs"), {}
     samples = [data.toy_prompt(rng, 3, "pairs") for _ in range(384)]
     for name in (f"{row}/{seed}" for row in ("base", "process") for seed in (0, 1, 2)):
@@ -169,6 +176,67 @@ def pairs(folder: Path) -> dict:
     return result
 
 
+def gradient(model, batch, values: list, config) -> torch.Tensor:
+    """The gradient of Eq. (2) without KL on a rollout, with an answer's advantages [T, 1], as one vector."""
+    padded = torch.zeros_like(batch.advantages)
+    starts = batch.mask.any(-1).int().argmax(1)                         # where an answer's decisions begin
+    for row, start, value in zip(padded, starts, values):
+        row[start:start + len(value)] = value
+    weights = grpo.decision_weights(batch.mask, batch.is_image, config.per_modality)
+    logp = model.log_probs(batch.tokens, batch.is_image, batch.mask, grpo.scoring_of(config))
+    old = logp.detach()
+    loss, *_ = grpo.grpo_loss(logp, old, old, padded.expand_as(logp), weights, config.clip, 0.0)
+    parts = torch.autograd.grad(loss.mean(), model.policy_parameters(), allow_unused=True)
+    return torch.cat([part.flatten() for part in parts if part is not None])
+
+
+def signal(folder: Path) -> dict:
+    """How an update's gradient relates to where it should point, before any update, on the base models.
+
+    64 fresh answers an update as in training, ROUNDS times. For each row of `evaluate.ROWS` that differs in
+    credit or group size alone:
+
+    signal_to_noise    |E g|^2 / E |g - E g|^2 of one update's gradient g, both estimated without bias
+    cosine             of one update's gradient with the mean over the OTHER rounds of Eq. (4)'s gradient at
+                       G = 4: that of the expected hybrid reward
+    """
+    torch.set_num_threads(2)
+    result = {}
+    for base in (0, 1, 2):
+        model, gradients = load(ROOT / f"out/reproduce/base/{base}", torch.device("cpu")).eval(), {}
+        codes = data.CodeCache(model)
+        for k in range(ROUNDS):
+            for group in (4, 2, 8):
+                rows = [row for row in SIGNAL_ROWS if {**GRPO, **ROWS[row]}["group_size"] == group]
+                shared = {"group_size": group, "prompts_per_update": 64 // group, "edits": 3, "budget": 160}
+                rng = random.Random(f"signal/{base}/{group}/{k}")
+                samples = [data.toy_prompt(rng, 3, "train") for _ in range(64 // group)]
+                seeds = [("signal", base, group, k, p) for p in range(len(samples))]
+                judges = RulesText(), RulesVisual()
+                batch = grpo.rollout(model, samples, grpo.Config(**shared), judges, codes, seeds)
+                for row in rows:
+                    config = grpo.Config(**{**GRPO, **ROWS[row]})
+                    values = [value for first in range(0, 64, group) for value in grpo.advantages(
+                        batch.answers[first:first + group], batch.scores[first:first + group], config)]
+                    parts = {row: values}
+                    if row == "process":                   # what the text tokens say, and what the codes say
+                        parts |= {"process, codes alone": [v * a.is_image[:, None] for v, a in
+                                                           zip(values, batch.answers)],
+                                  "process, text alone": [v * ~a.is_image[:, None] for v, a in
+                                                          zip(values, batch.answers)]}
+                    for name, of in parts.items():
+                        gradients.setdefault(name, []).append(gradient(model, batch, of, config))
+        aim = torch.stack(gradients["r_f+r_t+r_v"])
+        for row, of in gradients.items():
+            of, n = torch.stack(of), ROUNDS
+            noise = (of - of.mean(0)).square().sum().item() / (n - 1)
+            power = of.mean(0).square().sum().item() - noise / n
+            others = (aim.sum(0) - aim) / (n - 1)
+            cosine = torch.cosine_similarity(of, others, dim=1).mean().item()
+            result.setdefault(row, []).append({"signal_to_noise": power / noise, "cosine": cosine})
+    return result
+
+
 def full_size(folder: Path) -> dict:
     """The 7B policy and the judges at full size: phase -> seconds and peak GiB, or the line of a judge."""
     place, script, judges = copy_of(folder / "copy"), "tests/full_size.py", "tests/full_size_judges.py"
@@ -184,7 +252,7 @@ def full_size(folder: Path) -> dict:
             "judges": re.findall(r"^(.+: load .* GiB, .*)$", log, re.MULTILINE)}
 
 
-MEASURES = {"scratch": scratch, "tries": tries, "pairs": pairs, "processes": processes,
+MEASURES = {"scratch": scratch, "tries": tries, "pairs": pairs, "signal": signal, "processes": processes,
             "full-size": full_size}
 
 
@@ -236,6 +304,12 @@ def pairs_lines(result: dict) -> list[str]:
     return [cells(words, *(spread([result[f"{row}/{seed}"][what] for seed in (0, 1, 2)]) for what in
                            ("said_other", "said_pair", "drawn_other", "drawn_pair", "story")))
             for row, words in names.items()]
+
+
+def signal_lines(result: dict) -> list[str]:
+    """Of each setting the means over three base models, with the smallest and the largest."""
+    return [cells(row, *(spread([of[what] for of in bases], ".3f") for what in ("signal_to_noise", "cosine")))
+            for row, bases in result.items() if isinstance(bases, list)]
 
 
 def bench_lines(result: dict) -> list[str]:
@@ -300,8 +374,8 @@ def reproduction_lines(result: dict) -> list[str]:
 
 
 LINES = {"scratch": scratch_lines, "reproduction": reproduction_lines, "tries": tries_lines,
-         "pairs": pairs_lines, "bench": bench_lines, "peers": peers_lines, "processes": processes_lines,
-         "full-size": full_size_lines}
+         "pairs": pairs_lines, "signal": signal_lines, "bench": bench_lines, "peers": peers_lines,
+         "processes": processes_lines, "full-size": full_size_lines}
 
 
 def tables() -> dict[str, list[str]]:
