@@ -45,7 +45,7 @@ from rewards import RulesText, RulesVisual
 RESULTS = ROOT / ".github" / "results"
 SIGNAL_ROWS = ("r_f+r_t+r_v", "process", "process-as-printed", "discount-0", "discount-1", "one-pool",
                "one-pool-discount-0", "per-modality", "G2", "G8")
-ROUNDS = 24                          # of rollouts and gradients of each setting
+ROUNDS = 12                          # of rollouts and gradients of each setting
 RATES = ("format", "text", "visual", "story")
 SEEDS = (0, 1)                       # of the tries
 TRIES = {                            # number in the README -> flags; 4 and 5 change the code first
