@@ -2,6 +2,7 @@
 
     python tests/results.py                          # the lines of all tables, from .github/results/*.json
     python tests/results.py measure scratch          # python grpo.py from nothing, three times, two threads
+    python tests/results.py measure learning         # three base models, 40 updates each, 384 prompts
     python tests/results.py measure tries            # the five tries of the README, on two seeds
     python tests/results.py measure pairs            # pairs that no story had: where it goes wrong
     python tests/results.py measure signal           # how much of an update's gradient points where it should
@@ -94,6 +95,18 @@ def scratch(folder: Path) -> dict:
         updates = [json.loads(line) for line in (place / "out/grpo/metrics.jsonl").read_text().splitlines()]
         grpo.append(sum(of["seconds"] for of in [*updates, *rates.values()]))
     return {"seconds": seconds, "grpo_seconds": grpo, **read(folder / "0/out/grpo/evaluation.json")}
+
+
+def learning(folder: Path) -> dict:
+    """GRPO with its defaults on the base models of out/reproduce, seeds 0 to 2 -> seed -> evaluation."""
+    place = copy_of(folder / "copy")
+
+    def one(seed: int) -> dict:
+        run(place, "grpo.py", "--seed", seed, "--model", ROOT / f"out/reproduce/base/{seed}", "--out",
+            f"out/{seed}", "--eval-prompts", 384)
+        return read(place / f"out/{seed}/evaluation.json")
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip("012", pool.map(one, (0, 1, 2))))
 
 
 def warm_up(folder: Path, *flags: object) -> None:
@@ -252,8 +265,8 @@ def full_size(folder: Path) -> dict:
             "judges": re.findall(r"^(.+: load .* GiB, .*)$", log, re.MULTILINE)}
 
 
-MEASURES = {"scratch": scratch, "tries": tries, "pairs": pairs, "signal": signal, "processes": processes,
-            "full-size": full_size}
+MEASURES = {"scratch": scratch, "learning": learning, "tries": tries, "pairs": pairs, "signal": signal,
+            "processes": processes, "full-size": full_size}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -279,6 +292,17 @@ def scratch_lines(result: dict) -> list[str]:
             lines.append(f"{side + ' ' + arm:16}" + "".join("{:>22}".format(
                 "{:.3f} [{:.3f} {:.3f}]".format(*of)) for of in rates))
     return lines
+
+
+def learning_lines(result: dict) -> list[str]:
+    """Means over three seeds with the smallest and the largest, and the kept tasks after."""
+    lines = []
+    for side in ("before", "after"):
+        for arm in ("sampled", "greedy"):
+            rates = ([result[seed][side][arm][rate][0] for seed in "012"] for rate in RATES)
+            lines.append(cells(f"{side}, {arm}", *map(spread, rates)))
+    return lines + [f"{task} {spread([result[seed]['after']['kept'][task] for seed in '012'])}"
+                    for task in ("t2i", "i2t")]
 
 
 def tries_lines(result: dict) -> list[str]:
@@ -373,8 +397,8 @@ def reproduction_lines(result: dict) -> list[str]:
     return lines
 
 
-LINES = {"scratch": scratch_lines, "reproduction": reproduction_lines, "tries": tries_lines,
-         "pairs": pairs_lines, "signal": signal_lines, "bench": bench_lines, "peers": peers_lines,
+LINES = {"scratch": scratch_lines, "learning": learning_lines, "reproduction": reproduction_lines,
+         "tries": tries_lines, "pairs": pairs_lines, "signal": signal_lines, "bench": bench_lines, "peers": peers_lines,
          "processes": processes_lines, "full-size": full_size_lines}
 
 
