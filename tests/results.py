@@ -398,8 +398,8 @@ def reproduction_lines(result: dict) -> list[str]:
 
 
 LINES = {"scratch": scratch_lines, "learning": learning_lines, "reproduction": reproduction_lines,
-         "tries": tries_lines, "pairs": pairs_lines, "signal": signal_lines, "bench": bench_lines, "peers": peers_lines,
-         "processes": processes_lines, "full-size": full_size_lines}
+         "tries": tries_lines, "pairs": pairs_lines, "signal": signal_lines, "bench": bench_lines,
+         "peers": peers_lines, "processes": processes_lines, "full-size": full_size_lines}
 
 
 def tables() -> dict[str, list[str]]:
