@@ -402,6 +402,32 @@ LINES = {"scratch": scratch_lines, "learning": learning_lines, "reproduction": r
          "peers": peers_lines, "processes": processes_lines, "full-size": full_size_lines}
 
 
+def plot(signal: dict, reproduction: dict) -> str:
+    """An SVG: each setting's cosine before training against the stories that are right after it."""
+    stories = {row: of["rates"]["story"] for row, of in reproduction["rows"].items()}
+    points = {row: (statistics.fmean(of["cosine"] for of in signal[row]), stories[row]) for row in SIGNAL_ROWS}
+    left, right = (edge(x for x, _ in points.values()) for edge in (min, max))
+    low, high = (edge(y for _, of in points.values() for y in of) for edge in (min, max))
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        return 70 + 420 * (x - left) / (right - left), 300 - 270 * (y - low) / (high - low)
+    parts = ['<svg xmlns="http://www.w3.org/2000/svg" width="720" height="350" font-family="sans-serif" '
+             'font-size="13"><rect width="720" height="350" fill="#fff"/>',
+             '<text x="280" y="342" text-anchor="middle">cosine of one update\'s gradient with that of the '
+             'expected reward, before training</text>',
+             '<text transform="translate(16 170) rotate(-90)" text-anchor="middle">story, sampled, after</text>']
+    for i in range(5):
+        x, y = left + (right - left) * i / 4, low + (high - low) * i / 4
+        parts.append(f'<text x="{at(x, low)[0]:.0f}" y="320" text-anchor="middle">{x:.3f}</text>'
+                     f'<text x="60" y="{at(left, y)[1] + 4:.0f}" text-anchor="end">{y:.2f}</text>')
+    for name, (x, (mean, below, above)) in points.items():
+        (cx, cy), top, bottom = at(x, mean), at(x, above)[1], at(x, below)[1]
+        parts.append(f'<path d="M{cx:.0f} {top:.0f}V{bottom:.0f}" stroke="#9bb8d8"/>'
+                     f'<circle cx="{cx:.0f}" cy="{cy:.0f}" r="4" fill="#1f5fa8"/>'
+                     f'<text x="{cx + 8:.0f}" y="{cy + 4:.0f}">{name}</text>')
+    return "\n".join([*parts, "</svg>"])
+
+
 def tables() -> dict[str, list[str]]:
     """The lines of every table whose numbers are kept."""
     return {name: lines(read(RESULTS / f"{name}.json")) for name, lines in LINES.items()
@@ -418,6 +444,9 @@ def main() -> None:
     if not args.what:
         for name, lines in tables().items():
             print(f"{name}:", *lines, "", sep="\n")
+        if {"signal", "reproduction"} <= set(tables()):
+            of = (read(RESULTS / f"{name}.json") for name in ("signal", "reproduction"))
+            (ROOT / ".github" / "learned.svg").write_text(plot(*of))
         return
     if len(args.what) != 2 or args.what[0] != "measure" or args.what[1] not in MEASURES:
         parser.error(f"expected nothing, or measure and one of {', '.join(MEASURES)}")
