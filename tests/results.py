@@ -405,17 +405,18 @@ LINES = {"scratch": scratch_lines, "learning": learning_lines, "reproduction": r
 def plot(signal: dict, reproduction: dict) -> str:
     """An SVG: each setting's cosine before training against the stories that are right after it."""
     stories = {row: of["rates"]["story"] for row, of in reproduction["rows"].items()}
-    points = {row: (statistics.fmean(of["cosine"] for of in signal[row]), stories[row]) for row in SIGNAL_ROWS}
+    points = {row: (statistics.fmean(of["cosine"] for of in signal[row]), stories[row])
+              for row in SIGNAL_ROWS}
     left, right = (edge(x for x, _ in points.values()) for edge in (min, max))
     low, high = (edge(y for _, of in points.values() for y in of) for edge in (min, max))
 
     def at(x: float, y: float) -> tuple[float, float]:
         return 70 + 420 * (x - left) / (right - left), 300 - 270 * (y - low) / (high - low)
-    parts = ['<svg xmlns="http://www.w3.org/2000/svg" width="720" height="350" font-family="sans-serif" '
-             'font-size="13"><rect width="720" height="350" fill="#fff"/>',
+    parts = ['<svg xmlns="http://www.w3.org/2000/svg" width="720" height="350" font-size="13" '
+             'font-family="sans-serif"><rect width="720" height="350" fill="#fff"/>',
              '<text x="280" y="342" text-anchor="middle">cosine of one update\'s gradient with that of the '
              'expected reward, before training</text>',
-             '<text transform="translate(16 170) rotate(-90)" text-anchor="middle">story, sampled, after</text>']
+             '<text transform="translate(16 170) rotate(-90)" text-anchor="middle">story after</text>']
     for i in range(5):
         x, y = left + (right - left) * i / 4, low + (high - low) * i / 4
         parts.append(f'<text x="{at(x, low)[0]:.0f}" y="320" text-anchor="middle">{x:.3f}</text>'
