@@ -131,7 +131,8 @@ def measure_one(name: str, folder: Path) -> None:
         pictures = list(np.random.default_rng(0).integers(0, 256, (8, 256, 256, 3), dtype=np.uint8))
         judge([TEXT] * 8, pictures)
         cost = f"{(time.perf_counter() - began) / 8:.2f} s a picture"
-    print(f"{name}: load {load_seconds:.0f} s, peak {peak_gib(torch.device('cpu')):.1f} GiB, {cost}", flush=True)
+    peak = peak_gib(torch.device("cpu"))
+    print(f"{name}: load {load_seconds:.0f} s, peak {peak:.1f} GiB, {cost}", flush=True)
 
 
 def measure_together(policy: str, folder: Path) -> None:
