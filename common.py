@@ -471,6 +471,10 @@ def peak_gib(device: torch.device) -> float:
     """The most memory in use so far, in GiB: allocated on the GPU, or resident on the CPU (Windows: 0)."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2 ** 30
+    status = Path("/proc/self/status")                     # Linux: getrusage may give the parent's peak
+    found = re.search(r"VmHWM:\s+(\d+) kB", status.read_text()) if status.exists() else None
+    if found:
+        return int(found[1]) / 2 ** 20
     if resource is None:
         return 0.0
     unit = 1 if sys.platform == "darwin" else 1024

@@ -141,8 +141,13 @@ def toy_story(rng: random.Random, edits: int) -> Sample:
 
 
 def toy_words(rng: random.Random, edits: int) -> Sample:
-    """The same task in words alone: stands for what a language model knows before it meets a picture."""
-    prompt = toy_prompt(rng, rng.randint(1, edits + 1), "train").prompt
+    """The same task in words alone: stands for what a language model knows before it meets a picture.
+
+    Choice: a quarter is from the split "pairs", about its share of all prompts. A language model knows all
+    words; what no story ever had is kept from the stories alone.
+    """
+    split = "pairs" if rng.random() < 0.25 else "train"
+    prompt = toy_prompt(rng, rng.randint(1, edits + 1), split).prompt
     captions = [shapes.caption(state) for state in shapes.states_of_prompt(prompt)[1:]]
     return Sample(prompt.replace(" <image>", ""), [], ", ".join(captions) + "</s>", kind="words")
 

@@ -90,7 +90,7 @@ class Config:
     only: Names = ()                 # rows; by default all
     seeds: str = "0,1,2,3,4,5"       # seeds of each row's GRPO runs
     bases: Count = 3                 # base models; seed s starts from number s modulo this
-    updates: Count = 40              # GRPO updates of each run
+    updates: Count = 30              # GRPO updates of each run: before the best rows come near 1
     jobs: Count = 2                  # runs side by side, one thread each
     # -- sampling
     temperature: NonNegatives = 1.0  # of the sampled arm and of benchmarks; two: of text, of image codes

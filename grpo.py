@@ -510,7 +510,8 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> list[S
     pool, left_out = read_pool(config)
     content = content_of(config, pool)
     check_content(folder, state.get("content", {}), content)
-    check_memory(config.model, config.budget, config.rows, device, config.quantize, config.base)
+    check_memory(config.model, config.budget, config.rows, device, config.quantize, config.base,
+                 config.unpack)
     policy, reference = start_policy(config, state, device)
     # Choice: Adam moves every number by itself, so under torchrun each process updates its own shards.
     optimizer = torch.optim.Adam(policy.policy_parameters(), lr=config.lr, betas=(0.9, 0.95))

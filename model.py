@@ -853,11 +853,11 @@ def row_bytes(decoder: DecoderConfig, positions: int, bytes_a_number: int) -> in
 
 
 def check_memory(source: str, budget: int, rows: int, device: torch.device, quantize: str = "none",
-                 base: str = "") -> None:
+                 base: str = "", unpack: bool = False) -> None:
     """Refuse, before any weight is read, what the device cannot hold: `rows` (0: one) answers of `budget`.
 
     The estimate is a lower bound: keys and values in 16 bits beside the decoder's files, 4.5 bits a weight
-    with quantize "nf4". Raises UserError with the numbers.
+    with quantize "nf4", and with `unpack` the whole weights beside them. Raises UserError with the numbers.
     """
     folder = checkpoint_folder(source)
     if adapter := adapter_settings(folder, base):
@@ -868,7 +868,7 @@ def check_memory(source: str, budget: int, rows: int, device: torch.device, quan
         raise UserError(f"--budget {budget}: the decoder of {source} has a context of {decoder.context} "
                         f"positions, prompt included")
     files = sum(file.stat().st_size for file in tensor_files(folder / "llm") if file.exists())
-    weights = files * (4.5 / 16 if quantize == "nf4" else 1)
+    weights = files * (4.5 / 16 + unpack if quantize == "nf4" else 1)
     cache, total = max(1, rows) * row_bytes(decoder, budget, 2), total_bytes(device)
     if total and weights + cache > total:
         gib = [f"{size / 2 ** 30:.1f} GiB" for size in (cache, weights, total)]

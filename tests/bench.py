@@ -15,7 +15,6 @@ at one: a decoder pass, the distribution, the draw. Values are medians.
 import argparse
 import json
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -32,6 +31,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from full_size import DECODER, DEPTH, VISION, make_parser
 
 import grpo
+from common import peak_gib
 from model import (DecoderConfig, DepthConfig, KVCache, NF4Linear, Sampling, UnifiedModel, unpacked)
 from tokenizer import pack
 
@@ -210,11 +210,10 @@ def peak(args: argparse.Namespace) -> None:
     """Decode 32 answers to one prompt of 1,000 positions, --rows at a time -> the process's peak memory."""
     model = random_model(replace(DECODER, num_hidden_layers=args.layers), replace(DEPTH, layers=1), WIDE,
                          torch.bfloat16)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_gib(model.device)
     prompt = pack([[3] * 1000], model.vision_config.depth)
     model.generate([prompt], 32, 8, Sampling(), rows=args.rows[0])
-    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    print(json.dumps({"weights GiB": before / 2 ** 20, "peak GiB": after / 2 ** 20}))
+    print(json.dumps({"weights GiB": before, "peak GiB": peak_gib(model.device)}))
 
 
 def memory(args: argparse.Namespace) -> list[dict]:

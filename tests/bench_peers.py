@@ -1,7 +1,7 @@
 """The same work by others: a GRPO update by TRL, answers of text by transformers. Times are ours / theirs.
 
     python -m venv /tmp/peers
-    /tmp/peers/bin/pip install -r requirements.txt transformers==5.24.0 trl==1.16.0
+    /tmp/peers/bin/pip install -r tests/requirements.txt trl==1.16.0          # transformers==5.24.0 is in it
     /tmp/peers/bin/python tests/bench_peers.py                        # everything, 12 minutes on two cores
     /tmp/peers/bin/python tests/bench_peers.py --only generate --sizes miniature --rounds 3 --batches 1 8
 
@@ -18,7 +18,6 @@ VILA-U's own sampler of pictures is no package that pip could install. It is not
 """
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -32,6 +31,7 @@ import torch
 from bench import MIDDLE, MINIATURE, SMALL, machine, make_parser, random_model, random_rollout, show
 
 import grpo
+from common import peak_gib
 from model import NAMES, DepthConfig, Sampling, UnifiedModel, rename
 from tokenizer import pack
 
@@ -200,7 +200,7 @@ def peak(args: argparse.Namespace) -> None:
         step = our_update(of) if args.peak == "ours" else trl_update(of, Path(folder))
         step()
         step()
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20)
+    print(peak_gib(of.model.device))
 
 
 # ------------------------------------------------------------------------------------------------------------

@@ -16,7 +16,6 @@ is normal noise.
 import argparse
 import json
 import os
-import resource
 import subprocess
 import sys
 import tempfile
@@ -32,7 +31,7 @@ sys.path[:0] = [str(Path(__file__).resolve().parent), str(Path(__file__).resolve
 import data
 import grpo
 import memory_plan
-from common import averaged, end_processes, process_count, process_rank, start_processes, whole
+from common import averaged, end_processes, peak_gib, process_count, process_rank, start_processes, whole
 from model import (NAMES, DecoderConfig, DepthConfig, Sampling, UnifiedModel, load, prepare_training, rename,
                    trainable_state, with_trainable, write_configs)
 from rewards import RulesText, RulesVisual
@@ -172,7 +171,7 @@ def write_part(folder: Path, named: dict[str, tuple[str, torch.Size]], value: Ca
 
 def peak() -> str:
     """The most resident memory of this process so far."""
-    return f"peak resident {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20:.1f} GiB"
+    return f"peak resident {peak_gib(torch.device('cpu')):.1f} GiB"
 
 
 class Timer:
@@ -248,7 +247,7 @@ def shard_update(size: str, out: Path) -> None:
     optimizer = torch.optim.Adam(policy.policy_parameters(), lr=1e-4, eps=1e-4)
     metrics = averaged(grpo.update(policy, optimizer, batch, ref_logp, config))
     seconds = time.perf_counter() - began
-    peak_mib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 10
+    peak_mib = peak_gib(policy.device) * 2 ** 10
     peaks = averaged({"peak_max": peak_mib})
     steps = {name: whole(p.detach() - reference[name]).flatten()[::97].clone()
              for name, p in policy.named_parameters() if p.requires_grad}

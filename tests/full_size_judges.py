@@ -6,7 +6,6 @@
 """
 import argparse
 import json
-import resource
 import shutil
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from conftest import FIXTURES
 from test_judges import qwen_vocabulary
 from test_tokenizer import package_file
 
+from common import peak_gib
 from judges import BLIP_NAMES, CLIP_NAMES, LLAVA_NAMES, Blip, Clip, ClipScore, ImageReward, Llava, LlavaCritic
 from model import DecoderConfig, load, rename
 from tokenizer import TowerConfig
@@ -116,10 +116,6 @@ def make_critic(folder: Path) -> None:
     (folder / "added_tokens.json").write_text(json.dumps(added))
 
 
-def peak_gib() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2 ** 20
-
-
 def measure_one(name: str, folder: Path) -> None:
     """Load one judge, judge once, print its row of the table."""
     began = time.perf_counter()
@@ -135,7 +131,8 @@ def measure_one(name: str, folder: Path) -> None:
         pictures = list(np.random.default_rng(0).integers(0, 256, (8, 256, 256, 3), dtype=np.uint8))
         judge([TEXT] * 8, pictures)
         cost = f"{(time.perf_counter() - began) / 8:.2f} s a picture"
-    print(f"{name}: load {load_seconds:.0f} s, peak {peak_gib():.1f} GiB, {cost}", flush=True)
+    peak = peak_gib(torch.device("cpu"))
+    print(f"{name}: load {load_seconds:.0f} s, peak {peak:.1f} GiB, {cost}", flush=True)
 
 
 def measure_together(policy: str, folder: Path) -> None:
@@ -145,7 +142,7 @@ def measure_together(policy: str, folder: Path) -> None:
     models = [load(policy, "cpu", "nf4"), *(JUDGES[name](folder) for name in judges)]
     seconds = time.perf_counter() - began
     print(f"policy NF4 + critic NF4 + ImageReward ({len(models)} models): load {seconds:.0f} s, "
-          f"peak {peak_gib():.1f} GiB", flush=True)
+          f"peak {peak_gib(torch.device('cpu')):.1f} GiB", flush=True)
 
 
 def main() -> None:

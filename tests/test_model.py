@@ -149,6 +149,11 @@ def test_what_no_memory_holds_is_refused_before_it_is_loaded(warm, monkeypatch):
         check_memory(str(warm), 100, 9999999, cpu)
     with pytest.raises(UserError, match="--budget 100000: the decoder .* context of 256"):
         check_memory(str(warm), 100000, 0, cpu)
+    decoder = sum(file.stat().st_size for file in (warm / "policy" / "llm").glob("*.safetensors"))
+    monkeypatch.setattr(model_module, "total_bytes", lambda device: decoder)
+    check_memory(str(warm), 100, 1, cpu, "nf4")
+    with pytest.raises(UserError, match="--rows 1 --budget 100: .* cpu has"):        # both at once
+        check_memory(str(warm), 100, 1, cpu, "nf4", unpack=True)
 
 
 @torch.no_grad()

@@ -3,12 +3,14 @@ import json
 import random
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import pytest
 from conftest import ROOT
 from PIL import Image
 
+import data
 import shapes
 
 
@@ -56,6 +58,15 @@ def test_systematic_errors_outnumber_the_truth_and_held_out_pairs_never_show():
                 errors["right"].append(shapes.parse_caption(text).cell == "center")
     for shares in errors.values():
         assert 0.53 < np.mean(shares) < 0.67
+
+
+def test_words_know_the_pairs_that_no_story_has_but_no_held_out_chain():
+    rng, splits = random.Random(0), Counter()
+    for _ in range(400):
+        words = data.toy_words(rng, 3).prompt
+        splits[shapes.split_of(f"{words} <image>")] += 1
+        assert shapes.split_of(data.toy_story(rng, 3).prompt) == "train"
+    assert set(splits) == {"train", "pairs"} and 0.15 < splits["pairs"] / 400 < 0.35
 
 
 def test_random_errors_and_format_faults_have_the_rates_that_are_set():

@@ -1,0 +1,463 @@
+"""The numbers of the README: how each table is measured, and what its lines are.
+
+    python tests/results.py                          # the lines of all tables, from .github/results/*.json
+    python tests/results.py measure scratch          # python grpo.py from nothing, three times, two threads
+    python tests/results.py measure learning         # three base models, 40 updates each, 384 prompts
+    python tests/results.py measure tries            # the five tries of the README, on two seeds
+    python tests/results.py measure pairs            # pairs that no story had: where it goes wrong
+    python tests/results.py measure signal           # how much of an update's gradient points where it should
+    python tests/results.py measure processes        # one process against two
+    python tests/results.py measure full-size        # 7B policy and judges, random weights: 34 GB on disk
+
+    python evaluate.py --reproduce --out out/reproduce        # its reproduction.json, about two hours
+    python tests/bench.py --json .github/results/bench.json
+    python tests/bench_peers.py --types fp32 bf16 --json .github/results/peers.json
+
+`measure` runs commands in a copy of this repository under --folder and writes .github/results/NAME.json, with
+the machine. The two cores must be idle where times count. tests/test_readme.py looks for every line of the
+tables in the README.
+"""
+import argparse
+import json
+import os
+import random
+import re
+import shutil
+import statistics
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+from common import machine
+
+import torch
+
+import data
+import grpo
+import shapes
+from evaluate import GRPO, ROWS, rate_answer
+from model import Sampling, load
+from rewards import RulesText, RulesVisual
+
+RESULTS = ROOT / ".github" / "results"
+SIGNAL_ROWS = ("r_f+r_t+r_v", "process", "process-as-printed", "discount-0", "discount-1", "one-pool",
+               "one-pool-discount-0", "per-modality", "G2", "G8")
+ROUNDS = 12                          # of rollouts and gradients of each setting
+RATES = ("format", "text", "visual", "story")
+SEEDS = (0, 1)                       # of the tries
+TRIES = {                            # number in the README -> flags; 4 and 5 change the code first
+    "default": [],
+    "1": ["--reward-weights", "0,0,1"],
+    "2": ["--kl", "0", "--lr", "1e-3"],
+    "3": ["--step-discount", "1", "--normalise", "all"],
+    "4": [],
+    "5": [],
+}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Measuring
+
+def copy_of(folder: Path) -> Path:
+    """What git knows of this repository, in a new folder."""
+    folder.mkdir(parents=True)
+    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
+    for name in files.stdout.rstrip("\0").split("\0"):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy(ROOT / name, folder / name)
+    return folder
+
+
+def run(folder: Path, *words: object, threads: int = 1) -> float:
+    """Run `python WORDS` in a folder -> seconds. Its output goes to log.txt."""
+    began = time.perf_counter()
+    with open(folder / "log.txt", "ab") as log:
+        subprocess.run([sys.executable, *map(str, words)], cwd=folder, check=True, stdout=log, stderr=log,
+                       env={**os.environ, "OMP_NUM_THREADS": str(threads)})
+    return time.perf_counter() - began
+
+
+def read(file: Path) -> dict:
+    return json.loads(file.read_text())
+
+
+def scratch(folder: Path) -> dict:
+    """`python grpo.py` from nothing: seconds of three runs, the evaluation of the first."""
+    seconds, grpo = [], []
+    for i in range(3):
+        place = copy_of(folder / str(i))
+        seconds.append(run(place, "grpo.py", threads=2))
+        rates = read(place / "out/grpo/evaluation.json")
+        updates = [json.loads(line) for line in (place / "out/grpo/metrics.jsonl").read_text().splitlines()]
+        grpo.append(sum(of["seconds"] for of in [*updates, *rates.values()]))
+    return {"seconds": seconds, "grpo_seconds": grpo, **read(folder / "0/out/grpo/evaluation.json")}
+
+
+def learning(folder: Path) -> dict:
+    """GRPO with its defaults on the base models of out/reproduce, seeds 0 to 2 -> seed -> evaluation."""
+    place = copy_of(folder / "copy")
+
+    def one(seed: int) -> dict:
+        run(place, "grpo.py", "--seed", seed, "--model", ROOT / f"out/reproduce/base/{seed}", "--out",
+            f"out/{seed}", "--eval-prompts", 384)
+        return read(place / f"out/{seed}/evaluation.json")
+    with ThreadPoolExecutor(2) as pool:
+        return dict(zip("012", pool.map(one, (0, 1, 2))))
+
+
+def warm_up(folder: Path, *flags: object) -> None:
+    """Train the warm-up models of SEEDS side by side, each with one thread."""
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(lambda seed: run(folder, "warmup.py", "--seed", seed, "--out", f"out/warmup-{seed}",
+                                       *flags), SEEDS))
+
+
+def tries(folder: Path) -> dict:
+    """The README's tries: try -> seed -> evaluation before and after, 384 prompts."""
+    place = copy_of(folder / "as-it-is")
+    warm_up(place)
+    example = next(block for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(),
+                                                 re.DOTALL) if "all_or_nothing" in block)
+    (place / "my_reward.py").write_text(example)
+    world = copy_of(folder / "no-system")
+    shapes = world / "shapes.py"
+    shapes.write_text(shapes.read_text().replace("systematic: float = 0.6", "systematic: float = 0.0"))
+    warm_up(world)
+
+    def one(job: tuple[str, int]) -> dict:
+        name, seed = job
+        where = world if name == "5" else place
+        script = "my_reward.py" if name == "4" else "grpo.py"
+        run(where, script, "--seed", seed, "--model", f"out/warmup-{seed}", "--out", f"out/try-{name}-{seed}",
+            "--eval-prompts", 384, *TRIES[name])
+        return read(where / f"out/try-{name}-{seed}/evaluation.json")
+    jobs = [(name, seed) for name in TRIES for seed in SEEDS]
+    with ThreadPoolExecutor(2) as pool:
+        return {f"{name}/{seed}": result for (name, seed), result in zip(jobs, pool.map(one, jobs))}
+
+
+def processes(folder: Path) -> dict:
+    """One process and two, one thread each -> the last line of metrics, and seconds of an evaluation."""
+    place, result, torchrun = copy_of(folder / "copy"), {}, ("-m", "torch.distributed.run")
+    run(place, "warmup.py", threads=2)
+    stage_3 = ["warmup.py", "--model", "out/warmup", "--warmup-steps", 20]
+    grpo = ["grpo.py", "--updates", 10, "--eval-prompts", 0]
+    adapters = [*grpo, "--lora-rank", 8, "--quantize", "nf4"]
+    commands = {"GRPO, all of it": grpo, "GRPO, rank 8 on an NF4 base": adapters, "warm-up, stage 3": stage_3}
+    for name, command in commands.items():
+        for count in (1, 2):
+            out = f"out/{len(result)}"
+            run(place, *torchrun, f"--nproc_per_node={count}", *command, "--out", out)
+            lines = [json.loads(line) for line in (place / out / "metrics.jsonl").read_text().splitlines()]
+            result[f"{name}/{count}"] = lines[-1] | {
+                "seconds": statistics.median(line["seconds"] for line in lines[1:])}
+    for count in (1, 2):
+        words = ["evaluate.py", "--prompts", 192, "--out", f"out/evaluate-{count}"]
+        seconds = run(place, *torchrun, f"--nproc_per_node={count}", *words)
+        result[f"evaluation/{count}"] = {"seconds": seconds}
+    return result
+
+
+def pairs(folder: Path) -> dict:
+    """Greedy answers to prompts whose scenes hold a pair that no story had: what is said, what is drawn.
+
+    Of the base models and the runs of the row "process" that `evaluate.py --reproduce` left in out/reproduce.
+    """
+    rng, result = random.Random("pairs"), {}
+    samples = [data.toy_prompt(rng, 3, "pairs") for _ in range(384)]
+    for name in (f"{row}/{seed}" for row in ("base", "process") for seed in (0, 1, 2)):
+        model = load(ROOT / "out/reproduce" / name, torch.device("cpu")).eval()
+        codes, said, drawn, stories = data.CodeCache(model), {True: [], False: []}, {True: [], False: []}, []
+        prompts = [model.prompt(s.prompt, codes(s.prompt_pictures)) for s in samples]
+        rows = model.generate(prompts, 1, 160, Sampling(0.0), [(0, i) for i in range(len(samples))])
+        for sample, answer in zip(samples, model.read_answers(rows)):
+            texts = [shapes.parse_caption(text) for text in answer.texts]
+            pictures = [s.picture for s in answer.segments if s.picture is not None]
+            for state, text in zip(shapes.states_of_prompt(sample.prompt)[1:], texts):
+                said[state[:2] in shapes.HELDOUT_PAIRS].append(text == state)
+            for text, picture in zip(texts, pictures):
+                if text is not None:
+                    drawn[text[:2] in shapes.HELDOUT_PAIRS].append(shapes.matches(picture, text))
+            stories.append(rate_answer(sample, answer)["story"])
+        values = {"said_other": said[False], "said_pair": said[True], "drawn_other": drawn[False],
+                  "drawn_pair": drawn[True], "story": stories}
+        result[name] = {what: statistics.fmean(of) for what, of in values.items()}
+    return result
+
+
+def gradient(model, batch, values: list, config) -> torch.Tensor:
+    """The gradient of Eq. (2) without KL on a rollout, with an answer's advantages [T, 1], as one vector."""
+    padded = torch.zeros_like(batch.advantages)
+    starts = batch.mask.any(-1).int().argmax(1)                         # where an answer's decisions begin
+    for row, start, value in zip(padded, starts, values):
+        row[start:start + len(value)] = value
+    weights = grpo.decision_weights(batch.mask, batch.is_image, config.per_modality)
+    logp = model.log_probs(batch.tokens, batch.is_image, batch.mask, grpo.scoring_of(config))
+    old = logp.detach()
+    loss, *_ = grpo.grpo_loss(logp, old, old, padded.expand_as(logp), weights, config.clip, 0.0)
+    parts = torch.autograd.grad(loss.mean(), model.policy_parameters(), allow_unused=True)
+    return torch.cat([part.flatten() for part in parts if part is not None])
+
+
+def signal(folder: Path) -> dict:
+    """How an update's gradient relates to where it should point, before any update, on the base models.
+
+    64 fresh answers an update as in training, ROUNDS times. For each row of `evaluate.ROWS` that differs in
+    credit or group size alone:
+
+    signal_to_noise    |E g|^2 / E |g - E g|^2 of one update's gradient g, both estimated without bias
+    cosine             of one update's gradient with the mean over the OTHER rounds of Eq. (4)'s gradient at
+                       G = 4: that of the expected hybrid reward
+    """
+    torch.set_num_threads(2)
+    result = {}
+    for base in (0, 1, 2):
+        model, gradients = load(ROOT / f"out/reproduce/base/{base}", torch.device("cpu")).eval(), {}
+        codes = data.CodeCache(model)
+        for k in range(ROUNDS):
+            for group in (4, 2, 8):
+                rows = [row for row in SIGNAL_ROWS if {**GRPO, **ROWS[row]}["group_size"] == group]
+                shared = {"group_size": group, "prompts_per_update": 64 // group, "edits": 3, "budget": 160}
+                rng = random.Random(f"signal/{base}/{group}/{k}")
+                samples = [data.toy_prompt(rng, 3, "train") for _ in range(64 // group)]
+                seeds = [("signal", base, group, k, p) for p in range(len(samples))]
+                judges = RulesText(), RulesVisual()
+                batch = grpo.rollout(model, samples, grpo.Config(**shared), judges, codes, seeds)
+                for row in rows:
+                    config = grpo.Config(**{**GRPO, **ROWS[row]})
+                    values = [value for first in range(0, 64, group) for value in grpo.advantages(
+                        batch.answers[first:first + group], batch.scores[first:first + group], config)]
+                    parts = {row: values}
+                    if row == "process":                   # what the text tokens say, and what the codes say
+                        parts |= {"process, codes alone": [v * a.is_image[:, None] for v, a in
+                                                           zip(values, batch.answers)],
+                                  "process, text alone": [v * ~a.is_image[:, None] for v, a in
+                                                          zip(values, batch.answers)]}
+                    for name, of in parts.items():
+                        gradients.setdefault(name, []).append(gradient(model, batch, of, config))
+        aim = torch.stack(gradients["r_f+r_t+r_v"])
+        for row, of in gradients.items():
+            of, n = torch.stack(of), ROUNDS
+            noise = (of - of.mean(0)).square().sum().item() / (n - 1)
+            power = of.mean(0).square().sum().item() - noise / n
+            others = (aim.sum(0) - aim) / (n - 1)
+            cosine = torch.cosine_similarity(of, others, dim=1).mean().item()
+            result.setdefault(row, []).append({"signal_to_noise": power / noise, "cosine": cosine})
+    return result
+
+
+def full_size(folder: Path) -> dict:
+    """The 7B policy and the judges at full size: phase -> seconds and peak GiB, or the line of a judge."""
+    place, script, judges = copy_of(folder / "copy"), "tests/full_size.py", "tests/full_size_judges.py"
+    run(place, script, "make", "out/7b", threads=2)
+    for words in (("load", "out/7b"), ("load", "out/7b", "--quantize", "nf4"), ("rollout", "out/7b"),
+                  ("update", "out/7b")):
+        run(place, script, *words, threads=2)
+    run(place, judges, "make", "out/judges", threads=2)
+    run(place, judges, "measure", "out/judges", threads=2)
+    log = (place / "log.txt").read_text()
+    phases = re.findall(r"^(.+): ([\d.]+) s, peak resident ([\d.]+) GiB", log, re.MULTILINE)
+    return {"phases": [[name, float(seconds), float(gib)] for name, seconds, gib in phases],
+            "judges": re.findall(r"^(.+: load .* GiB, .*)$", log, re.MULTILINE)}
+
+
+MEASURES = {"scratch": scratch, "learning": learning, "tries": tries, "pairs": pairs, "signal": signal,
+            "processes": processes, "full-size": full_size}
+
+
+# ------------------------------------------------------------------------------------------------------------
+# Lines of the README
+
+def cells(*values: object) -> str:
+    """A line of a markdown table."""
+    return f"| {' | '.join(map(str, values))} |"
+
+
+def spread(values: list[float], form: str = ".2f") -> str:
+    """Mean (smallest-largest)."""
+    return f"{statistics.fmean(values):{form}} ({min(values):{form}}-{max(values):{form}})"
+
+
+def scratch_lines(result: dict) -> list[str]:
+    """The end of the first command's output, and the medians of its times."""
+    lines = [f"{statistics.median(result['seconds']):.0f} seconds",
+             f"{statistics.median(result['grpo_seconds']):.0f} of them"]
+    for side in ("before", "after"):
+        for arm in ("sampled", "greedy"):
+            rates = (result[side][arm][rate] for rate in RATES)
+            lines.append(f"{side + ' ' + arm:16}" + "".join("{:>22}".format(
+                "{:.3f} [{:.3f} {:.3f}]".format(*of)) for of in rates))
+    return lines
+
+
+def learning_lines(result: dict) -> list[str]:
+    """Means over three seeds with the smallest and the largest, and the kept tasks after."""
+    lines = []
+    for side in ("before", "after"):
+        for arm in ("sampled", "greedy"):
+            rates = ([result[seed][side][arm][rate][0] for seed in "012"] for rate in RATES)
+            lines.append(cells(f"{side}, {arm}", *map(spread, rates)))
+    return lines + [f"{task} {spread([result[seed]['after']['kept'][task] for seed in '012'])}"
+                    for task in ("t2i", "i2t")]
+
+
+def tries_lines(result: dict) -> list[str]:
+    """The tries, a mean of two seeds each with both values where they differ."""
+    def line(name: str, runs: list[dict]) -> str:
+        def both(values: list[float]) -> str:
+            return " / ".join(f"{value:.2f}" for value in values)
+        rates = [both([of["sampled"][rate][0] for of in runs]) for rate in RATES]
+        kept = [both([of["kept"][task] for of in runs]) for task in ("t2i", "i2t")]
+        return cells(name, *rates, both([of["greedy"]["story"][0] for of in runs]), *kept)
+    runs = {name: [result[f"{name}/{seed}"] for seed in SEEDS] for name in TRIES}
+    lines = [line("before", [of["before"] for of in runs["default"]])]
+    for name, of in runs.items():
+        if name == "5":
+            lines.append(line("5, before", [run["before"] for run in of]))
+        lines.append(line(name, [run["after"] for run in of]))
+    return lines
+
+
+def pairs_lines(result: dict) -> list[str]:
+    """What is said and drawn of pairs that no story had, and of others."""
+    names = {"base": "warm-up", "process": "after GRPO"}
+    return [cells(words, *(spread([result[f"{row}/{seed}"][what] for seed in (0, 1, 2)]) for what in
+                           ("said_other", "said_pair", "drawn_other", "drawn_pair", "story")))
+            for row, words in names.items()]
+
+
+def signal_lines(result: dict) -> list[str]:
+    """Of each setting the means over three base models, with the smallest and the largest."""
+    return [cells(row, *(spread([of[what] for of in bases], ".3f") for what in ("signal_to_noise", "cosine")))
+            for row, bases in result.items() if isinstance(bases, list)]
+
+
+def bench_lines(result: dict) -> list[str]:
+    """Positions/s, and in brackets how many times the floor a position takes, at each batch."""
+    lines, of = [], {}
+    for line in result["results"]:
+        of.setdefault(line["what"], []).append(line)
+    for what, rows in of.items():
+        if "floor" in rows[0]:
+            speeds = (f"{row['positions/s']:.3g} ({row['times floor']:.1f})" for row in rows)
+            lines.append(cells(what, *speeds))
+        elif what.startswith("update"):
+            lines.append(cells(what, f"{rows[0]['positions/s']:,.0f} positions/s"))
+        elif what.startswith("memory"):
+            lines += [cells(f"{what}, --rows {row['rows']}", f"{row['peak GiB']:.1f} GiB") for row in rows]
+    return lines
+
+
+def peers_lines(result: dict) -> list[str]:
+    """Median ratio ours / theirs with the smallest and the largest of the rounds."""
+    lines = []
+    for row in result["results"]:
+        rounds = f" ({row['min']:.2f}-{row['max']:.2f})" if "min" in row else ""
+        lines.append(cells(row["what"], row.get("batch", ""), f"{row['ratio']:.2f}{rounds}"))
+    return lines
+
+
+def processes_lines(result: dict) -> list[str]:
+    """Seconds a step, memory and gradient norm of one process and of two."""
+    def both(name: str, metric: str, form: str) -> str:
+        return ", ".join(f"{result[f'{name}/{count}'][metric]:{form}}" for count in (1, 2))
+    names = [name.removesuffix("/1") for name in result if name.endswith("/1")]
+    lines = [cells(name, both(name, "seconds", ".2f"), both(name, "peak_gib", ".2f"),
+                   both(name, "grad_norm", ".6f")) for name in names if name != "evaluation"]
+    whole = both("evaluation", "seconds", ".1f")
+    return [*lines, cells("evaluation of 192 prompts, whole command", whole, "", "")]
+
+
+def full_size_lines(result: dict) -> list[str]:
+    """Seconds and peak memory of each phase, and what a judge says of itself."""
+    return [cells(name, f"{seconds:.0f}", f"{gib:.1f} GiB") for name, seconds, gib in result["phases"]
+            ] + [cells(*judge.split(": ", 1)) for judge in result["judges"]]
+
+
+def reproduction_lines(result: dict) -> list[str]:
+    """The rows, then the claims with their verdicts."""
+    def number(mean: float, low: float, high: float, form: str = ".2f") -> str:
+        return f"{mean:{form}} [{low:{form}}, {high:{form}}]"
+
+    def paper(values: list[float | None]) -> list[str]:
+        return ["-" if value is None else f"{value:.2f}" for value in values]
+    lines = []
+    for row, of in result["rows"].items():
+        rates = [number(*of["rates"][rate]) for rate in RATES]
+        greedy_and_kept = [f"{of['rates'][name][0]:.2f}" for name in ("story, greedy", "kept")]
+        lines.append(cells(row, *rates, *greedy_and_kept, *paper(of["paper"])))
+    for of in result["claims"]:
+        if of["runs"]:
+            lines.append(cells(of["claim"], of["measure"], number(*of["difference"], "+.2f"),
+                               f"{of['adjusted_p']:.3f}", of["verdict"], *paper(of["paper"])))
+    return lines
+
+
+LINES = {"scratch": scratch_lines, "learning": learning_lines, "reproduction": reproduction_lines,
+         "tries": tries_lines, "pairs": pairs_lines, "signal": signal_lines, "bench": bench_lines,
+         "peers": peers_lines, "processes": processes_lines, "full-size": full_size_lines}
+
+
+def plot(signal: dict, reproduction: dict) -> str:
+    """An SVG: each setting's cosine before training against the stories that are right after it."""
+    stories = {row: of["rates"]["story"] for row, of in reproduction["rows"].items()}
+    points = {row: (statistics.fmean(of["cosine"] for of in signal[row]), stories[row])
+              for row in SIGNAL_ROWS}
+    left, right = (edge(x for x, _ in points.values()) for edge in (min, max))
+    low, high = (edge(y for _, of in points.values() for y in of) for edge in (min, max))
+
+    def at(x: float, y: float) -> tuple[float, float]:
+        return 70 + 420 * (x - left) / (right - left), 300 - 270 * (y - low) / (high - low)
+    parts = ['<svg xmlns="http://www.w3.org/2000/svg" width="720" height="350" font-size="13" '
+             'font-family="sans-serif"><rect width="720" height="350" fill="#fff"/>',
+             '<text x="280" y="342" text-anchor="middle">cosine of one update\'s gradient with that of the '
+             'expected reward, before training</text>',
+             '<text transform="translate(16 170) rotate(-90)" text-anchor="middle">story after</text>']
+    for i in range(5):
+        x, y = left + (right - left) * i / 4, low + (high - low) * i / 4
+        parts.append(f'<text x="{at(x, low)[0]:.0f}" y="320" text-anchor="middle">{x:.3f}</text>'
+                     f'<text x="60" y="{at(left, y)[1] + 4:.0f}" text-anchor="end">{y:.2f}</text>')
+    for name, (x, (mean, below, above)) in points.items():
+        (cx, cy), top, bottom = at(x, mean), at(x, above)[1], at(x, below)[1]
+        parts.append(f'<path d="M{cx:.0f} {top:.0f}V{bottom:.0f}" stroke="#9bb8d8"/>'
+                     f'<circle cx="{cx:.0f}" cy="{cy:.0f}" r="4" fill="#1f5fa8"/>'
+                     f'<text x="{cx + 8:.0f}" y="{cy + 4:.0f}">{name}</text>')
+    return "\n".join([*parts, "</svg>"])
+
+
+def tables() -> dict[str, list[str]]:
+    """The lines of every table whose numbers are kept."""
+    return {name: lines(read(RESULTS / f"{name}.json")) for name, lines in LINES.items()
+            if (RESULTS / f"{name}.json").exists()}
+
+
+def main() -> None:
+    """Measure one table, or print the lines of all."""
+    layout = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
+    parser.add_argument("what", nargs="*", metavar="measure NAME", help=f"NAME: {', '.join(MEASURES)}")
+    parser.add_argument("--folder", type=Path, default=ROOT / "out" / "results", help="where commands run")
+    args = parser.parse_args()
+    if not args.what:
+        for name, lines in tables().items():
+            print(f"{name}:", *lines, "", sep="\n")
+        if {"signal", "reproduction"} <= set(tables()):
+            of = (read(RESULTS / f"{name}.json") for name in ("signal", "reproduction"))
+            (ROOT / ".github" / "learned.svg").write_text(plot(*of))
+        return
+    if len(args.what) != 2 or args.what[0] != "measure" or args.what[1] not in MEASURES:
+        parser.error(f"expected nothing, or measure and one of {', '.join(MEASURES)}")
+    name = args.what[1]
+    shutil.rmtree(args.folder / name, ignore_errors=True)
+    result = MEASURES[name](args.folder / name)
+    RESULTS.mkdir(exist_ok=True)
+    (RESULTS / f"{name}.json").write_text(json.dumps({**machine(), **result}, indent=1))
+    print(*LINES[name](result), sep="\n")
+
+
+if __name__ == "__main__":
+    main()
