@@ -1176,8 +1176,8 @@ def group_html(sides: dict[str, dict], most: int = 1) -> str:
     body = f'<h3>{html.escape(group["prompt"])}</h3><div class="row">{body}</div><div class="sides">'
     for n, beside in enumerate(list(zip(*(of["answers"] for of in sides.values())))[:most], 1):
         for name, answer in zip(sides, beside):
-            words = html.escape(f"{name} answer {n}: {parts_of(answer)}")
-            body += f'<div><div class="note">{words}</div>{steps_html(answer["steps"])}</div>'
+            words = html.escape(f" answer {n}: {parts_of(answer)}")
+            body += f'<div><div class="note"><b>{name}</b>{words}</div>{steps_html(answer["steps"])}</div>'
     return f'<div class="group">{body}</div></div>'
 
 
