@@ -213,7 +213,7 @@ def signal(folder: Path) -> dict:
     cosine             of one update's gradient with the mean over the OTHER rounds of Eq. (4)'s gradient at
                        G = 4: that of the expected hybrid reward
     """
-    torch.set_num_threads(2)
+    torch.set_num_threads(1)
     result = {}
     for base in (0, 1, 2):
         model, gradients = load(ROOT / f"out/reproduce/base/{base}", torch.device("cpu")).eval(), {}

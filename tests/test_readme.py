@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import results
 from conftest import ROOT, SMALL, flags
 from PIL import Image
 
@@ -223,6 +224,14 @@ def test_the_equation_map_is_true():
     assert {number for number, _, _ in rows} == set("1234567") and len(rows) >= 9
     for number, file, name in rows:
         assert f"Eq. ({number})" in source_of(file, name), f"{file}: {name} does not cite Eq. ({number})"
+
+
+def test_tables_show_the_kept_measurements():
+    """Every line that tests/results.py makes of .github/results/*.json stands in the README."""
+    for name, lines in results.tables().items():
+        assert lines, name
+        for line in lines:
+            assert line in README, f"{name}: {line}"
 
 
 def test_line_counts_are_true_within_five_percent():
