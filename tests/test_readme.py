@@ -266,7 +266,8 @@ def test_how_to_change_it_names_what_there_is():
 
 def test_every_flag_exists():
     """Flags in running text belong to some script. Those in commands have been run."""
-    known = {"nproc_per_node", "nnodes", "help", "count", "dump", "share", "small", "size", "no_score_guided"}
+    known = {"nproc_per_node", "nnodes", "help", "count", "dump", "share", "small", "size", "types",
+             "no_score_guided"}
     for file in ROOT.glob("*.py"):
         known |= set(re.findall(r"^    (\w+): .*#", file.read_text(), re.MULTILINE))
         known |= {name.replace("-", "_") for name in re.findall(r'"--([a-z-]+)"', file.read_text())}
