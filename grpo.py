@@ -647,6 +647,24 @@ def worked(answers: list, scores: list[Scores], config: Config) -> list[Part]:
              f"the last column words also get the normalised format reward of their answer.", steps)]
 
 
+def loss_table(policy: UnifiedModel, batch: Rollout, ref_logp: Tensor, config: Config) -> list[list[str]]:
+    """What `grpo_loss` makes of a rollout under the policy as it is now, text and image apart."""
+    with torch.no_grad():
+        logp = policy.log_probs(batch.tokens, batch.is_image, batch.mask, scoring_of(config))
+    weights = decision_weights(batch.mask, batch.is_image, config.per_modality)
+    beta = kl_weights(config, batch.is_image)
+    rows = [["", "decisions", "loss", "least ratio", "largest", "clipped", "KL"]]
+    for name, part in zip(("text", "image"), by_modality(batch.mask, batch.is_image)):
+        loss, ratio, kl = grpo_loss(logp, batch.old_logp, ref_logp, batch.advantages.expand_as(logp),
+                                    weights * part, config.clip, beta)
+        if part.any():
+            ratio, kl = ratio[part], kl[part]
+            clipped = ((ratio - 1).abs() > config.clip).float().mean()
+            rows.append([name, f"{len(ratio)}", f"{loss.mean():.4f}", f"{ratio.min():.4f}",
+                         f"{ratio.max():.4f}", f"{clipped:.1%}", f"{kl.mean():.5f}"])
+    return rows
+
+
 def explain(config: Config, device: torch.device) -> Path:
     """--explain: take the first prompt of a run through one update, in the paper's order.
 
@@ -677,17 +695,17 @@ def explain(config: Config, device: torch.device) -> Path:
     for part in first["worked"]:
         tell(part)
     ref_logp = reference_logp(policy, reference, batch, config)
-    adam = torch.optim.Adam(policy.policy_parameters(), lr=config.lr, betas=(0.9, 0.95))
-    still = torch.optim.SGD(policy.policy_parameters(), lr=0.0)        # measures, and moves nothing
-    metrics = update(policy, adam, batch, ref_logp, config)
-    after = update(policy, still, batch, ref_logp, config, epoch=1)
-    rows = [[name, f"{metrics[name]:.6f}", f"{value:.6f}"] for name, value in after.items()]
-    tell(Part("Eq. (2), (3), (7): one update",
-              f"The loss: -min(ratio A, clip(ratio, {1 - config.clip:g}, {1 + config.clip:g}) A) + beta KL "
-              f"with ratio = pi / pi_old. Before the update the log-probs of the sampler and of the policy "
-              f"differ by {metrics['logp_gap']:.6f} in the mean. The update is one step of Adam at learning "
-              f"rate {config.lr:g}.",
-              [["", "in the update", "on the same answers after it"], *rows]))
+    tell(Part("Eq. (2), (3), (7): the loss before the update",
+              f"ratio = pi / pi_old. The policy still is the one that sampled: what is not 1 is rounding. "
+              f"The loss: -min(ratio A, clip(ratio, {1 - config.clip:g}, {1 + config.clip:g}) A) + beta KL.",
+              loss_table(policy, batch, ref_logp, config)))
+    optimizer = torch.optim.Adam(policy.policy_parameters(), lr=config.lr, betas=(0.9, 0.95))
+    metrics = update(policy, optimizer, batch, ref_logp, config)
+    tell(Part("The update",
+              f"One step of Adam at learning rate {config.lr:g}; loss {metrics['loss']:.4f}, norm of the "
+              f"gradient {metrics['grad_norm']:.3f}. Before it the log-probs of the sampler and of the "
+              f"policy differed by {metrics['logp_gap']:.6f} in the mean. On the same answers there are now:",
+              loss_table(policy, batch, ref_logp, config)))
     answer("The same prompt again, with the same random numbers", "", before=first)
     return write_page(Path(config.out) / "explain.html", "One prompt through one update", body)
 

@@ -345,15 +345,16 @@ def test_explain_walks_one_prompt_through_one_update_and_leaves_the_run_alone(wa
     after = files()
     assert after.pop(out / "explain.html") and after == before, "a page is all that is written"
     titles = re.findall(r"^\d+\. (.*)$", printed, re.M)
-    order = ("The prompt", "Eq. (5) and (4)", "Eq. (6)", "Eq. (2), (3), (7)", "The same prompt again")
+    order = ("The prompt", "Eq. (5) and (4)", "Eq. (6)", "Eq. (2), (3), (7)", "The update", "The same prompt")
     assert all(title.startswith(start) for title, start in zip(titles, order, strict=True)), titles
     page = words((out / "explain.html").read_text())
-    rows = {name: of for name, *of in re.findall(r"^(\S+) +(\S+) +(\S+)$", printed, re.M)}
-    before, after = ({name: float(of[i]) for name, of in rows.items()} for i in (0, 1))
-    assert before["ratio_max"] == pytest.approx(1, abs=1e-3) and before["kl/image"] < 1e-4
-    assert before["clip_frac/image"] == 0 and after.keys() == before.keys() > {"kl/text", "grad_norm"}
-    for name, values in rows.items():
-        assert " ".join([name, *values]) in page, "the page has the numbers that are printed"
+    rows = re.findall(r"^(text|image) +(\d+) +(\S+) +(\S+) +(\S+) +(\S+) +(\S+)$", printed, re.M)
+    for kind, _, _, least, largest, clipped, kl in rows[:len(rows) // 2]:
+        assert (float(least), float(largest)) == pytest.approx((1, 1), abs=1e-3), kind
+        assert clipped == "0.0%" and abs(float(kl)) < 1e-4
+    assert len(rows) == 4, "text and image, before and after"
+    for row in rows:
+        assert " ".join(row) in page, "the page has the numbers that are printed"
 
 
 @pytest.mark.parametrize("precision, least, most", [("float32", 0, 1e-5), ("bf16", 1e-4, 1)])
@@ -361,5 +362,5 @@ def test_explain_prints_how_far_sampler_and_update_differ(warm, tmp_path, precis
     """In bf16 they do differ."""
     command = ["--model", warm, "--out", tmp_path, "--explain", "--precision", precision, *flags(RUN)]
     printed = " ".join(run("grpo.py", *command).split())
-    gap = float(re.search(r"of the policy differ by (\S+) in the mean", printed)[1])
+    gap = float(re.search(r"of the policy differed by (\S+) in the mean", printed)[1])
     assert least <= gap < most and "everywhere" not in printed
