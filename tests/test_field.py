@@ -342,7 +342,8 @@ def test_ctrl_c_names_what_the_run_goes_on_from(tmp_path):
 def test_without_resource_scripts_run(tmp_path):
     code = "import sys; sys.modules['resource'] = sys.modules['fcntl'] = None; import common, torch; " \
            "print(common.peak_gib(torch.device('cpu')));\nwith common.claim(sys.argv[1]): print('in')"
-    assert run("-c", code, tmp_path / "run").split() == ["0.0", "in"]
+    peak, inside = run("-c", code, tmp_path / "run").split()
+    assert float(peak) >= 0 and inside == "in"
 
 
 def test_missing_things_say_so_and_how_to_make_them():
