@@ -18,10 +18,10 @@ and `decision_logp`, which both call. Behind them come QLoRA, then loading and s
                                 # one picture from the published model
 """
 from common import (Count, Naturals, NonNegative, NonNegatives, Seed, TopPs, UserError, check_replaceable,
-                    claim, foreign, free_bytes, hash_folder, open_tensors, parse_config, pick_device,
-                    picture_html, process_count, process_rank, read_json, read_picture, read_tensor, reading,
-                    run_main, seeded, settled, sharded_like, snapshot, split_paths, steps_html, thumbnail,
-                    total_bytes, write_folder, write_page, write_tensors, write_text)
+                    claim, foreign, free_bytes, hash_folder, is_sharded, open_tensors, parse_config,
+                    pick_device, picture_html, process_count, process_rank, read_json, read_picture,
+                    read_tensor, reading, run_main, seeded, settled, sharded_like, snapshot, split_paths,
+                    steps_html, thumbnail, total_bytes, write_folder, write_page, write_tensors, write_text)
 
 import json
 import math
@@ -41,10 +41,6 @@ import torch.nn as nn
 import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import (FSDPModule, MixedPrecisionPolicy, fully_shard,
-                                    register_fsdp_forward_method)
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
@@ -414,7 +410,7 @@ class UnifiedModel(nn.Module):
     @property
     def sharded(self) -> bool:
         """Does each process hold a share of the weights? See `prepare_whole`."""
-        return isinstance(self, FSDPModule)
+        return hasattr(self, "unshard")
 
     @property
     def pass_dtype(self) -> torch.dtype:
@@ -1153,26 +1149,40 @@ def prepare_whole(model: UnifiedModel, precision: str) -> None:
 
     auto: float32 on a CPU, bf16 on a GPU. Trained weights are float32, because Adam's steps vanish in bf16.
     The image tokenizer, which is frozen, keeps the type it is stored in.
-    One process runs bf16 passes under torch's autocast. Of several each keeps its share of every weight,
-    gradient and optimizer state (FSDP2), and the whole weights of a layer, in bf16, while it runs.
+    One process runs bf16 passes under torch's autocast, several share the weights.
     """
-    # Nothing here writes into a pass's output, which is what FSDP warns of.
-    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
     bf16 = precision == "bf16" or (precision == "auto" and model.device.type == "cuda")
     model.precision = torch.bfloat16 if bf16 else None
-    K = process_count()
-    for unit in (*model.decoder.layers, model.depth, model):
-        for p in unit.parameters():
-            if p.requires_grad and p.dtype != torch.float32:
-                p.data = p.data.float()
-        if K > 1:
-            policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
-            fully_shard(unit, mesh=init_device_mesh(model.device.type, (K,)), mp_policy=policy,
-                        reshard_after_forward=True, ignored_params=set(model.vision.parameters()))
-    for verb in ("log_probs", "generate"):
-        register_fsdp_forward_method(model, verb)                      # nothing where nothing is sharded
-        if bf16 and K == 1:
+    for p in model.parameters():
+        if p.requires_grad and p.dtype != torch.float32:
+            p.data = p.data.float()
+    if process_count() > 1:
+        shard(model, bf16)
+    elif bf16:
+        for verb in VERBS:
             setattr(model, verb, torch.autocast(model.device.type, torch.bfloat16)(getattr(model, verb)))
+
+
+VERBS = ("log_probs", "generate")                          # the calls that are passes, beside forward
+
+
+def shard(model: UnifiedModel, bf16: bool) -> None:
+    """Leave each process its share of every weight, gradient and optimizer state (torch's FSDP2).
+
+    While a layer runs, every process has its whole weights, in bf16 with `bf16`.
+    """
+    # Imported here because one process need not wait 0.7 s for it.
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+    # Nothing here writes into a pass's output, which is what FSDP warns of.
+    warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view")
+    mesh = init_device_mesh(model.device.type, (process_count(),))
+    policy = MixedPrecisionPolicy(torch.bfloat16, torch.float32) if bf16 else MixedPrecisionPolicy()
+    for unit in (*model.decoder.layers, model.depth, model):
+        fully_shard(unit, mesh=mesh, mp_policy=policy, reshard_after_forward=True,
+                    ignored_params=set(model.vision.parameters()))
+    for verb in VERBS:
+        register_fsdp_forward_method(model, verb)
 
 
 @contextmanager
@@ -1181,7 +1191,7 @@ def gathered(model: nn.Module):
 
     Choice: one gather a rollout. Answers differ in length, so processes must not meet inside `generate`.
     """
-    units = [unit for unit in model.modules() if isinstance(unit, FSDPModule)]
+    units = [unit for unit in model.modules() if hasattr(unit, "unshard")]                 # FSDP2's
     for unit in units:
         unit.set_reshard_after_forward(False, recurse=False)
         unit.unshard()
@@ -1306,7 +1316,7 @@ def assign(model: nn.Module, name: str, value: Tensor, what: str, quantize: str 
             raise UserError(f"--quantize nf4: {what} has {value.numel()} values, no multiple of {NF4_BLOCK}")
         layer, _, leaf = path.rpartition(".")
         setattr(model.get_submodule(layer), leaf, NF4Linear(value, owner.bias))
-    elif isinstance(getattr(owner, leaf), DTensor):
+    elif is_sharded(getattr(owner, leaf)):
         with torch.no_grad():
             getattr(owner, leaf).copy_(sharded_like(value, getattr(owner, leaf)))
     elif leaf in owner._parameters:
