@@ -1073,7 +1073,8 @@ img{display:block;image-rendering:pixelated;margin:3px 0;border:1px solid var(--
 svg{display:block;font-size:12px}svg text{fill:currentColor}.pair svg{float:left;margin:3px 5px 0 0}
 polyline{fill:none;stroke:currentColor;vector-effect:non-scaling-stroke}.thin{opacity:.5}
 .thick{stroke-width:2.5}.area{fill:currentColor;stroke:none}
-.right{color:var(--good)}.wrong,.missing{color:var(--bad)}summary{cursor:pointer}"""
+.right{color:var(--good)}.wrong,.missing{color:var(--bad)}summary{cursor:pointer}
+@media print{.group,.pair,figure,tr{break-inside:avoid}}"""
 COLUMNS = {          # of an evaluation -> what it counts
     "format": "well-formed, with as many steps as asked", "text": "the text names the true state",
     "visual": "the picture shows what its own text says", "visual_true": "the picture shows the true state",
@@ -1206,14 +1207,15 @@ def part_text(part: Part) -> str:
 def chart(title: str, top: float | None, across: str, lines: dict[str, list[tuple[float, float]]]) -> str:
     """Named lines of points (x, y) as inline SVG: thin the values, thick their mean over an eighth of them.
 
-    top: the end of a fixed scale. "stacked" in the title: areas, each on the sum of those before it.
+    top: where the scale ends if no value is above it. "stacked" in the title: areas, each on the sum of those
+    before it.
     """
     stacked, curves, axes, keys = "stacked" in title, "", "", ""
     drawn = [np.array(points, float).T for points in lines.values()]                       # x and y, [2, n]
     for below, above in itertools.pairwise(drawn) if stacked else ():
         above[1] += np.interp(above[0], *below)
     xs, ys = np.concatenate(drawn, axis=1)
-    last, low, high = max(1, xs.max()), min(0.0, ys.min()), top or max(0.0, ys.max())
+    last, low, high = max(1, xs.max()), min(0.0, ys.min()), max(top or 0.0, ys.max())
     unit = 10 ** math.floor(math.log10(max(high, -low, 1e-9)))
     low, high = unit * math.floor(low / unit), unit * math.ceil(high / unit - 1e-6)        # round numbers
     for share in (0, 0.25, 0.5, 0.75, 1):

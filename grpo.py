@@ -481,7 +481,12 @@ def check(config: Config, world: int = 1) -> None:
 
 
 def start_policy(config: Config, state: dict, device: torch.device) -> tuple[UnifiedModel, dict[str, Tensor]]:
-    """Load the policy, where its last checkpoint left it, and the reference, its first parameters."""
+    """Load the policy, where its last checkpoint left it, and the reference, its first parameters.
+
+    Raises UserError, before anything is loaded, where the answers do not fit the device beside it.
+    """
+    check_memory(config.model, config.budget, config.rows, device, config.quantize, config.base,
+                 config.unpack)
     policy = load(config.model, device, config.quantize, config.base)
     require(config, "unpack", policy.quantize == "nf4" or not config.unpack,
             f"a policy in 4 bits (--quantize nf4), but that of {config.model} is not")
@@ -510,8 +515,6 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> list[S
     pool, left_out = read_pool(config)
     content = content_of(config, pool)
     check_content(folder, state.get("content", {}), content)
-    check_memory(config.model, config.budget, config.rows, device, config.quantize, config.base,
-                 config.unpack)
     policy, reference = start_policy(config, state, device)
     # Choice: Adam moves every number by itself, so under torchrun each process updates its own shards.
     optimizer = torch.optim.Adam(policy.policy_parameters(), lr=config.lr, betas=(0.9, 0.95))

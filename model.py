@@ -312,8 +312,7 @@ def decision_logp(logits: Tensor, sampling: Sampling, mode: int, keep: Tensor | 
     """
     logits, (temperature, top_k, top_p) = logits.float(), sampling.of(mode)
     if temperature == 0:
-        best = torch.zeros_like(logits).scatter_(-1, logits.argmax(-1, keepdim=True), 1.0)
-        return best.log()
+        return torch.full_like(logits, -torch.inf).scatter_(-1, logits.argmax(-1, keepdim=True), 0.0)
     uncut = logits = logits / temperature
     if 0 < top_k < logits.shape[-1]:
         logits = logits.masked_fill(logits < logits.topk(top_k).values[..., -1:], -torch.inf)

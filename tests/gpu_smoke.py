@@ -19,6 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import traceback
 from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
@@ -235,9 +236,14 @@ def main() -> None:
     torch.backends.cudnn.allow_tf32 = False                # convolutions in float32, as recorded
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
     parts = {"parity": parity, "seeds": seeds, "scratch": scratch, "decode": decode, "update": update}
+    failed = []
     for part in args.only:
-        began = time.perf_counter()
-        table[part] = parts[part](device, args.small)
+        began, table[part] = time.perf_counter(), {}
+        try:
+            table[part] = parts[part](device, args.small)
+        except (Exception, SystemExit):                    # the other parts run, and the table is printed
+            traceback.print_exc()
+            failed.append(part)
         print(f"{part}: {time.perf_counter() - began:.0f} s", flush=True)
     print(f"\n{name}, {machine()}\n")
     print("| part | what | value |\n| --- | --- | ---: |")
@@ -247,6 +253,8 @@ def main() -> None:
                 print(f"| {part} | {what} | {value:.3g} |")
     if args.json:
         args.json.write_text(json.dumps({"device": name, **machine(), "table": table}, indent=1))
+    if failed:
+        sys.exit(f"failed: {', '.join(failed)}")
 
 
 if __name__ == "__main__":

@@ -110,8 +110,7 @@ def test_the_readme_shows_these_examples():
     readme = (ROOT / "README.md").read_text()
     blocks = [block.strip() for block in re.findall(r"```\w+\n(.*?)```", readme, re.DOTALL)]
     for name, code in EXAMPLES.items():
-        first = code.strip().splitlines()[0]
-        assert all(code.strip() in block for block in blocks if first in block), name
+        assert any(code.strip() in block for block in blocks), name
 
 
 def test_a_new_reward(warm, tmp_path):

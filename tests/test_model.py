@@ -3,6 +3,7 @@ import random
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import model as model_module
 from common import UserError, seeded
@@ -161,7 +162,8 @@ def test_what_no_memory_holds_is_refused_before_it_is_loaded(warm, monkeypatch):
 def test_a_position_costs_one_decoder_pass_and_one_wait(tiny, sampling, monkeypatch):
     """The guided branch is part of the decoder's pass, and rows that have ended are in none.
 
-    The device is waited for once a position: every way to read a tensor on the CPU is counted.
+    The device is waited for once a position: methods that read a tensor on the CPU are counted, and so are
+    operations whose result's shape only the data tells, such as boolean indexing.
     """
     passes, waits = [], []
     forward = tiny.decoder.forward
@@ -178,8 +180,15 @@ def test_a_position_costs_one_decoder_pass_and_one_wait(tiny, sampling, monkeypa
             return method(x, *arguments, **options)
         return record
 
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, arguments=(), options=None):
+            name = operation.name().removeprefix("aten::")
+            if name in ("nonzero", "masked_select", "equal", "_unique2"):
+                waits.append(name)
+            return operation(*arguments, **(options or {}))
+
     def watched(self, *arguments):
-        with monkeypatch.context() as patch:
+        with monkeypatch.context() as patch, Watch():
             for name in ("tolist", "item", "__bool__", "__int__", "cpu", "nonzero", "numpy", "__float__"):
                 patch.setattr(torch.Tensor, name, recorded(name, getattr(torch.Tensor, name)))
             return sample(self, *arguments)
