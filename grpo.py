@@ -729,7 +729,7 @@ def main() -> None:
     check(config, world)
     with claim(config.out, config.resume):
         if config.model == Config.model and not warmup.is_done(Path(config.model)):
-            print(f"no warm-up model in {config.model} yet: training it first, once (2 minutes on two CPU "
+            print(f"no warm-up model in {config.model} yet: training it first, once (90 seconds on two CPU "
                   f"cores)")
             warmup.warm_up(warmup.Config(device=config.device))
         if config.explain:

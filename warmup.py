@@ -7,7 +7,7 @@
 Stages 2 and 3 minimise Eq. (1), the negative log-likelihood of every answer token, text or image code alike:
 `warmup_loss`. Stage 3 learns from the toy world, or from published files of the paper's sources (--data).
 
-    python warmup.py   # two CPU cores: 2 minutes -> out/warmup/ (policy/, samples/, metrics.jsonl, report)
+    python warmup.py   # two CPU cores: 90 seconds -> out/warmup/ (policy/, samples/, metrics.jsonl, report)
     torchrun --nproc_per_node=2 warmup.py        # two processes share the samples of each step
     python warmup.py --preset paper --out out/warmup-7b \\
         --data activitynet=DIR,genhowto=DIR,openstory=DIR,emova=DIR,journeydb=DIR   # stage 3, QLoRA, on a GPU

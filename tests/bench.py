@@ -1,6 +1,6 @@
 """How fast the model decodes and learns, against the floor of the memory's bandwidth where there is one.
 
-    python tests/bench.py                              # everything, about 12 minutes on two idle cores
+    python tests/bench.py                              # everything, 4 minutes on two idle cores
     python tests/bench.py --only decode-7b             # layers as wide as the 7B model's, 4 of the 32
     python tests/bench.py --only decode-1b             # a whole model of 1 B weights
     python tests/bench.py --only update                # GRPO updates in positions/s

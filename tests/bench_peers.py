@@ -2,7 +2,7 @@
 
     python -m venv /tmp/peers
     /tmp/peers/bin/pip install -r tests/requirements.txt trl==1.16.0          # transformers==5.24.0 is in it
-    /tmp/peers/bin/python tests/bench_peers.py                        # everything, 12 minutes on two cores
+    /tmp/peers/bin/python tests/bench_peers.py --types fp32 bf16      # everything, 8 minutes on two cores
     /tmp/peers/bin/python tests/bench_peers.py --only generate --sizes miniature --rounds 3 --batches 1 8
 
 Both sides have the same LLaMA weights, rows and lengths, and run in turn in one process, so that what else
