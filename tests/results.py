@@ -387,9 +387,8 @@ def reproduction_lines(result: dict) -> list[str]:
         return ["-" if value is None else f"{value:.2f}" for value in values]
     lines = []
     for row, of in result["rows"].items():
-        rates = [number(*of["rates"][rate]) for rate in RATES]
-        greedy_and_kept = [f"{of['rates'][name][0]:.2f}" for name in ("story, greedy", "kept")]
-        lines.append(cells(row, *rates, *greedy_and_kept, *paper(of["paper"])))
+        means = [f"{of['rates'][name][0]:.2f}" for name in (*RATES[:3], "story, greedy", "kept")]
+        lines.append(cells(row, *means[:3], number(*of["rates"]["story"]), *means[3:], *paper(of["paper"])))
     for of in result["claims"]:
         if of["runs"]:
             lines.append(cells(of["claim"], of["measure"], number(*of["difference"], "+.2f"),
