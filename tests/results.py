@@ -32,7 +32,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-from common import machine
+from common import Interval, machine, read_json, read_lines, rounded
 
 import torch
 
@@ -62,13 +62,16 @@ TRIES = {                            # number in the README -> flags; 4 and 5 ch
 # ------------------------------------------------------------------------------------------------------------
 # Measuring
 
-def copy_of(folder: Path) -> Path:
-    """What git knows of this repository, in a new folder."""
-    folder.mkdir(parents=True)
-    files = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True)
-    for name in files.stdout.rstrip("\0").split("\0"):
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(ROOT / name, folder / name)
+def fresh_clone(folder: Path) -> Path:
+    """What git knows of this repository, with the changes that are not committed yet, in a new folder."""
+    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode:                                          # no repository: an unpacked archive
+        ignored = [line.strip("/") for line in (ROOT / ".gitignore").read_text().splitlines()]
+        return Path(shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".git", *ignored)))
+    for name in listed.stdout.split("\0"):
+        if name and (ROOT / name).exists():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
     return folder
 
 
@@ -81,51 +84,47 @@ def run(folder: Path, *words: object, threads: int = 1) -> float:
     return time.perf_counter() - began
 
 
-def read(file: Path) -> dict:
-    return json.loads(file.read_text())
-
-
 def scratch(folder: Path) -> dict:
     """`python grpo.py` from nothing: seconds of three runs, the evaluation of the first."""
-    seconds, grpo = [], []
+    seconds, of_grpo = [], []
     for i in range(3):
-        place = copy_of(folder / str(i))
+        place = fresh_clone(folder / str(i))
         seconds.append(run(place, "grpo.py", threads=2))
-        rates = read(place / "out/grpo/evaluation.json")
-        updates = [json.loads(line) for line in (place / "out/grpo/metrics.jsonl").read_text().splitlines()]
-        grpo.append(sum(of["seconds"] for of in [*updates, *rates.values()]))
-    return {"seconds": seconds, "grpo_seconds": grpo, **read(folder / "0/out/grpo/evaluation.json")}
+        rates = read_json(place / "out/grpo/evaluation.json")
+        updates = read_lines(place / "out/grpo/metrics.jsonl")
+        of_grpo.append(sum(of["seconds"] for of in [*updates, *rates.values()]))
+    return {"seconds": seconds, "grpo_seconds": of_grpo, **read_json(folder / "0/out/grpo/evaluation.json")}
 
 
 def learning(folder: Path) -> dict:
     """GRPO with its defaults on the base models of out/reproduce, seeds 0 to 2 -> seed -> evaluation."""
-    place = copy_of(folder / "copy")
+    place = fresh_clone(folder / "copy")
 
     def one(seed: int) -> dict:
         run(place, "grpo.py", "--seed", seed, "--model", ROOT / f"out/reproduce/base/{seed}", "--out",
             f"out/{seed}", "--eval-prompts", 384)
-        return read(place / f"out/{seed}/evaluation.json")
+        return read_json(place / f"out/{seed}/evaluation.json")
     with ThreadPoolExecutor(2) as pool:
         return dict(zip("012", pool.map(one, (0, 1, 2))))
 
 
-def warm_up(folder: Path, *flags: object) -> None:
+def warm_up(folder: Path) -> None:
     """Train the warm-up models of SEEDS side by side, each with one thread."""
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda seed: run(folder, "warmup.py", "--seed", seed, "--out", f"out/warmup-{seed}",
-                                       *flags), SEEDS))
+        list(pool.map(lambda seed: run(folder, "warmup.py", "--seed", seed, "--out", f"out/warmup-{seed}"),
+                      SEEDS))
 
 
 def tries(folder: Path) -> dict:
     """The README's tries: try -> seed -> evaluation before and after, 384 prompts."""
-    place = copy_of(folder / "as-it-is")
+    place = fresh_clone(folder / "as-it-is")
     warm_up(place)
     example = next(block for block in re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(),
                                                  re.DOTALL) if "all_or_nothing" in block)
     (place / "my_reward.py").write_text(example)
-    world = copy_of(folder / "no-system")
-    shapes = world / "shapes.py"
-    shapes.write_text(shapes.read_text().replace("systematic: float = 0.6", "systematic: float = 0.0"))
+    world = fresh_clone(folder / "no-system")
+    file = world / "shapes.py"
+    file.write_text(file.read_text().replace("systematic: float = 0.6", "systematic: float = 0.0"))
     warm_up(world)
 
     def one(job: tuple[str, int]) -> dict:
@@ -134,7 +133,7 @@ def tries(folder: Path) -> dict:
         script = "my_reward.py" if name == "4" else "grpo.py"
         run(where, script, "--seed", seed, "--model", f"out/warmup-{seed}", "--out", f"out/try-{name}-{seed}",
             "--eval-prompts", 384, *TRIES[name])
-        return read(where / f"out/try-{name}-{seed}/evaluation.json")
+        return read_json(where / f"out/try-{name}-{seed}/evaluation.json")
     jobs = [(name, seed) for name in TRIES for seed in SEEDS]
     with ThreadPoolExecutor(2) as pool:
         return {f"{name}/{seed}": result for (name, seed), result in zip(jobs, pool.map(one, jobs))}
@@ -142,17 +141,18 @@ def tries(folder: Path) -> dict:
 
 def processes(folder: Path) -> dict:
     """One process and two, one thread each -> the last line of metrics, and seconds of an evaluation."""
-    place, result, torchrun = copy_of(folder / "copy"), {}, ("-m", "torch.distributed.run")
+    place, result, torchrun = fresh_clone(folder / "copy"), {}, ("-m", "torch.distributed.run")
     run(place, "warmup.py", threads=2)
     stage_3 = ["warmup.py", "--model", "out/warmup", "--warmup-steps", 20]
-    grpo = ["grpo.py", "--updates", 10, "--eval-prompts", 0]
-    adapters = [*grpo, "--lora-rank", 8, "--quantize", "nf4"]
-    commands = {"GRPO, all of it": grpo, "GRPO, rank 8 on an NF4 base": adapters, "warm-up, stage 3": stage_3}
+    whole = ["grpo.py", "--updates", 10, "--eval-prompts", 0]
+    adapters = [*whole, "--lora-rank", 8, "--quantize", "nf4"]
+    commands = {"GRPO, all of it": whole, "GRPO, rank 8 on an NF4 base": adapters,
+                "warm-up, stage 3": stage_3}
     for name, command in commands.items():
         for count in (1, 2):
             out = f"out/{len(result)}"
             run(place, *torchrun, f"--nproc_per_node={count}", *command, "--out", out)
-            lines = [json.loads(line) for line in (place / out / "metrics.jsonl").read_text().splitlines()]
+            lines = read_lines(place / out / "metrics.jsonl")
             result[f"{name}/{count}"] = lines[-1] | {
                 "seconds": statistics.median(line["seconds"] for line in lines[1:])}
     for count in (1, 2):
@@ -252,7 +252,7 @@ def signal(folder: Path) -> dict:
 
 def full_size(folder: Path) -> dict:
     """The 7B policy and the judges at full size: phase -> seconds and peak GiB, or the line of a judge."""
-    place, script, judges = copy_of(folder / "copy"), "tests/full_size.py", "tests/full_size_judges.py"
+    place, script, judges = fresh_clone(folder / "copy"), "tests/full_size.py", "tests/full_size_judges.py"
     run(place, script, "make", "out/7b", threads=2)
     for words in (("load", "out/7b"), ("load", "out/7b", "--quantize", "nf4"), ("rollout", "out/7b"),
                   ("update", "out/7b")):
@@ -288,9 +288,8 @@ def scratch_lines(result: dict) -> list[str]:
              f"{statistics.median(result['grpo_seconds']):.0f} of them"]
     for side in ("before", "after"):
         for arm in ("sampled", "greedy"):
-            rates = (result[side][arm][rate] for rate in RATES)
-            lines.append(f"{side + ' ' + arm:16}" + "".join("{:>22}".format(
-                "{:.3f} [{:.3f} {:.3f}]".format(*of)) for of in rates))
+            rates = (str(Interval(*result[side][arm][rate])) for rate in RATES)
+            lines.append(f"{side + ' ' + arm:16}" + "".join(f"{text:>22}" for text in rates))
     return lines
 
 
@@ -306,7 +305,7 @@ def learning_lines(result: dict) -> list[str]:
 
 
 def tries_lines(result: dict) -> list[str]:
-    """The tries, a mean of two seeds each with both values where they differ."""
+    """The tries, the values of both seeds."""
     def line(name: str, runs: list[dict]) -> str:
         def both(values: list[float]) -> str:
             return " / ".join(f"{value:.2f}" for value in values)
@@ -382,17 +381,15 @@ def reproduction_lines(result: dict) -> list[str]:
     """The rows, then the claims with their verdicts."""
     def number(mean: float, low: float, high: float, form: str = ".2f") -> str:
         return f"{mean:{form}} [{low:{form}}, {high:{form}}]"
-
-    def paper(values: list[float | None]) -> list[str]:
-        return ["-" if value is None else f"{value:.2f}" for value in values]
     lines = []
     for row, of in result["rows"].items():
-        means = [f"{of['rates'][name][0]:.2f}" for name in (*RATES[:3], "story, greedy", "kept")]
-        lines.append(cells(row, *means[:3], number(*of["rates"]["story"]), *means[3:], *paper(of["paper"])))
+        means = [rounded(of["rates"][name][0]) for name in (*RATES[:3], "story, greedy", "kept")]
+        lines.append(cells(row, *means[:3], number(*of["rates"]["story"]), *means[3:],
+                           *map(rounded, of["paper"])))
     for of in result["claims"]:
         if of["runs"]:
             lines.append(cells(of["claim"], of["measure"], number(*of["difference"], "+.2f"),
-                               f"{of['adjusted_p']:.3f}", of["verdict"], *paper(of["paper"])))
+                               f"{of['adjusted_p']:.3f}", of["verdict"], *map(rounded, of["paper"])))
     return lines
 
 
@@ -401,36 +398,9 @@ LINES = {"scratch": scratch_lines, "learning": learning_lines, "reproduction": r
          "peers": peers_lines, "processes": processes_lines, "full-size": full_size_lines}
 
 
-def plot(signal: dict, reproduction: dict) -> str:
-    """An SVG: each setting's cosine before training against the stories that are right after it."""
-    stories = {row: of["rates"]["story"] for row, of in reproduction["rows"].items()}
-    points = {row: (statistics.fmean(of["cosine"] for of in signal[row]), stories[row])
-              for row in SIGNAL_ROWS}
-    left, right = (edge(x for x, _ in points.values()) for edge in (min, max))
-    low, high = (edge(y for _, of in points.values() for y in of) for edge in (min, max))
-
-    def at(x: float, y: float) -> tuple[float, float]:
-        return 70 + 420 * (x - left) / (right - left), 300 - 270 * (y - low) / (high - low)
-    parts = ['<svg xmlns="http://www.w3.org/2000/svg" width="720" height="350" font-size="13" '
-             'font-family="sans-serif"><rect width="720" height="350" fill="#fff"/>',
-             '<text x="280" y="342" text-anchor="middle">cosine of one update\'s gradient with that of the '
-             'expected reward, before training</text>',
-             '<text transform="translate(16 170) rotate(-90)" text-anchor="middle">story after</text>']
-    for i in range(5):
-        x, y = left + (right - left) * i / 4, low + (high - low) * i / 4
-        parts.append(f'<text x="{at(x, low)[0]:.0f}" y="320" text-anchor="middle">{x:.3f}</text>'
-                     f'<text x="60" y="{at(left, y)[1] + 4:.0f}" text-anchor="end">{y:.2f}</text>')
-    for name, (x, (mean, below, above)) in points.items():
-        (cx, cy), top, bottom = at(x, mean), at(x, above)[1], at(x, below)[1]
-        parts.append(f'<path d="M{cx:.0f} {top:.0f}V{bottom:.0f}" stroke="#9bb8d8"/>'
-                     f'<circle cx="{cx:.0f}" cy="{cy:.0f}" r="4" fill="#1f5fa8"/>'
-                     f'<text x="{cx + 8:.0f}" y="{cy + 4:.0f}">{name}</text>')
-    return "\n".join([*parts, "</svg>"])
-
-
 def tables() -> dict[str, list[str]]:
     """The lines of every table whose numbers are kept."""
-    return {name: lines(read(RESULTS / f"{name}.json")) for name, lines in LINES.items()
+    return {name: lines(read_json(RESULTS / f"{name}.json")) for name, lines in LINES.items()
             if (RESULTS / f"{name}.json").exists()}
 
 
@@ -444,9 +414,6 @@ def main() -> None:
     if not args.what:
         for name, lines in tables().items():
             print(f"{name}:", *lines, "", sep="\n")
-        if {"signal", "reproduction"} <= set(tables()):
-            of = (read(RESULTS / f"{name}.json") for name in ("signal", "reproduction"))
-            (ROOT / ".github" / "learned.svg").write_text(plot(*of))
         return
     if len(args.what) != 2 or args.what[0] != "measure" or args.what[1] not in MEASURES:
         parser.error(f"expected nothing, or measure and one of {', '.join(MEASURES)}")

@@ -8,7 +8,6 @@ import shlex
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -57,24 +56,11 @@ sys.exit(code)
 """
 
 
-def fresh_clone(folder: Path) -> Path:
-    """What git knows of this repository, with the changes that are not committed yet."""
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True)
-    if listed.returncode:                                          # no repository: an unpacked archive
-        ignored = [line.strip("/") for line in (ROOT / ".gitignore").read_text().splitlines()]
-        return Path(shutil.copytree(ROOT, folder, ignore=shutil.ignore_patterns(".git", *ignored)))
-    for name in listed.stdout.split("\0"):
-        if name and (ROOT / name).exists():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy(ROOT / name, folder / name)
-    return folder
-
-
 @pytest.fixture(scope="module")
 def clone(warm, tmp_path_factory):
     """A clone in which all commands of the README have run. Its warm-up model is the tests' small one: the
     first command would train the whole one."""
-    folder = fresh_clone(tmp_path_factory.mktemp("readme") / "clone")
+    folder = results.fresh_clone(tmp_path_factory.mktemp("readme") / "clone")
     shutil.copytree(warm, folder / "out" / "warmup")
     script, start = folder / "evaluate.py", 'if __name__ == "__main__":'    # small runs of --reproduce
     small = {name: value for name, value in SMALL.items() if name in evaluate.WARM_UP}
