@@ -5,7 +5,9 @@
     python tests/results.py measure learning         # three base models, 40 updates each, 384 prompts
     python tests/results.py measure tries            # the five tries of the README, on two seeds
     python tests/results.py measure pairs            # pairs that no story had: where it goes wrong
-    python tests/results.py measure signal           # how much of an update's gradient points where it should
+    python tests/results.py measure signal           # what an update's gradient and its advantages know
+    python tests/results.py measure drift            # learning rate, KL and epochs
+    python tests/results.py measure shuffle          # Eq. (6) with as little credit as Eq. (4)
     python tests/results.py measure processes        # one process against two
     python tests/results.py measure full-size        # 7B policy and judges, random weights: 34 GB on disk
 
@@ -39,13 +41,14 @@ import torch
 import data
 import grpo
 import shapes
-from evaluate import GRPO, ROWS, rate_answer
+from evaluate import FRESH, GRPO, ROWS, rate_answer
 from model import Sampling, load
-from rewards import RulesText, RulesVisual
+from rewards import RulesText, RulesVisual, RulesWeak, judge
 
 RESULTS = ROOT / ".github" / "results"
-SIGNAL_ROWS = ("r_f+r_t+r_v", "process", "process-as-printed", "discount-0", "discount-1", "one-pool",
-               "one-pool-discount-0", "per-modality", "G2", "G8")
+SIGNAL_ROWS = ("r_f", "r_f+r_t", "r_f+r_t+r_v", "process", "process-as-printed", "discount-0", "discount-1",
+               "one-pool", "one-pool-discount-0", "weak-judge", "G2", "G8", "2-edits-outcome",
+               "2-edits-process", "4-edits-outcome", "4-edits-process")
 ROUNDS = 12                          # of rollouts and gradients of each setting
 RATES = ("format", "text", "visual", "story")
 SEEDS = (0, 1)                       # of the tries
@@ -57,6 +60,34 @@ TRIES = {                            # number in the README -> flags; 4 and 5 ch
     "4": [],
     "5": [],
 }
+DRIFT = {                            # setting -> flags beside G = 2
+    **{f"lr {lr} KL {beta}": ["--lr", lr, "--kl", beta] for lr in ("2e-4", "5e-4", "1e-3")
+       for beta in ("0", "0.2")},
+    **{f"epochs {epochs}": ["--epochs-per-rollout", epochs, "--updates", 30 * epochs] for epochs in (2, 4)},
+}
+
+SHUFFLED = """import random
+
+import grpo
+
+exact, rng = grpo.process_advantages, random.Random(0)
+
+
+def shuffled(step_rewards, kinds, *rest):
+    advantages = exact(step_rewards, kinds, *rest)
+    places = [(n, j) for n, steps in enumerate(kinds) for j in range(len(steps))]
+    mixed = [steps.clone() for steps in advantages]
+    for n, j in places:
+        if rng.random() >= SHARE:
+            m, i = rng.choice([(m, i) for m, i in places if kinds[m][i] == kinds[n][j]])
+            mixed[n][j] = advantages[m][i]
+    return mixed
+
+
+grpo.process_advantages = shuffled
+grpo.run_main(grpo.main)
+"""
+SHARES = (0.15, 0.37, 0.7)           # of steps that keep their own; Eq. (4) has .37 of Eq. (6)'s credit
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -189,84 +220,150 @@ def pairs(folder: Path) -> dict:
     return result
 
 
-def gradient(model, batch, values: list, config) -> torch.Tensor:
-    """The gradient of Eq. (2) without KL on a rollout, with an answer's advantages [T, 1], as one vector."""
-    padded = torch.zeros_like(batch.advantages)
-    starts = batch.mask.any(-1).int().argmax(1)                         # where an answer's decisions begin
-    for row, start, value in zip(padded, starts, values):
-        row[start:start + len(value)] = value
-    weights = grpo.decision_weights(batch.mask, batch.is_image, config.per_modality)
+def gradients(model, batch, of_rows: dict[str, list], config) -> dict[str, list[torch.Tensor]]:
+    """The gradients of Eq. (2) without KL on one rollout -> row -> [of the text tokens, of the codes].
+
+    of_rows: row -> the advantages of each answer, [T, 1]. The gradient of all decisions is their sum, because
+    at ratio 1 the loss is linear in the advantages.
+    """
     logp = model.log_probs(batch.tokens, batch.is_image, batch.mask, grpo.scoring_of(config))
-    old = logp.detach()
-    loss, *_ = grpo.grpo_loss(logp, old, old, padded.expand_as(logp), weights, config.clip, 0.0)
-    parts = torch.autograd.grad(loss.mean(), model.policy_parameters(), allow_unused=True)
-    return torch.cat([part.flatten() for part in parts if part is not None])
+    weights, old = grpo.decision_weights(batch.mask, batch.is_image), logp.detach()
+    starts, result = batch.mask.any(-1).int().argmax(1), {}             # where an answer's decisions begin
+    for row, values in of_rows.items():
+        padded = torch.zeros_like(batch.advantages)
+        for own, start, value in zip(padded, starts, values):
+            own[start:start + len(value)] = value
+        for part in (~batch.is_image, batch.is_image):
+            own = (padded * part[..., None]).expand_as(logp)
+            loss, *_ = grpo.grpo_loss(logp, old, old, own, weights, config.clip, 0.0)
+            grads = torch.autograd.grad(loss.mean(), model.policy_parameters(), retain_graph=True,
+                                        allow_unused=True, materialize_grads=True)
+            result.setdefault(row, []).append(torch.cat([grad.flatten() for grad in grads]))
+    return result
+
+
+def signal_to_noise(of: list[torch.Tensor]) -> float:
+    """|E g|^2 / E |g - E g|^2 of one update's gradient g, both estimated without bias from several."""
+    of, n = torch.stack(of), len(of)
+    noise = (of - of.mean(0)).square().sum().item() / (n - 1)
+    return (of.mean(0).square().sum().item() - noise / n) / noise
+
+
+def signal_of(kind: str, number: int, group: int, edits: int, rows: list[str]) -> dict[str, dict]:
+    """Of rows of `evaluate.ROWS` that share base model, group size and edits: what `signal` measures."""
+    model = load(ROOT / f"out/reproduce/{kind}/{number}", torch.device("cpu")).eval()
+    codes, judges, weak = data.CodeCache(model), (RulesText(), RulesVisual()), (RulesText(), RulesWeak())
+    configs = {row: grpo.Config(**GRPO | {name: value for name, value in ROWS[row].items() if name != "base"})
+               for row in rows}
+    found, steps = {row: [] for row in rows}, {row: {"text": [], "codes": []} for row in rows}
+    for k in range(ROUNDS):
+        rng = random.Random(f"signal/{kind}/{number}/{group}/{k}")
+        samples = [data.toy_prompt(rng, edits, "train") for _ in range(64 // group)]
+        seeds = [("signal", number, group, k, p) for p in range(len(samples))]
+        batch = grpo.rollout(model, samples, configs[rows[0]], judges, codes, seeds)
+        by_weak = judge([s for s in samples for _ in range(group)], batch.answers, *weak)
+        values = {}
+        for row, config in configs.items():
+            scores = by_weak if config.visual_reward == "rules-weak" else batch.scores
+            values[row] = [value for first in range(0, 64, group) for value in grpo.advantages(
+                batch.answers[first:first + group], scores[first:first + group], config)]
+            for answer, of, value in zip(batch.answers, batch.scores, values[row]):
+                for segment, reward in zip(answer.segments, of.steps):
+                    if segment.stop > segment.start:
+                        name = "text" if segment.picture is None else "codes"
+                        steps[row][name].append((value[segment.start].item(), float(reward == 1)))
+        for row, pair in gradients(model, batch, values, configs[rows[0]]).items():
+            found[row].append(pair)
+    result = {}
+    for row, pairs in found.items():
+        of = dict(zip(("text", "codes"), zip(*pairs))) | {"both": [text + code for text, code in pairs]}
+        result[row] = {"signal_to_noise": {part: signal_to_noise(list(g)) for part, g in of.items()},
+                       "credit": {part: statistics.correlation(*zip(*of)) for part, of in steps[row].items()},
+                       "right": {part: statistics.fmean(right for _, right in of)
+                                 for part, of in steps[row].items()}}
+    return result
 
 
 def signal(folder: Path) -> dict:
-    """How an update's gradient relates to where it should point, before any update, on the base models.
+    """What an update's gradient and its advantages know, before any update, on the base models.
 
-    64 fresh answers an update as in training, ROUNDS times. For each row of `evaluate.ROWS` that differs in
-    credit or group size alone:
+    64 fresh answers an update as in training, ROUNDS times. Each row of `evaluate.ROWS` that differs in
+    rewards, credit, edits or group size alone, of its text tokens, of its codes and of both:
 
-    signal_to_noise    |E g|^2 / E |g - E g|^2 of one update's gradient g, both estimated without bias
-    cosine             of one update's gradient with the mean over the OTHER rounds of Eq. (4)'s gradient at
-                       G = 4: that of the expected hybrid reward
+    signal_to_noise    of one update's gradient, without KL
+    credit             the correlation, over steps, of the advantage that a step's decisions receive with
+                       whether that step is right: a text that is the true one, a picture that shows its text
+    right              the share of steps that are
     """
     torch.set_num_threads(1)
-    result = {}
-    for base in (0, 1, 2):
-        model, gradients = load(ROOT / f"out/reproduce/base/{base}", torch.device("cpu")).eval(), {}
-        codes = data.CodeCache(model)
-        for k in range(ROUNDS):
-            for group in (4, 2, 8):
-                rows = [row for row in SIGNAL_ROWS if {**GRPO, **ROWS[row]}["group_size"] == group]
-                shared = {"group_size": group, "prompts_per_update": 64 // group, "edits": 3, "budget": 160}
-                rng = random.Random(f"signal/{base}/{group}/{k}")
-                samples = [data.toy_prompt(rng, 3, "train") for _ in range(64 // group)]
-                seeds = [("signal", base, group, k, p) for p in range(len(samples))]
-                judges = RulesText(), RulesVisual()
-                batch = grpo.rollout(model, samples, grpo.Config(**shared), judges, codes, seeds)
-                for row in rows:
-                    config = grpo.Config(**{**GRPO, **ROWS[row]})
-                    values = [value for first in range(0, 64, group) for value in grpo.advantages(
-                        batch.answers[first:first + group], batch.scores[first:first + group], config)]
-                    parts = {row: values}
-                    if row == "process":                   # what the text tokens say, and what the codes say
-                        parts |= {"process, codes alone": [v * a.is_image[:, None] for v, a in
-                                                           zip(values, batch.answers)],
-                                  "process, text alone": [v * ~a.is_image[:, None] for v, a in
-                                                          zip(values, batch.answers)]}
-                    for name, of in parts.items():
-                        gradients.setdefault(name, []).append(gradient(model, batch, of, config))
-        aim = torch.stack(gradients["r_f+r_t+r_v"])
-        for row, of in gradients.items():
-            of, n = torch.stack(of), ROUNDS
-            noise = (of - of.mean(0)).square().sum().item() / (n - 1)
-            power = of.mean(0).square().sum().item() - noise / n
-            others = (aim.sum(0) - aim) / (n - 1)
-            cosine = torch.cosine_similarity(of, others, dim=1).mean().item()
-            result.setdefault(row, []).append({"signal_to_noise": power / noise, "cosine": cosine})
+    shared, result = {}, {}
+    for row in SIGNAL_ROWS:
+        of = GRPO | {"base": "base"} | ROWS[row]
+        shared.setdefault((of["base"], of["group_size"], of["edits"]), []).append(row)
+    for number in (0, 1, 2):
+        for (kind, group, edits), rows in shared.items():
+            for row, measured in signal_of(kind, number, group, edits, rows).items():
+                result.setdefault(row, []).append(measured)
     return result
+
+
+def train_and_rate(folder: Path, jobs: dict[str, list]) -> dict[str, list[dict]]:
+    """Run GRPO for 30 rollouts from each base model of out/reproduce and rate it on 384 prompts, two jobs side
+    by side. jobs: name -> script and flags -> name -> an evaluation a base model, with the share clipped."""
+    def one(job: tuple[str, int]) -> dict:
+        name, seed = job
+        script, *flags = jobs[name]
+        out = f"out/{name.replace(' ', '-')}-{seed}"
+        run(folder, script, "--seed", seed, "--model", ROOT / f"out/reproduce/base/{seed}", "--out", out,
+            "--eval-prompts", 0, "--updates", 30, *flags)
+        run(folder, "evaluate.py", "--model", out, "--prompts", 384, "--seed", FRESH, "--out", f"{out}/rates")
+        clipped = [line[f"clip_frac/{kind}"] for line in read_lines(folder / out / "metrics.jsonl")
+                   for kind in ("text", "image")]
+        return read_json(folder / out / "rates/evaluation.json") | {"clip_frac": statistics.fmean(clipped)}
+    every, result = [(name, seed) for name in jobs for seed in (0, 1, 2)], {}
+    with ThreadPoolExecutor(2) as pool:
+        for (name, _), evaluation in zip(every, pool.map(one, every)):
+            result.setdefault(name, []).append(evaluation)
+    return result
+
+
+def drift(folder: Path) -> dict:
+    """How far updates may go, G = 2: learning rates with and without KL, several updates on one rollout."""
+    group = ("--group-size", 2, "--prompts-per-update", 32)
+    return train_and_rate(fresh_clone(folder / "copy"),
+                          {name: ["grpo.py", *group, *flags] for name, flags in DRIFT.items()})
+
+
+def shuffle(folder: Path) -> dict:
+    """Eq. (6) as in the row "process", but only a share of the steps keep their own advantage. The others
+    receive that of any step of their group and kind: the same numbers, with less credit."""
+    place = fresh_clone(folder / "copy")
+    for share in SHARES:
+        (place / f"share_{share}.py").write_text(SHUFFLED.replace("SHARE", str(share)))
+    return train_and_rate(place, {f"share {share}": [f"share_{share}.py"] for share in SHARES})
 
 
 def full_size(folder: Path) -> dict:
     """The 7B policy and the judges at full size: phase -> seconds and peak GiB, or the line of a judge."""
     place, script, judges = fresh_clone(folder / "copy"), "tests/full_size.py", "tests/full_size_judges.py"
     run(place, script, "make", "out/7b", threads=2)
-    for words in (("load", "out/7b"), ("load", "out/7b", "--quantize", "nf4"), ("rollout", "out/7b"),
-                  ("update", "out/7b")):
+    steps = {"bf16": ("load", "out/7b"), "NF4": ("load", "out/7b", "--quantize", "nf4"),
+             "bf16 base + LoRA": ("rollout", "out/7b"), "NF4 base + LoRA": ("update", "out/7b")}
+    phases, log = [], place / "log.txt"
+    for name, words in steps.items():
+        before = len(log.read_text())
         run(place, script, *words, threads=2)
+        found = re.findall(r"^(.+): ([\d.]+) s, peak resident ([\d.]+) GiB", log.read_text()[before:],
+                           re.MULTILINE)
+        phases += [[f"{name}: {phase.split(',')[0]}", float(seconds), float(gib)]
+                   for phase, seconds, gib in found]
     run(place, judges, "make", "out/judges", threads=2)
     run(place, judges, "measure", "out/judges", threads=2)
-    log = (place / "log.txt").read_text()
-    phases = re.findall(r"^(.+): ([\d.]+) s, peak resident ([\d.]+) GiB", log, re.MULTILINE)
-    return {"phases": [[name, float(seconds), float(gib)] for name, seconds, gib in phases],
-            "judges": re.findall(r"^(.+: load .* GiB, .*)$", log, re.MULTILINE)}
+    return {"phases": phases, "judges": re.findall(r"^(.+: load .* GiB, .*)$", log.read_text(), re.MULTILINE)}
 
 
 MEASURES = {"scratch": scratch, "learning": learning, "tries": tries, "pairs": pairs, "signal": signal,
-            "processes": processes, "full-size": full_size}
+            "drift": drift, "shuffle": shuffle, "processes": processes, "full-size": full_size}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -331,8 +428,20 @@ def pairs_lines(result: dict) -> list[str]:
 
 def signal_lines(result: dict) -> list[str]:
     """Of each setting the means over three base models, with the smallest and the largest."""
-    return [cells(row, *(spread([of[what] for of in bases], ".3f") for what in ("signal_to_noise", "cosine")))
-            for row, bases in result.items() if isinstance(bases, list)]
+    parts = [("credit", "text"), ("credit", "codes")] + [("signal_to_noise", part) for part in
+                                                         ("text", "codes", "both")]
+    return [cells(row, *(spread([of[what][part] for of in result[row]]) for what, part in parts))
+            for row in SIGNAL_ROWS]
+
+
+def trained_lines(result: dict) -> list[str]:
+    """Of each setting the rates after GRPO: means over three base models, the smallest and the largest."""
+    def line(name: str, of: list[dict]) -> str:
+        rates = [[one["sampled"][rate][0] for one in of] for rate in ("text", "visual", "story")]
+        kept = [[one["kept"][task] for one in of] for task in ("t2i", "i2t")]
+        return cells(name, *map(spread, [*rates, [one["greedy"]["story"][0] for one in of], *kept,
+                                         [one["clip_frac"] for one in of]]))
+    return [line(name, of) for name, of in result.items() if isinstance(of, list)]
 
 
 def bench_lines(result: dict) -> list[str]:
@@ -394,8 +503,9 @@ def reproduction_lines(result: dict) -> list[str]:
 
 
 LINES = {"scratch": scratch_lines, "learning": learning_lines, "reproduction": reproduction_lines,
-         "tries": tries_lines, "pairs": pairs_lines, "signal": signal_lines, "bench": bench_lines,
-         "peers": peers_lines, "processes": processes_lines, "full-size": full_size_lines}
+         "tries": tries_lines, "pairs": pairs_lines, "signal": signal_lines, "drift": trained_lines,
+         "shuffle": trained_lines, "bench": bench_lines, "peers": peers_lines, "processes": processes_lines,
+         "full-size": full_size_lines}
 
 
 def tables() -> dict[str, list[str]]:
