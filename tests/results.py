@@ -308,8 +308,8 @@ def signal(folder: Path) -> dict:
 
 
 def train_and_rate(folder: Path, jobs: dict[str, list]) -> dict[str, list[dict]]:
-    """Run GRPO for 30 rollouts from each base model of out/reproduce and rate it on 384 prompts, two jobs side
-    by side. jobs: name -> script and flags -> name -> an evaluation a base model, with the share clipped."""
+    """Run GRPO for 30 rollouts from each base model of out/reproduce and rate it on 384 prompts, two jobs at
+    a time. jobs: name -> script and flags -> name -> an evaluation a base model, with the share clipped."""
     def one(job: tuple[str, int]) -> dict:
         name, seed = job
         script, *flags = jobs[name]
