@@ -1,12 +1,13 @@
 """The numbers of the README: how each table is measured, and what its lines are.
 
     python tests/results.py                          # the lines of all tables, from .github/results/*.json
+    python tests/results.py plot                     # .github/credit.svg, from the same files
     python tests/results.py measure scratch          # python grpo.py from nothing, three times, two threads
     python tests/results.py measure learning         # three base models, 40 updates each, 384 prompts
     python tests/results.py measure tries            # the five tries of the README, on two seeds
     python tests/results.py measure pairs            # pairs that no story had: where it goes wrong
     python tests/results.py measure signal           # what an update's gradient and its advantages know
-    python tests/results.py measure drift            # learning rate, KL and epochs
+    python tests/results.py measure drift            # larger steps with and without KL, epochs
     python tests/results.py measure shuffle          # Eq. (6) with as little credit as Eq. (4)
     python tests/results.py measure processes        # one process against two
     python tests/results.py measure full-size        # 7B policy and judges, random weights: 34 GB on disk
@@ -45,7 +46,7 @@ from evaluate import FRESH, GRPO, ROWS, rate_answer
 from model import Sampling, load
 from rewards import RulesText, RulesVisual, RulesWeak, judge
 
-RESULTS = ROOT / ".github" / "results"
+RESULTS, PLOT = ROOT / ".github" / "results", ROOT / ".github" / "credit.svg"
 SIGNAL_ROWS = ("r_f", "r_f+r_t", "r_f+r_t+r_v", "process", "process-as-printed", "discount-0", "discount-1",
                "one-pool", "one-pool-discount-0", "weak-judge", "G2", "G8", "2-edits-outcome",
                "2-edits-process", "4-edits-outcome", "4-edits-process")
@@ -60,12 +61,11 @@ TRIES = {                            # number in the README -> flags; 4 and 5 ch
     "4": [],
     "5": [],
 }
-DRIFT = {                            # setting -> flags beside G = 2
-    **{f"lr {lr} KL {beta}": ["--lr", lr, "--kl", beta] for lr in ("2e-4", "5e-4", "1e-3")
-       for beta in ("0", "0.2")},
-    **{f"epochs {epochs}": ["--epochs-per-rollout", epochs, "--updates", 30 * epochs] for epochs in (2, 4)},
+DRIFT = {                            # setting -> flags beside G = 2; the rows G2 and G2-no-kl have lr 2e-4
+    "lr 1e-3, no KL": ["--lr", "1e-3", "--kl", 0],
+    "lr 1e-3, KL": ["--lr", "1e-3", "--kl", 0.2],
+    "four epochs, KL": ["--epochs-per-rollout", 4, "--updates", 120],
 }
-
 SHUFFLED = """import random
 
 import grpo
@@ -313,7 +313,7 @@ def train_and_rate(folder: Path, jobs: dict[str, list]) -> dict[str, list[dict]]
     def one(job: tuple[str, int]) -> dict:
         name, seed = job
         script, *flags = jobs[name]
-        out = f"out/{name.replace(' ', '-')}-{seed}"
+        out = f"out/{name.replace(', ', '-').replace(' ', '-')}-{seed}"
         run(folder, script, "--seed", seed, "--model", ROOT / f"out/reproduce/base/{seed}", "--out", out,
             "--eval-prompts", 0, "--updates", 30, *flags)
         run(folder, "evaluate.py", "--model", out, "--prompts", 384, "--seed", FRESH, "--out", f"{out}/rates")
@@ -328,7 +328,7 @@ def train_and_rate(folder: Path, jobs: dict[str, list]) -> dict[str, list[dict]]
 
 
 def drift(folder: Path) -> dict:
-    """How far updates may go, G = 2: learning rates with and without KL, several updates on one rollout."""
+    """How far updates may go, G = 2: larger steps with and without KL, several updates on one rollout."""
     group = ("--group-size", 2, "--prompts-per-update", 32)
     return train_and_rate(fresh_clone(folder / "copy"),
                           {name: ["grpo.py", *group, *flags] for name, flags in DRIFT.items()})
@@ -508,6 +508,67 @@ LINES = {"scratch": scratch_lines, "learning": learning_lines, "reproduction": r
          "full-size": full_size_lines}
 
 
+PLOTTED = {                          # row of `signal` -> its name in the plot, and where the name stands
+    "r_f": ("r_f", 8, -6), "r_f+r_t": ("r_f + r_t", 8, -6), "r_f+r_t+r_v": ("Eq. (4)", -4, 26),
+    "discount-1": ("discount 1", 2, 36), "process-as-printed": ("as printed", -30, -12),
+    "process": ("Eq. (6)", -22, -14), "weak-judge": ("weak judge", -20, 26),
+    "one-pool-discount-0": ("one pool, discount 0", -60, 26)}
+
+
+def credit_plot() -> str:
+    """The plot of the README as SVG.
+
+    Across: what the advantages know of a step before training, three models from the smallest to the largest.
+    Up: how many steps are right after 30 updates, with intervals.
+    """
+    def place(x: float, y: float) -> tuple[float, float]:
+        return 60 + 860 * x, 330 - 500 * (y - 0.4)
+
+    def line(start: tuple[float, float], end: tuple[float, float], colour: str) -> str:
+        (a, b), (c, d) = place(*start), place(*end)
+        return f'<path d="M{a:.1f} {b:.1f}L{c:.1f} {d:.1f}" stroke="{colour}"/>'
+
+    def cross(x: float, y: float, colour: str) -> str:
+        return f'<path d="M{x - 5:.1f} {y - 5:.1f}l10 10m0 -10l-10 10" stroke="{colour}" stroke-width="2.5"/>'
+
+    def dot(x: float, y: float, colour: str) -> str:
+        return f'<circle cx="{x:.1f}" cy="{y:.1f}" r="4.5" fill="{colour}"/>'
+
+    def text(x: float, y: float, words: str, anchor: str = "start") -> str:
+        return f'<text x="{x:.0f}" y="{y:.0f}" text-anchor="{anchor}">{words}</text>'
+    kept = (read_json(RESULTS / f"{name}.json") for name in ("signal", "reproduction", "shuffle"))
+    (signal, reproduction, shuffled), grey, marks = kept, "#e6e9ed", []
+    for x in (0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7):
+        marks += [line((x, 0.4), (x, 1), grey), text(place(x, 0)[0], 348, f"{x:.1f}", "middle")]
+    for y in (0.4, 0.6, 0.8, 1):
+        marks += [line((0, y), (0.7, y), grey), text(52, place(0, y)[1] + 4, f"{y:.1f}", "end")]
+    for part, rate, colour in (("text", "text", "#3b6fb6"), ("codes", "visual", "#c0792a")):
+        for row in SIGNAL_ROWS:
+            xs = [of["credit"][part] for of in signal[row]]
+            x, (y, low, high) = statistics.fmean(xs), reproduction["rows"][row]["rates"][rate]
+            marks += [line((x, low), (x, high), colour), line((min(xs), y), (max(xs), y), colour),
+                      dot(*place(x, y), colour)]
+            if part == "codes" and row in PLOTTED:
+                words, right, down = PLOTTED[row]
+                marks.append(text(place(x, y)[0] + right, place(x, y)[1] + down, words))
+        whole = statistics.fmean(of["credit"][part] for of in signal["process"])
+        for share in SHARES:
+            y = statistics.fmean(of["sampled"][rate][0] for of in shuffled[f"share {share}"])
+            marks.append(cross(*place(share * whole, y), colour))
+    marks += [dot(430, 262, "#c0792a"), text(442, 266, "pictures that show their own text"),
+              dot(430, 284, "#3b6fb6"), text(442, 288, "texts that are the true ones"),
+              cross(430, 306, "#5b6673"), text(442, 310, "Eq. (6), advantages exchanged"),
+              text(16, 20, "share of right steps after 30 updates"),
+              text(360, 372, "credit: correlation, before training, of a step's advantage with whether it is "
+                   "right", "middle")]
+    label = "credit before training, share of right steps after"
+    return "\n".join([
+        '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 700 386" width="700" height="386" '
+        f'font-size="12.5" fill="#1d2733" font-family="Helvetica, sans-serif" role="img" '
+        f'aria-label="{label}">',
+        '<rect width="700" height="386" rx="14" fill="#ffffff" stroke="#d5dae0"/>', *marks, "</svg>", ""])
+
+
 def tables() -> dict[str, list[str]]:
     """The lines of every table whose numbers are kept."""
     return {name: lines(read_json(RESULTS / f"{name}.json")) for name, lines in LINES.items()
@@ -518,15 +579,18 @@ def main() -> None:
     """Measure one table, or print the lines of all."""
     layout = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=layout)
-    parser.add_argument("what", nargs="*", metavar="measure NAME", help=f"NAME: {', '.join(MEASURES)}")
+    parser.add_argument("what", nargs="*", metavar="plot | measure NAME", help=f"NAME: {', '.join(MEASURES)}")
     parser.add_argument("--folder", type=Path, default=ROOT / "out" / "results", help="where commands run")
     args = parser.parse_args()
     if not args.what:
         for name, lines in tables().items():
             print(f"{name}:", *lines, "", sep="\n")
         return
+    if args.what == ["plot"]:
+        PLOT.write_text(credit_plot())
+        return
     if len(args.what) != 2 or args.what[0] != "measure" or args.what[1] not in MEASURES:
-        parser.error(f"expected nothing, or measure and one of {', '.join(MEASURES)}")
+        parser.error(f"expected nothing, plot, or measure and one of {', '.join(MEASURES)}")
     name = args.what[1]
     shutil.rmtree(args.folder / name, ignore_errors=True)
     result = MEASURES[name](args.folder / name)

@@ -218,6 +218,7 @@ def test_tables_show_the_kept_measurements():
         assert lines, name
         for line in lines:
             assert line in README, f"{name}: {line}"
+    assert results.PLOT.read_text() == results.credit_plot()
 
 
 def test_line_counts_are_true_within_five_percent():
