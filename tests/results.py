@@ -542,29 +542,34 @@ def credit_plot() -> str:
         marks += [line((x, 0.4), (x, 1), grey), text(place(x, 0)[0], 348, f"{x:.1f}", "middle")]
     for y in (0.4, 0.6, 0.8, 1):
         marks += [line((0, y), (0.7, y), grey), text(52, place(0, y)[1] + 4, f"{y:.1f}", "end")]
-    for part, rate, colour in (("text", "text", "#3b6fb6"), ("codes", "visual", "#c0792a")):
+    kinds = (("codes", "visual", "#c0792a", 262, "pictures that show their own text"),
+             ("text", "text", "#3b6fb6", 284, "texts that are the true ones"))
+    for part, rate, colour, down, words in kinds:
+        before = [statistics.fmean(of["credit"][part] for of in signal[row]) for row in SIGNAL_ROWS]
+        after = [reproduction["rows"][row]["rates"][rate][0] for row in SIGNAL_ROWS]
+        ranks = (torch.tensor(values).argsort().argsort().tolist() for values in (before, after))
+        marks += [dot(400, down, colour),
+                  text(412, down + 4, f"{words}: rank correlation {statistics.correlation(*ranks):.2f}")]
         for row in SIGNAL_ROWS:
             xs = [of["credit"][part] for of in signal[row]]
             x, (y, low, high) = statistics.fmean(xs), reproduction["rows"][row]["rates"][rate]
             marks += [line((x, low), (x, high), colour), line((min(xs), y), (max(xs), y), colour),
                       dot(*place(x, y), colour)]
             if part == "codes" and row in PLOTTED:
-                words, right, down = PLOTTED[row]
-                marks.append(text(place(x, y)[0] + right, place(x, y)[1] + down, words))
+                name, dx, dy = PLOTTED[row]
+                marks.append(text(place(x, y)[0] + dx, place(x, y)[1] + dy, name))
         whole = statistics.fmean(of["credit"][part] for of in signal["process"])
         for share in SHARES:
             y = statistics.fmean(of["sampled"][rate][0] for of in shuffled[f"share {share}"])
             marks.append(cross(*place(share * whole, y), colour))
-    marks += [dot(430, 262, "#c0792a"), text(442, 266, "pictures that show their own text"),
-              dot(430, 284, "#3b6fb6"), text(442, 288, "texts that are the true ones"),
-              cross(430, 306, "#5b6673"), text(442, 310, "Eq. (6), advantages exchanged"),
+    marks += [cross(400, 306, "#5b6673"), text(412, 310, "Eq. (6), advantages exchanged"),
               text(16, 20, "share of right steps after 30 updates"),
               text(360, 372, "credit: correlation, before training, of a step's advantage with whether it is "
                    "right", "middle")]
     label = "credit before training, share of right steps after"
     return "\n".join([
         '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 700 386" width="700" height="386" '
-        f'font-size="12.5" fill="#1d2733" font-family="Helvetica, sans-serif" role="img" '
+        'font-size="12.5" fill="#1d2733" font-family="Helvetica, sans-serif" role="img" '
         f'aria-label="{label}">',
         '<rect width="700" height="386" rx="14" fill="#ffffff" stroke="#d5dae0"/>', *marks, "</svg>", ""])
 
