@@ -548,8 +548,8 @@ def credit_plot() -> str:
         before = [statistics.fmean(of["credit"][part] for of in signal[row]) for row in SIGNAL_ROWS]
         after = [reproduction["rows"][row]["rates"][rate][0] for row in SIGNAL_ROWS]
         ranks = (torch.tensor(values).argsort().argsort().tolist() for values in (before, after))
-        marks += [dot(400, down, colour),
-                  text(412, down + 4, f"{words}: rank correlation {statistics.correlation(*ranks):.2f}")]
+        marks += [dot(300, down, colour),
+                  text(312, down + 4, f"{words}: rank correlation {statistics.correlation(*ranks):.2f}")]
         for row in SIGNAL_ROWS:
             xs = [of["credit"][part] for of in signal[row]]
             x, (y, low, high) = statistics.fmean(xs), reproduction["rows"][row]["rates"][rate]
@@ -562,7 +562,7 @@ def credit_plot() -> str:
         for share in SHARES:
             y = statistics.fmean(of["sampled"][rate][0] for of in shuffled[f"share {share}"])
             marks.append(cross(*place(share * whole, y), colour))
-    marks += [cross(400, 306, "#5b6673"), text(412, 310, "Eq. (6), advantages exchanged"),
+    marks += [cross(300, 306, "#5b6673"), text(312, 310, "Eq. (6), advantages exchanged"),
               text(16, 20, "share of right steps after 30 updates"),
               text(360, 372, "credit: correlation, before training, of a step's advantage with whether it is "
                    "right", "middle")]
