@@ -510,7 +510,7 @@ LINES = {"scratch": scratch_lines, "learning": learning_lines, "reproduction": r
 
 PLOTTED = {                          # row of `signal` -> its name in the plot, and where the name stands
     "r_f": ("r_f", 8, -6), "r_f+r_t": ("r_f + r_t", 8, -6), "r_f+r_t+r_v": ("Eq. (4)", -4, 26),
-    "discount-1": ("discount 1", 2, 36), "process-as-printed": ("as printed", -30, -12),
+    "discount-1": ("discount 1", 4, 14), "process-as-printed": ("as printed", -30, -12),
     "process": ("Eq. (6)", -22, -14), "weak-judge": ("weak judge", -20, 26),
     "one-pool-discount-0": ("one pool, discount 0", -60, 26)}
 
