@@ -483,9 +483,10 @@ def processes_lines(result: dict) -> list[str]:
 
 
 def full_size_lines(result: dict) -> list[str]:
-    """Seconds and peak memory of each phase, and what a judge says of itself."""
+    """Seconds and peak memory of each phase, then of loading each judge, with what judging costs."""
+    judges = (re.fullmatch(r"(.+): load (\d+) s, peak ([\d.]+) GiB, (.+)", line) for line in result["judges"])
     return [cells(name, f"{seconds:.0f}", f"{gib:.1f} GiB") for name, seconds, gib in result["phases"]
-            ] + [cells(*judge.split(": ", 1)) for judge in result["judges"]]
+            ] + [cells(f"{found[1]}: load; {found[4]}", found[2], f"{found[3]} GiB") for found in judges]
 
 
 def reproduction_lines(result: dict) -> list[str]:
