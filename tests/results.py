@@ -249,10 +249,21 @@ def signal_to_noise(of: list[torch.Tensor]) -> float:
     return (of.mean(0).square().sum().item() - noise / n) / noise
 
 
+def steps_of(answers: list, scores: list, values: list) -> dict[str, list[tuple[float, float]]]:
+    """Kind of step -> of every step of the answers the advantage of its decisions, and 1 if it is right."""
+    steps = {"text": [], "codes": []}
+    for answer, of, value in zip(answers, scores, values):
+        for segment, reward in zip(answer.segments, of.steps):
+            if segment.stop > segment.start:
+                kind = "text" if segment.picture is None else "codes"
+                steps[kind].append((value[segment.start].item(), float(reward == 1)))
+    return steps
+
+
 def signal_of(kind: str, number: int, group: int, edits: int, rows: list[str]) -> dict[str, dict]:
     """Of rows of `evaluate.ROWS` that share base model, group size and edits: what `signal` measures."""
     model = load(ROOT / f"out/reproduce/{kind}/{number}", torch.device("cpu")).eval()
-    codes, judges, weak = data.CodeCache(model), (RulesText(), RulesVisual()), (RulesText(), RulesWeak())
+    codes, judges = data.CodeCache(model), (RulesText(), RulesVisual())
     configs = {row: grpo.Config(**GRPO | {name: value for name, value in ROWS[row].items() if name != "base"})
                for row in rows}
     found, steps = {row: [] for row in rows}, {row: {"text": [], "codes": []} for row in rows}
@@ -261,17 +272,16 @@ def signal_of(kind: str, number: int, group: int, edits: int, rows: list[str]) -
         samples = [data.toy_prompt(rng, edits, "train") for _ in range(64 // group)]
         seeds = [("signal", number, group, k, p) for p in range(len(samples))]
         batch = grpo.rollout(model, samples, configs[rows[0]], judges, codes, seeds)
-        by_weak = judge([s for s in samples for _ in range(group)], batch.answers, *weak)
         values = {}
         for row, config in configs.items():
-            scores = by_weak if config.visual_reward == "rules-weak" else batch.scores
+            scores = batch.scores
+            if config.visual_reward == "rules-weak":
+                each = [s for s in samples for _ in range(group)]
+                scores = judge(each, batch.answers, RulesText(), RulesWeak())
             values[row] = [value for first in range(0, 64, group) for value in grpo.advantages(
                 batch.answers[first:first + group], scores[first:first + group], config)]
-            for answer, of, value in zip(batch.answers, batch.scores, values[row]):
-                for segment, reward in zip(answer.segments, of.steps):
-                    if segment.stop > segment.start:
-                        name = "text" if segment.picture is None else "codes"
-                        steps[row][name].append((value[segment.start].item(), float(reward == 1)))
+            for part, pairs in steps_of(batch.answers, batch.scores, values[row]).items():
+                steps[row][part] += pairs
         for row, pair in gradients(model, batch, values, configs[rows[0]]).items():
             found[row].append(pair)
     result = {}
@@ -553,15 +563,15 @@ def credit_plot() -> str:
         ranks = (torch.tensor(values).argsort().argsort().tolist() for values in (before, after))
         marks += [dot(300, down, colour),
                   text(312, down + 4, f"{words}: rank correlation {statistics.correlation(*ranks):.2f}")]
-        for row in SIGNAL_ROWS:
+        for row, x, y in zip(SIGNAL_ROWS, before, after):
             xs = [of["credit"][part] for of in signal[row]]
-            x, (y, low, high) = statistics.fmean(xs), reproduction["rows"][row]["rates"][rate]
+            _, low, high = reproduction["rows"][row]["rates"][rate]
             marks += [line((x, low), (x, high), colour), line((min(xs), y), (max(xs), y), colour),
                       dot(*place(x, y), colour)]
             if part == "codes" and row in PLOTTED:
                 name, dx, dy = PLOTTED[row]
                 marks.append(text(place(x, y)[0] + dx, place(x, y)[1] + dy, name))
-        whole = statistics.fmean(of["credit"][part] for of in signal["process"])
+        whole = before[SIGNAL_ROWS.index("process")]
         for share in SHARES:
             y = statistics.fmean(of["sampled"][rate][0] for of in shuffled[f"share {share}"])
             marks.append(cross(*place(share * whole, y), colour))
