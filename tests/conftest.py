@@ -29,6 +29,15 @@ def tiny(tmp_path_factory):
     return talkative(model, "a red circle at top left")
 
 
+@pytest.fixture(scope="session")
+def talker(tiny, tmp_path_factory):
+    """That miniature as a checkpoint. What `warm` samples is left to chance; this draws on any machine."""
+    from model import save
+    folder = tmp_path_factory.mktemp("talker")
+    save(tiny, folder / "policy")
+    return folder
+
+
 @torch.no_grad()
 def talkative(model, prompt: str):
     """Let the text head of an untrained model favour tags."""

@@ -96,10 +96,10 @@ def steps_of(folder) -> list[dict]:
     return [step for group in groups for answer in group["answers"] for step in answer["steps"]]
 
 
-def trial(name: str, warm, tmp_path, *more: str):
+def trial(name: str, talker, tmp_path, *more: str):
     """Run an example file for one update -> the run's folder."""
     (tmp_path / name).write_text(EXAMPLES[name])
-    where = ["--model", warm, "--out", tmp_path / "out"]
+    where = ["--model", talker, "--out", tmp_path / "out"]
     execute([sys.executable, name, *where, *flags(SMALL), *more], tmp_path)
     assert (tmp_path / "out" / "report.html").exists()
     return tmp_path / "out"
@@ -113,13 +113,13 @@ def test_the_readme_shows_these_examples():
         assert any(code.strip() in block for block in blocks), name
 
 
-def test_a_new_reward(warm, tmp_path):
-    rewards = {step["reward"] for step in steps_of(trial("my_reward.py", warm, tmp_path))}
+def test_a_new_reward(talker, tmp_path):
+    rewards = {step["reward"] for step in steps_of(trial("my_reward.py", talker, tmp_path))}
     assert rewards <= {0.0, 1.0, None} and 0.0 in rewards
 
 
-def test_a_new_judge(warm, tmp_path):
-    steps = steps_of(trial("my_judge.py", warm, tmp_path, "--visual-reward", "red"))
+def test_a_new_judge(talker, tmp_path):
+    steps = steps_of(trial("my_judge.py", talker, tmp_path, "--visual-reward", "red"))
     pictures = [step for step in steps if step["picture"]]
     assert pictures
     for step in pictures:
@@ -127,8 +127,8 @@ def test_a_new_judge(warm, tmp_path):
         assert step["reward"] == pytest.approx(pixels[..., 0].mean() / 255)
 
 
-def test_a_new_credit_rule(warm, tmp_path):
-    values = {step["advantage"] for step in steps_of(trial("my_credit.py", warm, tmp_path))}
+def test_a_new_credit_rule(talker, tmp_path):
+    values = {step["advantage"] for step in steps_of(trial("my_credit.py", talker, tmp_path))}
     assert values and values <= {1.0, -1.0}
 
 

@@ -21,21 +21,12 @@ from data import LeftOut, Question, Sample
 from evaluate import (ASPECTS, BENCHMARKS, MMIE, PAPER_ROWS, AnswerSet, Config, InterleavedBench,
                       JudgeRequest, TextToImage, find_score, rate_answer)
 from judges import LlavaCritic
-from model import save
 from tokenizer import Answer, Segment
 
 
 @pytest.fixture(scope="session")
 def samples_folder(tmp_path_factory):
     return published_samples.make(tmp_path_factory.mktemp("published"), 0.5, seed=1)
-
-
-@pytest.fixture(scope="session")
-def talker(tiny, tmp_path_factory):
-    """The untrained model as a checkpoint: it samples texts, pictures and ends."""
-    folder = tmp_path_factory.mktemp("talker")
-    save(tiny, folder / "policy")
-    return folder
 
 
 def run_benchmark(config):

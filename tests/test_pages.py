@@ -333,7 +333,7 @@ def test_sheets_keep_the_pictures_shape_and_put_before_beside_after(tmp_path):
     assert one.min() < 40, "labels are dark"
 
 
-def test_explain_walks_one_prompt_through_one_update_and_leaves_the_run_alone(warm, tmp_path):
+def test_explain_walks_one_prompt_through_one_update_and_leaves_the_run_alone(warm, talker, tmp_path):
     out = tmp_path / "grpo"
     shutil.copytree(warm, out)
 
@@ -341,7 +341,7 @@ def test_explain_walks_one_prompt_through_one_update_and_leaves_the_run_alone(wa
         return {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in out.rglob("*")
                 if p.is_file() and p.name != LOCK}
     before = files()
-    printed = run("grpo.py", "--model", warm, "--out", out, "--explain", *flags({**RUN, "group_size": 4}))
+    printed = run("grpo.py", "--model", talker, "--out", out, "--explain", *flags({**RUN, "group_size": 4}))
     after = files()
     assert after.pop(out / "explain.html") and after == before, "a page is all that is written"
     titles = re.findall(r"^\d+\. (.*)$", printed, re.M)
