@@ -336,6 +336,8 @@ def sample_index(logp: Tensor, uniform: Tensor) -> tuple[Tensor, Tensor]:
     target = uniform * (1 - 2 ** -22) * mass[:, -1]                  # below the whole mass after rounding too
     index = torch.searchsorted(mass, target[:, None], right=True)    # the first whose mass exceeds the target
     index = index.clamp(max=logp.shape[-1] - 1)                      # beyond it for NaN: see `generate`
+    # A GPU sums in blocks, so the mass may grow by a rounding error where a cut index adds nothing.
+    index = torch.where(logp.gather(-1, index).isneginf(), logp.argmax(-1, keepdim=True), index)
     return index[:, 0], logp.gather(-1, index)[:, 0]
 
 

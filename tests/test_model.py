@@ -235,6 +235,16 @@ def test_the_index_is_where_the_distribution_passes_the_number():
     assert shares.tolist() == pytest.approx([0, .25, 0, .5, .25], abs=0.015)
 
 
+def test_what_is_cut_is_never_sampled_where_sums_are_rounded_in_any_order(monkeypatch):
+    """A GPU sums in blocks. Here every sum is off by up to 1e-3, so that many numbers land on what is cut."""
+    sums = torch.Tensor.cumsum
+    monkeypatch.setattr(torch.Tensor, "cumsum", lambda x, dim: sums(x, dim) + 1e-3 * torch.rand(x.shape))
+    torch.manual_seed(0)
+    logp = decision_logp(torch.randn(5_000, 50), Sampling(top_k=5), IMAGE)
+    index, value = sample_index(logp, torch.rand(5_000))
+    assert value.isfinite().all() and value.equal(logp.gather(-1, index[:, None])[:, 0])
+
+
 def test_an_image_is_never_cut_and_the_budget_holds(tiny):
     N = tiny.vision_config.positions
     with torch.no_grad():
