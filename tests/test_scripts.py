@@ -81,9 +81,9 @@ def test_image_codes_alone_can_be_taught_redness(warm):
     If it does not rise, the image branch is broken.
     """
     policy = load(warm)
-    optimizer = torch.optim.Adam(policy.policy_parameters(), lr=1e-3)
+    optimizer = torch.optim.Adam(policy.policy_parameters(), lr=3e-4)
     prompt, redness = policy.prompt("a red circle at top", draw=True), []
-    for step in range(30):
+    for step in range(60):
         rows = policy.generate([prompt], 32, policy.vision_config.positions + 1, seeds=[(step,)])
         pictures = policy.decode_pictures(torch.stack([r.tokens[r.is_image] for r in rows])).astype(float)
         reward = torch.tensor((pictures[..., 0] - pictures[..., 1:].mean(-1)).mean((1, 2)) / 255,
