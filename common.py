@@ -348,11 +348,13 @@ def start_processes(name: str) -> tuple[int, int, torch.device]:
     Under torchrun this joins torch's process group: nccl on GPUs, gloo elsewhere. Only rank 0 prints from
     then on. Raises UserError where the processes cannot meet.
     """
-    device, world = pick_device(name), int(os.environ.get("WORLD_SIZE", 1))
+    world = int(os.environ.get("WORLD_SIZE", 1))
     if world == 1:
-        return 0, 1, device
+        return 0, 1, pick_device(name)
+    if name.startswith("cuda") or (name == "auto" and torch.cuda.is_available()):
+        name = f"cuda:{os.environ['LOCAL_RANK']}"      # no other: touching one takes memory there
+    device = pick_device(name, "a process of torchrun has --device")
     if device.type == "cuda":
-        device = pick_device(f"cuda:{os.environ['LOCAL_RANK']}", "a process of torchrun has --device")
         torch.cuda.set_device(device)
     if not dist.is_initialized():
         try:
@@ -1088,7 +1090,7 @@ CHARTS = {           # metrics that share a chart -> its title with the unit, th
 METRICS = {          # metric whose name does not say it -> what it is
     "truncated": "answers cut by the budget", "no_score": "steps that a judge gave no score",
     "cut_texts": "texts that a judge read in part", "zero_spread": "groups without any advantage",
-    "text_share": "text among all decisions", "ratio_max": "1 but for later updates on a rollout",
+    "text_share": "text among all decisions", "ratio_max": "of a rollout's first update",
     "logp_gap": "sampler against scorer", "padding": "of a batch", "grad_norm": "norm of the gradient",
     "steps_per_answer": "texts and pictures", "peak_gib": "memory, GiB", "seconds": "in all"}
 LEGEND = (

@@ -18,8 +18,8 @@ from common import (LEGEND, Count, LearningRate, Natural, Naturals, NonNegative,
                     Range, Run, Seed, Share, TopPs, UserError, Weights, average_gradients, averaged,
                     check_config, check_content, check_finite, check_settings, claim, end_processes,
                     group_html, note_processes, optimizer_tensors, parse_config, part_html, part_text,
-                    parts_of, peak_gib, require, restore_optimizer, rounded, run_main, shown, start_over,
-                    start_processes, thumbnail, whole, write_page)
+                    parts_of, peak_gib, require, restore_optimizer, rounded, run_main, settled, shown,
+                    start_over, start_processes, thumbnail, whole, write_page)
 
 import itertools
 import math
@@ -41,9 +41,9 @@ import warmup
 from data import (PROMPT_READERS, CodeCache, LeftOut, Sample, hash_samples, keep_usable, read_prompts,
                   read_sources, toy_prompt)
 from evaluate import before_and_after
-from model import (Sampling, UnifiedModel, as_batch, by_modality, check_budget, check_memory, checkpoint_hash,
-                   gathered, load, load_training, prepare_training, restore, save, trainable_state, unpacked,
-                   with_trainable)
+from model import (IMAGE, Sampling, UnifiedModel, adapter_settings, as_batch, by_modality, check_budget,
+                   check_memory, checkpoint_folder, checkpoint_hash, gathered, load, load_training,
+                   prepare_training, restore, save, trainable_state, unpacked, with_trainable)
 from rewards import (Scores, check_judges, check_prompts, check_rules, group_record, hybrid_rewards, judge,
                      judge_content, judge_names, make_judges)
 
@@ -402,7 +402,8 @@ def update(policy: UnifiedModel, optimizer: torch.optim.Optimizer, batch: Rollou
     Choice: the loss is the mean over all answers of the update, counted before micro-batches are cut, so
     their size cannot change the gradient.
     Choice: passes in bf16 give the sampler and the scorer different log-probs, and their ratio is not 1
-    before any weight has moved. There the first update's own pass gives the old ones, in batch.old_logp.
+    before any weight has moved. There, and with --no-score-guided, the first update's own pass gives the
+    old ones, in batch.old_logp.
     Raises UserError on a loss that is not finite, before any weight moves.
     """
     B, sampling = len(batch.tokens), scoring_of(config)
@@ -442,8 +443,8 @@ def update(policy: UnifiedModel, optimizer: torch.optim.Optimizer, batch: Rollou
     decisions = sums["count/text"] + sums["count/image"]
     means["text_share"] = sums["count/text"] / decisions
     if epoch == 0:
-        means["logp_gap"] = sums["logp_gap"] / decisions
-    return {"loss": total, "grad_norm": norm.item(), "ratio_max": sums["ratio_max"], **means}
+        means |= {"logp_gap": sums["logp_gap"] / decisions, "ratio_max": sums["ratio_max"]}
+    return {"loss": total, "grad_norm": norm.item(), **means}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -473,11 +474,24 @@ def check(config: Config, world: int = 1) -> None:
             f"a multiple of the {world} processes, which share them")
     require(config, "reward_device", world == 1 or ":" not in config.reward_device,
             "no number: under torchrun each process has its judges on its own device")
+    _, top_k, top_p = sampling_of(config).of(IMAGE)
+    require(config, "score_guided", config.score_guided or (top_k == 0 and top_p == 1),
+            "--score-guided where --top-k or --top-p cuts codes: without guidance they cut other ones")
     require(config, "explain", world == 1 or not config.explain, "one process, no torchrun")
     check_judges(config)
     if config.preset and not config.prompts:
         raise UserError(f"--preset {config.preset}: expected --prompts as well, a JSONL file or NAME=DIR,.. "
                         f"of published data; without it the prompts would be the toy world's")
+
+
+def check_source(config: Config) -> None:
+    """Refuse --no-resume where it would delete the weights that the run starts from. Raises UserError."""
+    source = checkpoint_folder(config.model)
+    adapter = adapter_settings(source, config.base)
+    sources = [source, checkpoint_folder(adapter["base"])] if adapter else [source]
+    if settled(Path(config.out) / "policy").resolve() in [folder.resolve() for folder in sources]:
+        raise UserError(f"--no-resume --out {config.out}: this would delete the model that --model "
+                        f"{config.model} starts from: give the run another --out")
 
 
 def start_policy(config: Config, state: dict, device: torch.device) -> tuple[UnifiedModel, dict[str, Tensor]]:
@@ -510,6 +524,8 @@ def content_of(config: Config, pool: list[Sample]) -> dict[str, str]:
 def train(config: Config, rank: int, world: int, device: torch.device) -> list[Sample]:
     """Steps 1 to 7, from the last checkpoint on -> the pool of prompts, empty for the toy world's."""
     folder = Path(config.out)
+    if not config.resume:
+        check_source(config)
     state, tensors = load_training(folder / "policy") if config.resume else ({}, {})
     check_settings(folder, state.get("settings", {}), asdict(config), FREE)
     pool, left_out = read_pool(config)
@@ -526,6 +542,7 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> list[S
         start_over(folder)
     run = Run(config, state.get("lines", 0), content)                                      # rank 0 writes
     first, silent = state.get("update", 0), 0
+    unseen = first < config.updates or not (folder / "samples" / "999999_after.json").exists()
     announce(config, state, pool, left_out)
     if first == 0 and config.eval_prompts:
         show(policy, run, config, pool, judges, "000000_before", "Before GRPO: the warm-up model")
@@ -545,6 +562,7 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> list[S
             for group in optimizer.param_groups:
                 group["lr"] = config.lr * min(1.0, (done + epoch + 1) / max(1, config.ramp))
             metrics |= update(policy, optimizer, batch, ref_logp, config, epoch)           # steps 5 and 6
+        optimizer.zero_grad()                          # gradients take no memory beside the next rollout
         now, before, done = time.perf_counter(), done, done + config.epochs_per_rollout
         metrics = averaged({**batch.metrics, **metrics, "seconds": now - began,
                             "seconds/reference": scored - sampled, "seconds/update": now - scored,
@@ -557,7 +575,7 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> list[S
             state = {"update": done, "lines": run.lines, "processes": world, "settings": asdict(config),
                      "content": content}
             save(policy, folder / "policy", state, optimizer_tensors(optimizer))
-    if first < config.updates and config.eval_prompts:
+    if unseen and config.eval_prompts:
         show(policy, run, config, pool, judges, "999999_after", "After GRPO: the same prompts")
     return pool
 
@@ -699,7 +717,8 @@ def explain(config: Config, device: torch.device) -> Path:
         tell(part)
     ref_logp = reference_logp(policy, reference, batch, config)
     tell(Part("Eq. (2), (3), (7): the loss before the update",
-              f"ratio = pi / pi_old. The policy still is the one that sampled: what is not 1 is rounding. "
+              f"ratio = pi / pi_old. The policy still is the one that sampled: what is not 1 is "
+              f"{'rounding' if config.score_guided else 'the guidance of the rollout, or rounding'}. "
               f"The loss: -min(ratio A, clip(ratio, {1 - config.clip:g}, {1 + config.clip:g}) A) + beta KL.",
               loss_table(policy, batch, ref_logp, config)))
     optimizer = torch.optim.Adam(policy.policy_parameters(), lr=config.lr, betas=(0.9, 0.95))

@@ -320,7 +320,7 @@ def decision_logp(logits: Tensor, sampling: Sampling, mode: int, keep: Tensor | 
         ordered, index = logits.softmax(-1).sort(descending=True)
         beyond = ordered.cumsum(-1) - ordered > top_p                       # mass before it already crosses
         logits = logits.masked_fill(torch.zeros_like(beyond).scatter(-1, index, beyond), -torch.inf)
-    if keep is not None:
+    if keep is not None and logits is not uncut:
         logits = logits.scatter(-1, keep, uncut.gather(-1, keep))
     return logits.log_softmax(-1)
 
@@ -583,7 +583,7 @@ class UnifiedModel(nn.Module):
         free = free_bytes(self.device)
         if guided:
             positions += len(self.unconditional_prompt()) + self.vision_config.positions
-        row = row_bytes(self.decoder.config, positions, self.projector[0].weight.element_size())
+        row = row_bytes(self.decoder.config, positions, self.pass_dtype.itemsize)
         rows = max(1, answers if free is None else min(answers, int(ROOM * free) // row))
         if rows < answers and rows != self.rows:
             self.rows = rows
@@ -741,9 +741,6 @@ class UnifiedModel(nn.Module):
     @torch.no_grad()
     def decode_pictures(self, codes: Tensor) -> np.ndarray:
         """codes [n, N, D] -> uint8 [n, H, W, 3]. Equal pictures are decoded once."""
-        if not len(codes):
-            side = self.vision_config.image_size
-            return np.zeros((0, side, side, 3), np.uint8)
         unique, index = torch.unique(codes, dim=0, return_inverse=True)
         pictures = [to_pictures(self.vision.decode(part.to(self.device))) for part in unique.split(64)]
         return np.concatenate(pictures)[index.cpu().numpy()]
@@ -857,15 +854,18 @@ def check_memory(source: str, budget: int, rows: int, device: torch.device, quan
     with quantize "nf4", and with `unpack` the whole weights beside them. Raises UserError with the numbers.
     """
     folder = checkpoint_folder(source)
-    if adapter := adapter_settings(folder, base):
-        folder, quantize = checkpoint_folder(adapter["base"]), adapter["quantize"]
+    if adapter := adapter_settings(folder, base, quantize):
+        with base_of(folder):
+            folder, quantize = checkpoint_folder(adapter["base"]), adapter["quantize"]
     with reading(folder / "llm" / "config.json", "the file"):
         decoder = decoder_config(read_json(folder / "llm" / "config.json"), folder / "llm" / "config.json")
     if budget >= decoder.context:
         raise UserError(f"--budget {budget}: the decoder of {source} has a context of {decoder.context} "
                         f"positions, prompt included")
-    files = sum(file.stat().st_size for file in tensor_files(folder / "llm") if file.exists())
-    weights = files * (4.5 / 16 + unpack if quantize == "nf4" else 1)
+    files = tensor_files(folder / "llm")
+    numbers = sum(math.prod(tensor.shape) for tensor in stored_tensors(files).values())
+    stored = sum(file.stat().st_size for file in files)
+    weights = numbers * 4.5 / 8 + unpack * stored if quantize == "nf4" else stored
     cache, total = max(1, rows) * row_bytes(decoder, budget, 2), total_bytes(device)
     if total and weights + cache > total:
         gib = [f"{size / 2 ** 30:.1f} GiB" for size in (cache, weights, total)]
@@ -1078,7 +1078,7 @@ def prepare_training(model: UnifiedModel, rank: int, alpha: float, seed: int = 0
     linear layer of the decoder; a model that was loaded with adapters keeps them.
     Raises UserError where the model has other adapters than asked for, or 4-bit weights are to be trained.
     """
-    if rank and precision != "auto":
+    if (rank or model.adapter) and precision != "auto":
         raise UserError(f"--precision {precision}: with adapters passes have the type of the frozen base, "
                         f"leave it out")
     if model.adapter and rank and model.adapter != {"rank": rank, "alpha": alpha}:
@@ -1256,14 +1256,16 @@ def fill(model: nn.Module, stored: dict[str, Stored], names: dict[str, str], fol
          device: str | torch.device, dtype: torch.dtype | None = None, quantize: str = "none") -> None:
     """Read every stored tensor to its place in a model that may still be on the meta device, one at a time.
 
-    names: prefixes in the files -> prefixes here. dtype None: the type that most of the decoder is stored in.
+    names: prefixes in the files -> prefixes here. dtype None: the type that most of the decoder is stored in,
+    and for the image tokenizer that of its own, which is not trained and may be narrower.
     quantize "nf4": the decoder's linear layers in 4 bits.
     Raises UserError, naming file and tensor, for one that is unknown, missing or misshaped.
     """
     missing = set(model.state_dict())
     stored = {theirs: tensor for theirs, tensor in stored.items() if not BUFFERS.match(theirs)}
+    of_vision = dtype
     if dtype is None:
-        dtype = decoder_type(stored, names, folder)
+        dtype, of_vision = (main_type(stored, names, part, folder) for part in ("decoder.", "vision."))
         if model.decoder.config.tied and EMBEDDING in stored:
             stored["lm_head.weight"] = stored[EMBEDDING]
         model.decoder.config.tied = False                      # from here on they are two layers
@@ -1273,7 +1275,7 @@ def fill(model: nn.Module, stored: dict[str, Stored], names: dict[str, str], fol
             raise UserError(f"{tensor.file}: unknown tensor {theirs}, or beyond the sizes of its config")
         value = tensor.read()
         if value.is_floating_point():
-            value = value.to(dtype=dtype)
+            value = value.to(of_vision if ours.startswith("vision.") else dtype)
         assign(model, ours, value.to(device), f"{tensor.file}: tensor {theirs}", quantize)
         missing.discard(ours)
     if missing:
@@ -1285,15 +1287,15 @@ EMBEDDING = "model.embed_tokens.weight"
 FLOATS = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
-def decoder_type(stored: dict[str, Stored], names: dict[str, str], folder: Path) -> torch.dtype:
-    """The type that most of the decoder's numbers are stored in. Everything computes in it."""
+def main_type(stored: dict[str, Stored], names: dict[str, str], part: str, folder: Path) -> torch.dtype:
+    """The type that most numbers of a part ("decoder." or "vision.") are stored in. All of it gets that."""
     counts = Counter()
     for theirs, tensor in stored.items():
-        if (rename(theirs, names) or "").startswith("decoder."):
+        if (rename(theirs, names) or "").startswith(part):
             counts[tensor.dtype] += math.prod(tensor.shape)
     name = max(counts, key=counts.get, default="F32")
     if name not in FLOATS:
-        raise UserError(f"{folder}: the decoder is stored as {name}, expected {' or '.join(FLOATS)}")
+        raise UserError(f"{folder}: {part[:-1]} is stored as {name}, expected {' or '.join(FLOATS)}")
     return FLOATS[name]
 
 
@@ -1401,7 +1403,7 @@ def load(source: str | Path, device: str | torch.device = "cpu", quantize: str =
     Raises UserError, naming file, tensor and both shapes, for what is missing, unknown or misshaped.
     """
     folder = checkpoint_folder(str(source))
-    if adapter := adapter_settings(folder, base):
+    if adapter := adapter_settings(folder, base, quantize):
         return load_adapters(folder, device, **adapter)
     configs = {part: read_json(folder / part / "config.json") for part in ("", *NAMES)}
     stored = stored_tensors(tensor_files(folder / "vision_tower"))
@@ -1499,12 +1501,13 @@ def added_ids(model: UnifiedModel) -> dict[str, list[int]]:
     return {"embed_tokens": model.decoder.embed.ids, "lm_head": model.decoder.lm_head.ids}
 
 
-def adapter_settings(folder: Path, base: str = "") -> dict | None:
+def adapter_settings(folder: Path, base: str = "", quantize: str = "none") -> dict | None:
     """Base, quantize, rank, alpha and content of a folder of adapters in PEFT's layout; None for any other.
 
     base: where the base is now, if it was moved. Ours have a base.json beside PEFT's files, {"quantize": how
-    the base was loaded, "content": its hash}. An adapter.json of earlier versions is read too.
-    Raises UserError for adapters that are not plain LoRA.
+    the base was loaded, "content": its hash}; of others `quantize` says how to load it. An adapter.json of
+    earlier versions is read too.
+    Raises UserError for adapters that are not plain LoRA, or were trained on a base that `quantize` changes.
     """
     file, ours, earlier = (folder / name for name in ("adapter_config.json", "base.json", "adapter.json"))
     if file.exists():
@@ -1513,7 +1516,10 @@ def adapter_settings(folder: Path, base: str = "") -> dict | None:
             more = [key for key in NOT_READ if config.get(key)]
             if config["peft_type"] != "LORA" or more:
                 raise UserError(f"{file}: expected plain LoRA, found {more or config['peft_type']}")
-            about = {"quantize": "none", "content": "", **(read_json(ours) if ours.exists() else {})}
+            about = {"quantize": quantize, "content": "", **(read_json(ours) if ours.exists() else {})}
+            if quantize not in ("none", about["quantize"]):
+                raise UserError(f"--quantize {quantize}: the base of the adapters in {folder} was not "
+                                f"quantised when they were trained, leave it out")
             return {"base": base or config["base_model_name_or_path"].removesuffix("/llm"),
                     "quantize": about["quantize"], "content": about["content"],
                     "rank": int(config["r"]), "alpha": float(config["lora_alpha"])}
@@ -1525,17 +1531,24 @@ def adapter_settings(folder: Path, base: str = "") -> dict | None:
     return None
 
 
+@contextmanager
+def base_of(folder: Path):
+    """Put this around code that opens the base of the adapters in `folder`: its errors say so."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{folder}: the base of these adapters cannot be loaded (one that was moved is named "
+                        f"with --base FOLDER): {error}") from None
+
+
 def load_adapters(folder: Path, device: str | torch.device, base: str, quantize: str, rank: int,
                   alpha: float, content: str) -> UnifiedModel:
     """The base as it was when adapters were trained, with the adapters of this folder.
 
     Raises UserError where the base has another content than that.
     """
-    try:
+    with base_of(folder):
         model = load(base, device, quantize)
-    except UserError as error:
-        raise UserError(f"{folder}: the base of these adapters cannot be loaded (one that was moved is named "
-                        f"with --base FOLDER): {error}") from None
     prepare_training(model, rank, alpha)
     if content not in ("", model.content):
         raise UserError(f"{folder}: these adapters were trained on other weights than those in {base} now: "

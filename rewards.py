@@ -216,7 +216,7 @@ def ask_text(samples: list, answers: list[Answer], text_judge: TextJudge,
         empty |= {place: 0.0 for place, there in texts.items() if not there}
         steps = [place for place, there in texts.items() if there]
         asked += steps if every_step else steps[-1:]
-    pictures = {id(sample): read_pictures(sample) for sample in samples}
+    pictures = {key: read_pictures(sample) for key, sample in {id(s): s for s in samples}.items()}
     so_far = [[s.text for s in answers[n].segments[:i + 1] if s.text is not None] for n, i in asked]
     return empty | ask("text judge", text_judge, asked, [samples[n].prompt for n, _ in asked],
                        [pictures[id(samples[n])] for n, _ in asked], so_far)

@@ -92,7 +92,8 @@ class Attention(nn.Module):
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotary embedding of x [B, H, T, head_dim]; the halves convention of LLaMA in Hugging Face's layout."""
     a, b = x.chunk(2, dim=-1)
-    return x * cos.unsqueeze(1) + torch.cat((-b, a), dim=-1) * sin.unsqueeze(1)
+    rotated = x * cos.unsqueeze(1) + torch.cat((-b, a), dim=-1) * sin.unsqueeze(1)
+    return rotated.to(x.dtype)                  # the tables of a trained model are float32 under autocast
 
 
 class Block(nn.Module):

@@ -645,6 +645,8 @@ def run_stages(config: Config, folder: Path, device: torch.device) -> None:
     content = {"model": checkpoint_hash(config.model) if config.model else "",
                "data": hash_samples(sum(samples.values(), []))}
     check_content(folder, state.get("content", {}), content)
+    if state.get("stage") == "done":
+        return
     if not config.model and state.get("stage", "tokenizer") == "tokenizer":
         if process_rank() == 0:                    # it is small: the other processes wait, then read it
             first_stage(config, samples, state, tensors, device, content)

@@ -4,7 +4,7 @@ What is added up, in bytes:
 
     weights      4-bit ones take 4.5 bits; a full fine-tune has float32 ones, shared by the processes (FSDP2)
     copy         bf16 weights of a full fine-tune: all of them in a rollout, two layers at a time in an update
-    gradients, optimizer (two moments), reference     float32 of all that is trained
+    gradients, optimizer (two moments), reference     float32 of all that is trained; gradients in an update
     KV cache     the answers of a process, each with its prompt
     activations  of one micro-batch, layers recomputed in the backward pass (--checkpointing)
     judges       LLaVA-Critic in 4 bits, ImageReward in float32
@@ -113,12 +113,12 @@ def plan(s: Shapes, config: grpo.Config, processes: int, prompt: int = 300, size
         "activations": activations(s, config, prompt, pictures, size),
         "judges": judge_bytes(config),
     }
-    both = sum(parts[name] for name in ("weights", "gradients", "optimizer", "reference", "judges"))
+    both = sum(parts[name] for name in ("weights", "optimizer", "reference", "judges"))
     layers = parts["copy"] if processes == 1 else parts["copy"] * (
         1 - s.linear / s.policy * (1 - 2 / s.decoder.num_hidden_layers))
     # Adam's step on a GPU holds another list of tensors (foreach), when the activations have gone.
     return {**parts, "rollout": both + parts["copy"] + parts["KV cache"],
-            "update": both + max(layers + parts["activations"], 4 * trained / shares)}
+            "update": both + parts["gradients"] + max(layers + parts["activations"], 4 * trained / shares)}
 
 
 def table(s: Shapes) -> str:

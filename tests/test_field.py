@@ -24,7 +24,7 @@ import warmup
 from common import (UserError, check_content, check_settings, claim, expand_home, hash_files, read_lines,
                     read_picture, split_paths, start_over, write_folder)
 from judges import empty_llava
-from model import Sampling, load, load_training, prepare_training, save
+from model import Sampling, check_memory, load, load_training, prepare_training, save
 
 CPU = torch.device("cpu")
 
@@ -180,14 +180,42 @@ def test_adapters_know_their_base_wherever_it_lies(warm, tmp_path):
     other = copy(warm, tmp_path / "other")
     change(other, "llm", lambda t: {k: 2 * v if "down_proj" in k else v for k, v in t.items()})
     base.rename(tmp_path / "moved")
-    with pytest.raises(UserError, match="--base"):
-        load(tmp_path / "lora")
+    for opened in (load, lambda folder: check_memory(str(folder), 10, 0, CPU)):
+        with pytest.raises(UserError, match="lora: the base of these adapters .* --base FOLDER"):
+            opened(tmp_path / "lora")
     assert load(tmp_path / "lora", base=str(tmp_path / "moved")).adapter
     with pytest.raises(UserError, match="other weights"):
         load(tmp_path / "lora", base=str(other))
     other.rename(base)
     with pytest.raises(UserError, match="other weights"):
         load(tmp_path / "lora")
+
+
+def test_flags_that_adapters_have_settled_are_refused(warm, tmp_path):
+    policy = load(copy(warm, tmp_path / "base"))
+    prepare_training(policy, 2, 4.0)
+    save(policy, tmp_path / "lora")
+    for opened in (lambda: load(tmp_path / "lora", quantize="nf4"),
+                   lambda: check_memory(str(tmp_path / "lora"), 10, 0, CPU, "nf4")):
+        with pytest.raises(UserError, match="--quantize nf4: the base of the adapters in .*lora"):
+            opened()
+    with pytest.raises(UserError, match="--precision bf16: with adapters"):
+        prepare_training(load(tmp_path / "lora"), 0, 16.0, precision="bf16")
+    (tmp_path / "lora" / "base.json").unlink()                       # PEFT's own do not say
+    assert load(tmp_path / "lora", quantize="nf4").quantize == "nf4"
+
+
+def test_no_resume_never_deletes_the_model_that_a_run_starts_from(warm, tmp_path):
+    shutil.copytree(warm, tmp_path / "mine")
+    policy = load(tmp_path / "mine")
+    prepare_training(policy, 2, 4.0)
+    save(policy, tmp_path / "lora")
+    before = (tmp_path / "mine" / "policy" / "llm" / "model.safetensors").read_bytes()
+    for model in ("mine", "mine/policy", "lora"):
+        config = grpo.Config(model=str(tmp_path / model), out=str(tmp_path / "mine"), resume=False, **RUN)
+        with pytest.raises(UserError, match="--no-resume .*mine: this would delete the model"):
+            grpo.train(config, 0, 1, CPU)
+    assert (tmp_path / "mine" / "policy" / "llm" / "model.safetensors").read_bytes() == before
 
 
 def test_a_question_that_changed_under_its_id_is_refused(warm, tmp_path):
@@ -216,8 +244,9 @@ def test_mixed_stored_types_become_the_decoders(warm, tmp_path, quantize):
     change(folder, "llm", lambda t: {k: v.half() if ".layers.1." in k else v.bfloat16()
                                      for k, v in t.items()})
     policy = load(folder, quantize=quantize)
-    kinds = {p.dtype for p in policy.parameters() if p.is_floating_point()}
+    kinds = {p.dtype for p in policy.parameters() if p.requires_grad and p.is_floating_point()}
     assert kinds == {torch.bfloat16}
+    assert {p.dtype for p in policy.vision.parameters()} == {torch.float32}, "as it is stored"
     prepare_training(policy, 2, 4.0)
     rows = policy.generate([policy.prompt("a red circle at top left", draw=True)], 1, 20)
     assert rows[0].is_image.any()

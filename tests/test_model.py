@@ -142,7 +142,7 @@ def test_rows_follow_from_the_free_memory(tiny, monkeypatch, capsys):
 
 
 def test_what_no_memory_holds_is_refused_before_it_is_loaded(warm, monkeypatch):
-    monkeypatch.setattr(model_module, "stored_tensors", None)          # nothing may be read
+    monkeypatch.setattr(model_module, "read_tensor", lambda *_: pytest.fail("more than headers was read"))
     cpu = torch.device("cpu")
     check_memory(str(warm), 100, 0, cpu)
     check_memory(str(warm), 100, 64, cpu)
@@ -153,6 +153,9 @@ def test_what_no_memory_holds_is_refused_before_it_is_loaded(warm, monkeypatch):
     decoder = sum(file.stat().st_size for file in (warm / "policy" / "llm").glob("*.safetensors"))
     monkeypatch.setattr(model_module, "total_bytes", lambda device: decoder)
     check_memory(str(warm), 100, 1, cpu, "nf4")
+    monkeypatch.setattr(model_module, "total_bytes", lambda device: decoder / 4)
+    check_memory(str(warm), 1, 1, cpu, "nf4")                          # 4.5 bits of 32
+    monkeypatch.setattr(model_module, "total_bytes", lambda device: decoder)
     with pytest.raises(UserError, match="--rows 1 --budget 100: .* cpu has"):        # both at once
         check_memory(str(warm), 100, 1, cpu, "nf4", unpack=True)
 

@@ -226,6 +226,13 @@ def test_the_frozen_image_tokenizer_keeps_its_type(tiny, tmp_path):
     mask = row.is_image[:, None].expand(row.tokens.shape)
     assert model.log_probs(row.tokens[None], row.is_image[None], mask[None]).isfinite().all()
     assert model.generate([row], 1, 12) and model.decode_pictures(codes).shape[0] == len(codes)
+    save(model, tmp_path / "trained")
+    again = load(tmp_path / "trained")                                # what a run goes on with
+    restore(model, tmp_path / "trained")
+    for policy in (again, model):
+        assert all(p.dtype == torch.float32 for p in policy.policy_parameters())
+        assert all(p.dtype == torch.bfloat16 for p in policy.vision.parameters())
+        assert policy.encode_pictures(PICTURES).equal(codes)
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -255,6 +262,27 @@ def test_processes_that_do_not_meet_are_one_sentence_after_a_bounded_wait(monkey
     monkeypatch.setattr(common, "MEETING", timedelta(seconds=2))
     with pytest.raises(UserError, match=f"2 processes cannot meet at 127.0.0.1:{port}"):
         start_processes("cpu")
+
+
+def test_a_process_touches_no_gpu_but_its_own(monkeypatch):
+    touched = []
+
+    def pick(name, flag):
+        touched.append(name)
+        return torch.device(name)
+    for name, value in (("WORLD_SIZE", "8"), ("LOCAL_RANK", "5")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(common, "pick_device", pick)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: touched.append(str(device)))
+    monkeypatch.setattr(dist, "is_initialized", lambda: True)
+    monkeypatch.setattr(dist, "get_rank", lambda: 5)
+    monkeypatch.setattr(common.signal, "signal", lambda *_: None)
+    monkeypatch.setattr(sys, "stdout", sys.stdout)
+    for name in ("auto", "cuda", "cuda:0"):
+        assert start_processes(name) == (5, 8, torch.device("cuda:5"))
+    assert set(touched) == {"cuda:5"}
+    assert start_processes("cpu")[2] == torch.device("cpu")
 
 
 @pytest.mark.parametrize("settings, world, message", [

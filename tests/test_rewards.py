@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 
+import rewards
 import shapes
 from common import UserError
 from data import Sample
@@ -168,6 +169,13 @@ def test_a_text_judge_gets_the_pictures_of_the_prompt():
     judge([EGG, other], [story("Boil it."), story("Boil it.")], listener, None)
     (_, of_egg, _), (_, of_other, _) = listener.asked
     assert of_egg[0] is EGG.prompt_pictures[0] and of_other[0] is other.prompt_pictures[0]
+
+
+def test_a_prompts_pictures_are_read_once_for_all_its_answers(monkeypatch):
+    read, real = [], rewards.read_pictures
+    monkeypatch.setattr(rewards, "read_pictures", lambda sample: read.append(sample) or real(sample))
+    judge([SAMPLE] * 4, [answer() for _ in range(4)], RulesText(), RulesVisual())
+    assert read == [SAMPLE]
 
 
 def test_pictures_in_files_are_read_for_a_text_judge(tmp_path):

@@ -33,6 +33,42 @@ def test_a_killed_grpo_goes_on_bit_equal(warm, tmp_path, monkeypatch, settings):
     assert not same(weights(tmp_path / "whole"), weights(warm))
 
 
+def test_a_run_killed_after_its_last_checkpoint_still_gets_its_last_sheet(warm, tmp_path, monkeypatch):
+    config = grpo.Config(model=str(warm), out=str(tmp_path), **{**RUN, "updates": 1, "eval_prompts": 1})
+    shown, show = [], grpo.show
+
+    def dying(*arguments):
+        shown.append(arguments[5])
+        if len(shown) == 2:
+            raise KeyboardInterrupt
+        show(*arguments)
+    monkeypatch.setattr(grpo, "show", dying)
+    with pytest.raises(KeyboardInterrupt):
+        grpo.train(config, 0, 1, torch.device("cpu"))
+    assert load_training(tmp_path / "policy")[0]["update"] == 1
+    for _ in range(2):                                                 # the second has nothing left to do
+        grpo.train(config, 0, 1, torch.device("cpu"))
+    assert shown == ["000000_before", "999999_after", "999999_after"]
+    assert (tmp_path / "samples" / "999999_after.png").exists()
+
+
+def test_a_rollout_starts_without_gradients_and_logs_its_first_ratio(warm, tmp_path, monkeypatch):
+    config = grpo.Config(model=str(warm), out=str(tmp_path), lr=0.01, **{**RUN, "epochs_per_rollout": 2})
+    rollout, left = grpo.rollout, []
+
+    def watched(policy, *rest):
+        left.append([p.grad for p in policy.policy_parameters() if p.grad is not None])
+        batch = rollout(policy, *rest)
+        batch.advantages = torch.randn_like(batch.advantages)              # the answers may all earn 0
+        return batch
+    monkeypatch.setattr(grpo, "rollout", watched)
+    grpo.train(config, 0, 1, torch.device("cpu"))
+    assert left == [[], []]
+    lines = metrics(tmp_path)
+    assert [line["ratio_max"] for line in lines] == pytest.approx([1, 1], abs=1e-3)
+    assert max(line["clip_frac/text"] + line["clip_frac/image"] for line in lines) > 0, "of the second update"
+
+
 SEEDS = [(0, p) for p in range(4)]
 
 
