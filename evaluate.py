@@ -88,8 +88,7 @@ class Config:
     # -- reproduction
     reproduce: bool = False          # train and rate all rows of ROWS, compare them, write one page
     only: Names = ()                 # rows; by default all
-    seeds: str = "0,1,2,3,4,5"       # seeds of each row's GRPO runs
-    bases: Count = 3                 # base models; seed s starts from number s modulo this
+    seeds: str = "0,1,2,3,4"         # of each row's runs: of GRPO, and of the base model that it starts from
     updates: Count = 30              # GRPO updates of each run: before the best rows come near 1
     jobs: Count = 2                  # runs side by side, one thread each
     # -- sampling
@@ -440,53 +439,55 @@ LEVEL = 0.05                         # of the verdict, after Holm's correction o
 RESAMPLES = 2000
 
 
-def weights_of(bases: list[int]) -> np.ndarray:
-    """The base model of each run -> the weight of each run: all base models weigh the same."""
-    return np.array([1 / (len(set(bases)) * bases.count(base)) for base in bases])
+def bootstrap(values: np.ndarray) -> np.ndarray:
+    """values [runs, prompts] -> RESAMPLES means of runs and of prompts drawn with replacement.
 
-
-def bootstrap(values: np.ndarray, bases: list[int]) -> np.ndarray:
-    """values [runs, prompts], the base model of each run -> RESAMPLES means of resampled values.
-
-    Base models are drawn with replacement, then runs of each, then prompts, the same ones for all runs.
-    Choice: all three are drawn, because the claim is about new base models, new seeds and new prompts.
+    Choice: both are drawn, because a claim is about new prompts and new runs. Each run has a base model of
+    its own, so a drawn run is a drawn base model and a drawn seed as well.
     """
-    rng, prompts, n = np.random.default_rng(0), values.shape[1], len(set(bases))
-    run_means = rng.multinomial(prompts, np.full(prompts, 1 / prompts), RESAMPLES) @ values.T / prompts
-    copies = rng.multinomial(n, np.full(n, 1 / n), RESAMPLES)                              # (RESAMPLES, n)
-    means = np.zeros(RESAMPLES)
-    for i, base in enumerate(sorted(set(bases))):
-        runs = np.flatnonzero(np.array(bases) == base)
-        k = len(runs)
-        means += (rng.multinomial(copies[:, i] * k, np.full(k, 1 / k)) * run_means[:, runs]).sum(1) / (k * n)
-    return means
+    rng, (runs, prompts) = np.random.default_rng(0), values.shape
+    of_runs, of_prompts = (rng.multinomial(n, np.full(n, 1 / n), RESAMPLES) / n for n in (runs, prompts))
+    return (of_runs * (of_prompts @ values.T)).sum(1)
 
 
-def three_way_interval(values: np.ndarray, bases: list[int]) -> list[float]:
-    """The mean with its 95% percentile interval -> [mean, low, high]."""
-    low, high = np.percentile(bootstrap(values, bases), [2.5, 97.5])
-    return [float(weights_of(bases) @ values.mean(1)), float(low), float(high)]
+def standard_error(values: np.ndarray) -> tuple[float, float]:
+    """values [runs, prompts] -> the standard error of their mean and its degrees of freedom.
 
-
-def p_value(values: np.ndarray, bases: list[int]) -> float:
-    """Two-sided p of a mean of 0: Student's t with the bootstrap's standard error.
-
-    Its degrees of freedom are those of runs and of prompts, weighed by their shares of the variance (Welch,
-    Satterthwaite). t is sampled, so p is at least 1e-6.
-    Choice: not the share of resampled means beyond 0. Of six runs with one sign it would be about 0 always.
+    The variances of the mean over runs and over prompts are added. Degrees of freedom: Welch, Satterthwaite.
     """
-    n, prompts = values.shape
-    weights = weights_of(bases)
-    of_prompts = (weights @ values).var() / prompts
-    of_runs = max(0.0, bootstrap(values, bases).var() - of_prompts)
-    # resampling k values shrinks their variance by (k - 1) / k
-    parts = [(part * k / (k - 1), k - 1) for part, k in ((of_runs, n), (of_prompts, prompts)) if k > 1]
-    mean, total = weights @ values.mean(1), sum(part for part, _ in parts)
-    if mean == 0 or not parts:
-        return 1.0
-    freedom = total ** 2 / max(sum(part ** 2 / df for part, df in parts), 1e-300)
-    t = np.abs(np.random.default_rng(0).standard_t(max(1.0, freedom), 1_000_000))
-    return float(((t * total ** 0.5 >= abs(mean)).sum() + 1) / (len(t) + 1))
+    parts = [(means.var(ddof=1) / len(means), len(means) - 1)
+             for means in (values.mean(1), values.mean(0)) if len(means) > 1]
+    total = sum(part for part, _ in parts)
+    return total ** 0.5, total ** 2 / max(sum(part ** 2 / df for part, df in parts), 1e-300)
+
+
+def students_t(freedom: float) -> tuple[np.ndarray, np.ndarray]:
+    """Student's t as a table: values t >= 0, and the chance that |T| is larger.
+
+    With T = sqrt(freedom) tan(a) the density of the angle a is proportional to cos(a) ** (freedom - 1).
+    """
+    angle = (np.arange(200_000) + 0.5) * np.pi / 400_000
+    density = np.cos(angle) ** (freedom - 1)
+    beyond = density[::-1].cumsum()[::-1] - density / 2
+    return freedom ** 0.5 * np.tan(angle), beyond / density.sum()
+
+
+def interval_and_p(values: np.ndarray) -> tuple[list[float], float]:
+    """values [runs, prompts] -> the mean with its 95% interval [mean, low, high], p of a mean of 0.
+
+    p is two-sided, by Student's t.
+    Choice: not the share of resampled means beyond 0. Of five runs with one sign it would be about 0 always.
+    The interval is the bootstrap's, stretched to the width of Student's t for the same reason: the plain
+    percentiles of five runs are too narrow.
+    """
+    mean, means = float(values.mean()), bootstrap(values)
+    error, freedom = standard_error(values)
+    if error == 0 or means.std() == 0:
+        return [mean, mean, mean], float(mean == 0)
+    t, beyond = students_t(freedom)
+    stretch = np.interp(-0.05, -beyond, t) * error / (1.96 * means.std())
+    low, high = (mean + stretch * (value - mean) for value in np.percentile(means, [2.5, 97.5]))
+    return [mean, float(low), float(high)], float(np.interp(abs(mean) / error, t, beyond))
 
 
 def holm(p: list[float]) -> list[float]:
@@ -538,9 +539,9 @@ def check_cached(folder: Path, settings: dict) -> None:
                             f"another --out, or delete this folder")
 
 
-def base_job(kind: str, number: int, folder: Path, config: Config) -> Job:
-    """Train base model `number` of a kind, unless it is there."""
-    settings = {**WARM_UP, **BASES[kind], "seed": number}
+def base_job(kind: str, seed: int, folder: Path, config: Config) -> Job:
+    """Train the base model of a kind and a seed, unless it is there."""
+    settings = {**WARM_UP, **BASES[kind], "seed": seed}
     check_cached(folder, settings)
     state = folder / "policy" / "training.json"
     if state.exists() and read_json(state).get("stage") == "done":
@@ -548,9 +549,9 @@ def base_job(kind: str, number: int, folder: Path, config: Config) -> Job:
     return Job(folder, [command_of("warmup.py", {**settings, "out": folder, "device": config.device})])
 
 
-def run_job(row: str, number: int, folder: Path, base: Path, config: Config) -> Job:
+def run_job(row: str, seed: int, folder: Path, base: Path, config: Config) -> Job:
     """Train and rate one run of a row, or rate a base model, unless that is done."""
-    settings = {**GRPO, "updates": config.updates, **ROWS[row], "seed": number}
+    settings = {**GRPO, "updates": config.updates, **ROWS[row], "seed": seed}
     settings.pop("base", None)
     check_cached(folder, {**settings, "model": checkpoint_hash(base)})
     rated = Config(model=str(folder if settings["updates"] else base), prompts=config.prompts, seed=FRESH,
@@ -613,11 +614,6 @@ def run_jobs(jobs: list[Job], at_once: int, bar: tqdm) -> None:
             process.wait()
 
 
-def run_of(row: str, seed: int, bases: int) -> int:
-    """The number of the run that a seed means in a row: the seed, or without GRPO that of its base model."""
-    return seed % bases if ROWS[row].get("updates") == 0 else seed
-
-
 def reproduce(config: Config, out: Path) -> None:
     """Train and rate all rows, compare them, write reproduction.json, .md and .html.
 
@@ -625,26 +621,26 @@ def reproduce(config: Config, out: Path) -> None:
     """
     seeds = [int(seed) for seed in config.seeds.split(",")]
     rows = [row for row in ROWS if not config.only or row in config.only]
-    runs = dict.fromkeys((row, run_of(row, seed, config.bases)) for row in rows for seed in seeds)
-    base_of = {run: (ROWS[run[0]].get("base", "base"), run[1] % config.bases) for run in runs}
+    runs = [(row, seed) for row in rows for seed in seeds]
+    base_of = {run: (ROWS[run[0]].get("base", "base"), run[1]) for run in runs}
     bases = {base: base_job(*base, out / base[0] / str(base[1]), config)
              for base in dict.fromkeys(base_of.values())}
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     jobs = {}
     with tqdm(total=len(bases) + len(runs), desc="runs", smoothing=0) as bar:
         run_jobs(list(bases.values()), config.jobs, bar)
-        for row, number in runs:
-            folder, base = out / row / str(number), bases[base_of[row, number]]
-            jobs[row, number] = run_job(row, number, folder, base.folder, config) if not base.reason else (
+        for row, seed in runs:
+            folder, base = out / row / str(seed), bases[base_of[row, seed]]
+            jobs[row, seed] = run_job(row, seed, folder, base.folder, config) if not base.reason else (
                 Job(folder, [], f"its base model {base.folder}: {base.reason}"))
         run_jobs(list(jobs.values()), config.jobs, bar)
-    measured = {row: {number: read_values(job.folder) for (of, number), job in jobs.items()
+    measured = {row: {seed: read_values(job.folder) for (of, seed), job in jobs.items()
                       if of == row and not job.reason} for row in rows}
     result = {
         "settings": asdict(config), "base_models": WARM_UP, "grpo": GRPO, "prompts_seed": FRESH, **machine(),
-        "rows": {row: row_result(row, measured[row], config) for row in rows},
-        "claims": claim_results(measured, seeds, config), "judges": judge_agreement(measured),
-        "failed": {f"{row}/{number}": job.reason for (row, number), job in jobs.items() if job.reason}}
+        "rows": {row: row_result(row, measured[row]) for row in rows},
+        "claims": claim_results(measured), "judges": judge_agreement(measured),
+        "failed": {f"{row}/{seed}": job.reason for (row, seed), job in jobs.items() if job.reason}}
     write_text(out / "reproduction.json", json.dumps(result, indent=1))
     table = "\n".join(map(markdown, reproduction_parts(result)))
     write_text(out / "reproduction.md", table)
@@ -668,33 +664,30 @@ def read_values(folder: Path) -> dict[str, np.ndarray]:
             "kept": np.array(values["kept"]["t2i"] + values["kept"]["i2t"], float)}
 
 
-def row_result(row: str, runs: dict[int, dict], config: Config) -> dict:
+def row_result(row: str, runs: dict[int, dict]) -> dict:
     """A row's measures as [mean, low, high] over its runs, {} if none finished, and the paper's numbers."""
-    bases = [number % config.bases for number in runs]
-    rates = {name: three_way_interval(np.stack([values[name] for values in runs.values()]), bases)
+    rates = {name: interval_and_p(np.stack([values[name] for values in runs.values()]))[0]
              for name in MEASURES if runs}
     return {"settings": ROWS[row], "runs": list(runs), "rates": rates,
             "paper": PAPER_ROWS.get(row, (None, None))}
 
 
-def claim_results(measured: dict[str, dict], seeds: list[int], config: Config) -> list[dict]:
+def claim_results(measured: dict[str, dict]) -> list[dict]:
     """Test every claim about rows that are here, paired by base model, seed and prompt.
 
-    measured: row -> number of the run -> measure -> values. A claim without a pair of runs has no verdict.
+    measured: row -> seed -> measure -> values. A claim without a pair of runs has no verdict.
     """
     results, tested = [], []
     for better, worse, measure, source in CLAIMS:
         if better not in measured or worse not in measured:
             continue
         result = {"claim": f"{better} > {worse}", "measure": measure, "source": source, "runs": 0}
-        rows = measured[better], measured[worse]
-        pairs = dict.fromkeys((run_of(better, seed, config.bases), run_of(worse, seed, config.bases))
-                              for seed in seeds)
-        pairs = [(a, b) for a, b in pairs if a in rows[0] and b in rows[1]]
+        a, b = measured[better], measured[worse]
+        pairs = [(a[seed][measure], b[seed][measure]) for seed in a if seed in b]
         if pairs:
-            differences = np.stack([rows[0][a][measure] - rows[1][b][measure] for a, b in pairs])
-            both = differences, [a % config.bases for a, _ in pairs]
-            result |= {"runs": len(pairs), "difference": three_way_interval(*both), "p": p_value(*both)}
+            difference, p = interval_and_p(np.stack([x - y for x, y in pairs]))
+            result |= {"runs": len(pairs), "difference": difference, "p": p,
+                       "each": [float((x - y).mean()) for x, y in pairs]}
             tested.append(result)
         paper = zip(PAPER_ROWS.get(better, (None, None)), PAPER_ROWS.get(worse, (None, None)))
         result["paper"] = [round(a - b, 2) if source == "paper" and a and b else None for a, b in paper]
@@ -713,7 +706,7 @@ def judge_agreement(measured: dict[str, dict]) -> dict:
     both = sorted(set(true) & set(weak))
     if not both:
         return {}
-    a, b = (np.concatenate([of[number]["r_v"] for number in both]) for of in (true, weak))
+    a, b = (np.concatenate([of[seed]["r_v"] for seed in both]) for of in (true, weak))
     spread = a.std() > 0 and b.std() > 0
     return {"answers": len(a), "equal": float((a == b).mean()), "mean_true": float(a.mean()),
             "mean_weak": float(b.mean()), "correlation": float(np.corrcoef(a, b)[0, 1]) if spread else None}
@@ -742,8 +735,8 @@ def reproduction_parts(result: dict) -> list[Part]:
         words += (f"rules-weak against rules, r_v of {judges['answers']} answers of the warm-up models: "
                   f"correlation {rounded(judges['correlation'])}, {judges['equal']:.0%} equal, mean "
                   f"{judges['mean_weak']:.2f} against {judges['mean_true']:.2f}.\n")
-    made = (f"{settings['prompts']} fresh prompts (seed {result['prompts_seed']}); GRPO seeds "
-            f"{settings['seeds']} on {settings['bases']} base models, {settings['updates']} updates; sampled "
+    made = (f"{settings['prompts']} fresh prompts (seed {result['prompts_seed']}); seeds "
+            f"{settings['seeds']}, each with a base model of its own; {settings['updates']} updates; sampled "
             f"at temperature 1 unless it says greedy; 95% intervals; {result['machine']}.")
     return [Part("Rows", made, rows), Part("Claims", words, claims)]
 
