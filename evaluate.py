@@ -723,13 +723,13 @@ def reproduction_parts(result: dict) -> list[Part]:
         cells = [f"failed: {reasons[0]}", *[""] * (len(MEASURES) - 1)] if not of["rates"] else [
             Interval(*of["rates"][name]) for name in MEASURES]
         rows.append([row, different, str(len(of["runs"])), *cells, *map(rounded, of["paper"])])
-    claims.append(["claim", "in", "runs", "difference", "p, Holm", "verdict", "whose", *paper])
+    claims.append(["claim", "in", "difference", "runs with its sign", "p, Holm", "verdict", "whose", *paper])
     for of in result["claims"]:
-        cells = ["", "", "not measured"]
+        cells = ["", "", "", "not measured"]
         if of["runs"]:
-            cells = [Interval(*of["difference"], least=-1.0), f"{of['adjusted_p']:.4f}", of["verdict"]]
-        claims.append([of["claim"], of["measure"], str(of["runs"]), *cells, of["source"],
-                       *map(rounded, of["paper"])])
+            cells = [Interval(*of["difference"], least=-1.0), with_its_sign(of), f"{of['adjusted_p']:.4f}",
+                     of["verdict"]]
+        claims.append([of["claim"], of["measure"], *cells, of["source"], *map(rounded, of["paper"])])
     words = "".join(f"{run} failed: {reason}\n" for run, reason in result["failed"].items())
     if judges := result["judges"]:
         words += (f"rules-weak against rules, r_v of {judges['answers']} answers of the warm-up models: "
@@ -739,6 +739,11 @@ def reproduction_parts(result: dict) -> list[Part]:
             f"{settings['seeds']}, each with a base model of its own; {settings['updates']} updates; sampled "
             f"at temperature 1 unless it says greedy; 95% intervals; {result['machine']}.")
     return [Part("Rows", made, rows), Part("Claims", words, claims)]
+
+
+def with_its_sign(claim: dict) -> str:
+    """In how many runs a claim's difference has the sign of the mean, of how many."""
+    return f"{sum(each * claim['difference'][0] > 0 for each in claim['each'])} of {claim['runs']}"
 
 
 def markdown(part: Part) -> str:

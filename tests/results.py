@@ -31,6 +31,7 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -42,7 +43,7 @@ import torch
 import data
 import grpo
 import shapes
-from evaluate import FRESH, GRPO, ROWS, rate_answer
+from evaluate import FRESH, GRPO, ROWS, rate_answer, with_its_sign
 from model import Sampling, load
 from rewards import RulesText, RulesVisual, RulesWeak, judge
 
@@ -66,26 +67,15 @@ DRIFT = {                            # setting -> flags beside G = 2; the rows G
     "lr 1e-3, KL": ["--lr", "1e-3", "--kl", 0.2],
     "four epochs, KL": ["--epochs-per-rollout", 4, "--updates", 120],
 }
-SHUFFLED = """import random
+EXCHANGED = """import random
+import sys
 
+sys.path.append("tests")
 import grpo
+from results import exchanged
 
-exact, rng = grpo.process_advantages, random.Random(0)
-
-
-def shuffled(step_rewards, kinds, *rest):
-    advantages = exact(step_rewards, kinds, *rest)
-    places = [(n, j) for n, steps in enumerate(kinds) for j in range(len(steps))]
-    mixed = [steps.clone() for steps in advantages]
-    for n, j in places:
-        if rng.random() >= SHARE:
-            m, i = rng.choice([(m, i) for m, i in places if kinds[m][i] == kinds[n][j]])
-            mixed[n][j] = advantages[m][i]
-    return mixed
-
-
-grpo.process_advantages = shuffled
-grpo.run_main(grpo.main)
+with exchanged(SHARE, random.Random(0)):
+    grpo.run_main(grpo.main)
 """
 SHARES = (0.15, 0.37, 0.7)           # of steps that keep their own; Eq. (4) has .37 of Eq. (6)'s credit
 
@@ -260,13 +250,36 @@ def steps_of(answers: list, scores: list, values: list) -> dict[str, list[tuple[
     return steps
 
 
+@contextmanager
+def exchanged(share: float, rng: random.Random):
+    """Inside, a share of the steps keep the advantage that Eq. (6) gives them. The others receive that of any
+    step of their group and kind: the same numbers, with less credit."""
+    exact = grpo.process_advantages
+
+    def shuffled(step_rewards, kinds, *rest):
+        advantages = exact(step_rewards, kinds, *rest)
+        places = [(n, j) for n, steps in enumerate(kinds) for j in range(len(steps))]
+        mixed = [steps.clone() for steps in advantages]
+        for n, j in places:
+            if rng.random() >= share:
+                m, i = rng.choice([(m, i) for m, i in places if kinds[m][i] == kinds[n][j]])
+                mixed[n][j] = advantages[m][i]
+        return mixed
+    grpo.process_advantages = shuffled
+    try:
+        yield
+    finally:
+        grpo.process_advantages = exact
+
+
 def signal_of(kind: str, number: int, group: int, edits: int, rows: list[str]) -> dict[str, dict]:
-    """Of rows of `evaluate.ROWS` that share base model, group size and edits: what `signal` measures."""
+    """Of rows that share base model, group size and edits: what `signal` measures."""
     model = load(ROOT / f"out/reproduce/{kind}/{number}", torch.device("cpu")).eval()
     codes, judges = data.CodeCache(model), (RulesText(), RulesVisual())
-    configs = {row: grpo.Config(**GRPO | {name: value for name, value in ROWS[row].items() if name != "base"})
-               for row in rows}
-    found, steps = {row: [] for row in rows}, {row: {"text": [], "codes": []} for row in rows}
+    configs = {row: grpo.Config(**GRPO | {name: value for name, value in ROWS.get(row, {}).items()
+                                          if name != "base"}) for row in rows}
+    rngs = {f"share {share}": random.Random(f"{share}/{number}") for share in SHARES}
+    found, steps = {}, {row: {"text": [], "codes": []} for row in rows}
     for k in range(ROUNDS):
         rng = random.Random(f"signal/{kind}/{number}/{group}/{k}")
         samples = [data.toy_prompt(rng, edits, "train") for _ in range(64 // group)]
@@ -278,19 +291,19 @@ def signal_of(kind: str, number: int, group: int, edits: int, rows: list[str]) -
             if config.visual_reward == "rules-weak":
                 each = [s for s in samples for _ in range(group)]
                 scores = judge(each, batch.answers, RulesText(), RulesWeak())
-            values[row] = [value for first in range(0, 64, group) for value in grpo.advantages(
-                batch.answers[first:first + group], scores[first:first + group], config)]
+            with exchanged(float(row.split()[1]), rngs[row]) if row in rngs else nullcontext():
+                values[row] = [value for first in range(0, 64, group) for value in grpo.advantages(
+                    batch.answers[first:first + group], scores[first:first + group], config)]
             for part, pairs in steps_of(batch.answers, batch.scores, values[row]).items():
                 steps[row][part] += pairs
-        for row, pair in gradients(model, batch, values, configs[rows[0]]).items():
-            found[row].append(pair)
-    result = {}
+        of_rows = {row: values[row] for row in rows if row not in rngs}
+        for row, pair in gradients(model, batch, of_rows, configs[rows[0]]).items():
+            found.setdefault(row, []).append(pair)
+    result = {row: {"credit": {part: statistics.correlation(*zip(*pairs)) for part, pairs in of.items()}}
+              for row, of in steps.items()}
     for row, pairs in found.items():
         of = dict(zip(("text", "codes"), zip(*pairs))) | {"both": [text + code for text, code in pairs]}
-        result[row] = {"signal_to_noise": {part: signal_to_noise(list(g)) for part, g in of.items()},
-                       "credit": {part: statistics.correlation(*zip(*of)) for part, of in steps[row].items()},
-                       "right": {part: statistics.fmean(right for _, right in of)
-                                 for part, of in steps[row].items()}}
+        result[row]["signal_to_noise"] = {part: signal_to_noise(list(g)) for part, g in of.items()}
     return result
 
 
@@ -300,15 +313,14 @@ def signal(folder: Path) -> dict:
     64 fresh answers an update as in training, ROUNDS times. Each row of `evaluate.ROWS` that differs in
     rewards, credit, edits or group size alone, of its text tokens, of its codes and of both:
 
-    signal_to_noise    of one update's gradient, without KL
+    signal_to_noise    of one update's gradient, without KL; the shares of `shuffle` have credit alone
     credit             the correlation, over steps, of the advantage that a step's decisions receive with
                        whether that step is right: a text that is the true one, a picture that shows its text
-    right              the share of steps that are
     """
     torch.set_num_threads(1)
     shared, result = {}, {}
-    for row in SIGNAL_ROWS:
-        of = GRPO | {"base": "base"} | ROWS[row]
+    for row in (*SIGNAL_ROWS, *(f"share {share}" for share in SHARES)):
+        of = GRPO | {"base": "base"} | ROWS.get(row, {})
         shared.setdefault((of["base"], of["group_size"], of["edits"]), []).append(row)
     for number in (0, 1, 2):
         for (kind, group, edits), rows in shared.items():
@@ -345,11 +357,10 @@ def drift(folder: Path) -> dict:
 
 
 def shuffle(folder: Path) -> dict:
-    """Eq. (6) as in the row "process", but only a share of the steps keep their own advantage. The others
-    receive that of any step of their group and kind: the same numbers, with less credit."""
+    """Eq. (6) as in the row "process", but only a share of the steps keep their own advantage."""
     place = fresh_clone(folder / "copy")
     for share in SHARES:
-        (place / f"share_{share}.py").write_text(SHUFFLED.replace("SHARE", str(share)))
+        (place / f"share_{share}.py").write_text(EXCHANGED.replace("SHARE", str(share)))
     return train_and_rate(place, {f"share {share}": [f"share_{share}.py"] for share in SHARES})
 
 
@@ -500,19 +511,23 @@ def full_size_lines(result: dict) -> list[str]:
 
 
 def reproduction_lines(result: dict) -> list[str]:
-    """The rows, then the claims with their verdicts."""
+    """The rows, then the claims with their verdicts, and how the weak judge agrees with the rule."""
     def number(mean: float, low: float, high: float, form: str = ".2f") -> str:
         return f"{mean:{form}} [{low:{form}}, {high:{form}}]"
     lines = []
     for row, of in result["rows"].items():
+        if row == "warm-up-weak-judge":                      # the row warm-up, asked about by the other judge
+            continue
         means = [rounded(of["rates"][name][0]) for name in (*RATES[:3], "story, greedy", "kept")]
         lines.append(cells(row, *means[:3], number(*of["rates"]["story"]), *means[3:],
                            *map(rounded, of["paper"])))
     for of in result["claims"]:
         if of["runs"]:
-            lines.append(cells(of["claim"], of["measure"], number(*of["difference"], "+.2f"),
-                               f"{of['adjusted_p']:.3f}", of["verdict"], *map(rounded, of["paper"])))
-    return lines
+            lines.append(cells(of["claim"], of["source"], of["measure"], number(*of["difference"], "+.2f"),
+                               with_its_sign(of), f"{of['adjusted_p']:.3f}", of["verdict"],
+                               *map(rounded, of["paper"])))
+    judges = result["judges"]
+    return [*lines, f"correlation {judges['correlation']:.2f}, {judges['equal']:.0%} equal"]
 
 
 LINES = {"scratch": scratch_lines, "learning": learning_lines, "reproduction": reproduction_lines,
@@ -571,10 +586,10 @@ def credit_plot() -> str:
             if part == "codes" and row in PLOTTED:
                 name, dx, dy = PLOTTED[row]
                 marks.append(text(place(x, y)[0] + dx, place(x, y)[1] + dy, name))
-        whole = before[SIGNAL_ROWS.index("process")]
-        for share in SHARES:
-            y = statistics.fmean(of["sampled"][rate][0] for of in shuffled[f"share {share}"])
-            marks.append(cross(*place(share * whole, y), colour))
+        for name in (f"share {share}" for share in SHARES):
+            x = statistics.fmean(of["credit"][part] for of in signal[name])
+            y = statistics.fmean(of["sampled"][rate][0] for of in shuffled[name])
+            marks.append(cross(*place(x, y), colour))
     marks += [cross(300, 306, "#5b6673"), text(312, 310, "Eq. (6), advantages exchanged"),
               text(16, 20, "share of right steps after 30 updates"),
               text(360, 372, "credit: correlation, before training, of a step's advantage with whether it is "

@@ -72,6 +72,7 @@ python warmup.py --out out/my-warmup
 python grpo.py --model out/my-warmup --out out/my-world
 """,
     "my_prompts.sh": """
+# plant.jpg and potatoes.jpg: two photographs of your own in this folder
 cat > my_prompts.jsonl <<'END'
 {"prompt": "How do I water this plant? <image>", "images": ["plant.jpg"]}
 {"prompt": "What is the next step? <image> Cut the potatoes.", "images": ["potatoes.jpg"]}
