@@ -12,13 +12,14 @@
     python tests/results.py measure processes        # one process against two
     python tests/results.py measure full-size        # 7B policy and judges, random weights: 34 GB on disk
 
-    python evaluate.py --reproduce --out out/reproduce        # its reproduction.json, about two hours
+    python evaluate.py --reproduce                   # out/reproduce/reproduction.json: copy it there by hand
     python tests/bench.py --json .github/results/bench.json
     python tests/bench_peers.py --types fp32 bf16 --json .github/results/peers.json
 
 `measure` runs commands in a copy of this repository under --folder and writes .github/results/NAME.json, with
-the machine. The two cores must be idle where times count. tests/test_readme.py looks for every line of the
-tables in the README.
+the machine. pairs, signal, drift and shuffle start from the models that --reproduce left in out/reproduce.
+The two cores must be idle where times count. tests/test_readme.py looks for every line of the tables in the
+README.
 """
 import argparse
 import json
@@ -625,6 +626,8 @@ def main() -> None:
     if len(args.what) != 2 or args.what[0] != "measure" or args.what[1] not in MEASURES:
         parser.error(f"expected nothing, plot, or measure and one of {', '.join(MEASURES)}")
     name = args.what[1]
+    if name in ("pairs", "signal", "drift", "shuffle") and not (ROOT / "out/reproduce/process/2").exists():
+        parser.error(f"measure {name} starts from the models of python evaluate.py --reproduce: run that first")
     shutil.rmtree(args.folder / name, ignore_errors=True)
     result = MEASURES[name](args.folder / name)
     RESULTS.mkdir(exist_ok=True)
