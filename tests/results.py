@@ -627,7 +627,7 @@ def main() -> None:
         parser.error(f"expected nothing, plot, or measure and one of {', '.join(MEASURES)}")
     name = args.what[1]
     if name in ("pairs", "signal", "drift", "shuffle") and not (ROOT / "out/reproduce/process/2").exists():
-        parser.error(f"measure {name} starts from the models of python evaluate.py --reproduce: run that first")
+        parser.error(f"measure {name} starts from the models of evaluate.py --reproduce: run that first")
     shutil.rmtree(args.folder / name, ignore_errors=True)
     result = MEASURES[name](args.folder / name)
     RESULTS.mkdir(exist_ok=True)
