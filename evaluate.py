@@ -619,7 +619,7 @@ def reproduce(config: Config, out: Path) -> None:
 
     The same command goes on where it was interrupted: finished runs are not trained again.
     """
-    seeds = [int(seed) for seed in config.seeds.split(",")]
+    seeds = list(dict.fromkeys(map(int, config.seeds.split(","))))
     rows = [row for row in ROWS if not config.only or row in config.only]
     runs = [(row, seed) for row in rows for seed in seeds]
     base_of = {run: (ROWS[run[0]].get("base", "base"), run[1]) for run in runs}
@@ -666,8 +666,8 @@ def read_values(folder: Path) -> dict[str, np.ndarray]:
 
 def row_result(row: str, runs: dict[int, dict]) -> dict:
     """A row's measures as [mean, low, high] over its runs, {} if none finished, and the paper's numbers."""
-    rates = {name: interval_and_p(np.stack([values[name] for values in runs.values()]))[0]
-             for name in MEASURES if runs}
+    rates = {name: np.clip(interval_and_p(np.stack([values[name] for values in runs.values()]))[0], 0, 1)
+             .tolist() for name in MEASURES if runs}
     return {"settings": ROWS[row], "runs": list(runs), "rates": rates,
             "paper": PAPER_ROWS.get(row, (None, None))}
 
