@@ -326,10 +326,13 @@ def leave(sentence: str, code: int) -> None:
 def pick_device(name: str, flag: str = "--device") -> torch.device:
     """'auto' (CUDA, then mps, then cpu) or a device's name -> the device.
 
+    Of several processes each has the GPU that `start_processes` chose for it, whatever number stands here.
     Raises UserError where it cannot be used.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+    if name.startswith("cuda:") and process_count() > 1:
+        name = "cuda"
     try:
         torch.empty(1, device=name).item()
         return torch.device(name)
@@ -755,11 +758,17 @@ def write_tensors(tensors: dict[str, Tensor], path: Path) -> None:
         raise UserError(f"{path}: cannot be written ({reason}); what was saved before is intact") from None
 
 
-def snapshot(source: str, where: str) -> Path:
-    """The folder with a hub id's files, fetched or from the cache. Raises UserError where there are none."""
+UNREAD = ["*.h5", "*.msgpack", "*.ot", "*.onnx", "*.mlpackage/*", "*.mlmodel"]      # other libraries' weights
+
+
+def snapshot(source: str, where: str, only: str | None = None) -> Path:
+    """The folder with a hub id's files (`only`: one of them), fetched or from the cache.
+
+    Raises UserError where there are none.
+    """
     from huggingface_hub import snapshot_download
     try:
-        return Path(snapshot_download(source))
+        return Path(snapshot_download(source, allow_patterns=only, ignore_patterns=UNREAD))
     except Exception as error:                      # offline, unknown id, no rights: the hub's own first line
         reason = str(error).splitlines()[0]
         raise UserError(f"{where} {source}: neither a folder nor a model that the hub gives out "

@@ -888,7 +888,7 @@ def mmie_prompt(segments: list[dict], folder: Path) -> tuple[str, list[Path]]:
             words.append("<image>")
     if len(pictures) > MMIE_PICTURES:
         raise Broken(f"more than {MMIE_PICTURES} pictures", len(pictures))
-    if not words:
+    if not "".join(words):
         raise Broken("the question is empty")
     return " ".join(words), pictures
 
@@ -915,7 +915,7 @@ def interleavedbench(path: Path, left_out: LeftOut) -> Iterator[Question]:
                              f"{marks} marks in the prompt, {len(files)} pictures in all", verdict="noted")
             pieces = [MARKS.sub(" ", piece) for piece in text.split("<image>")]
             count = min(marks, len(files))
-            prompt = "<image>".join(pieces[:count + 1]) + " ".join(pieces[count + 1:])
+            prompt = "<image>".join([*pieces[:count], " ".join(pieces[count:])])
             pictures = [picture_in(file.parent, f, f"zipped_images/{f}") for f in files[:count]]
             yield Question(prompt.strip(), pictures, id=name, group=task, record=record, origin=origin)
 
@@ -946,6 +946,7 @@ def understanding(path: Path, left_out: LeftOut) -> Iterator[Question]:
         origin = (file, line, id_of(record))
         with left_out.guard(*origin):
             text = need(record, "question", str).strip()
+            record = {key: value for key, value in record.items() if value is not None}    # a table's gaps
             answers = record.get("answer", record.get("answers"))
             answers = answers if isinstance(answers, list) else [answers]
             if not text or not answers or not all(isinstance(answer, str) for answer in answers):

@@ -814,7 +814,7 @@ class Benchmark:
     OTHER: dict[str, float] = {}     # the paper's full model in other measures of the same ability
     FILE = ""                        # holds the answers in the published schema; "": answers.jsonl is all
     MOST = 0                         # a judge's highest score; 0: there is no judge
-    SHORT = False                    # answers are short texts: sampled greedily, without room for a picture
+    SHORT = False                    # answers are short texts, sampled greedily
 
     def check(self, questions: list[Question], config: Config) -> None:
         """Refuse questions that cannot be scored. Raises UserError."""

@@ -474,8 +474,8 @@ def load_blip(folder: Path, device: str | torch.device, dtype: torch.dtype) -> B
 class ImageReward:
     """The visual judge of the paper: (texts, pictures) -> a score 0..1 a pair.
 
-    source: hub id THUDM/ImageReward, or a folder with ImageReward.pt and med_config.json. BERT's vocab.txt
-    lies beside them or comes from the hub (bert-base-uncased). Raises UserError for anything else.
+    source: hub id THUDM/ImageReward, or a folder with ImageReward.pt, med_config.json and BERT's vocab.txt.
+    Beside the hub's files the vocabulary is that of bert-base-uncased. Raises UserError for anything else.
     """
     HUB = "THUDM/ImageReward"
     MEAN, STD = 0.16717362830052426, 1.0333394966054072     # of raw rewards, from the official implementation
@@ -487,7 +487,8 @@ class ImageReward:
         self.model = load_blip(folder, device, dtype)
         vocab = folder / "vocab.txt"
         if not vocab.exists() and not Path(source).exists():
-            vocab = snapshot("bert-base-uncased", "vocabulary of the visual judge") / "vocab.txt"
+            name = "vocab.txt"
+            vocab = snapshot("bert-base-uncased", "vocabulary of the visual judge", name) / name
         self.text = WordPiece(vocab, ("[DEC]", "[ENC]"))
         self.size, self.device, self.dtype = self.model.tower.image_size, device, dtype
 
@@ -615,6 +616,8 @@ class ClipScore:
         folder = judge_folder(source, "visual judge")
         self.model = load_clip(folder, device, dtype)
         self.text = ClipText.from_folder(folder)
+        with reading(folder / "vocab.json", "the vocabulary"):
+            self.text.rows([""])
         self.size, self.device, self.dtype = self.model.tower.image_size, device, dtype
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Everything that a GPU must show, in one run of less than 8 minutes. It ends with a table.
+"""Everything that a GPU must show, in one run: a table, part by part, so that a run that is cut loses little.
 
     python tests/gpu_smoke.py                              # one GPU with 12 GB
     python tests/gpu_smoke.py --device cpu --small         # does the script itself work? (2 minutes, no GPU)
@@ -6,13 +6,15 @@
 
 parity      the recorded outputs of the official implementation (tests/fixtures/vila_u_tiny), computed there
 seeds       the same seed gives the same answers as on the CPU, in float32, guided or not, for any --rows
-scratch     `python grpo.py` from nothing: image tokenizer, pretraining, warm-up, GRPO, both evaluations
+judges      scores of the tiny ImageReward and CLIP and replies of the tiny LLaVA-Critic against the CPU's
 decode      layers of the 7B model, 4 of 32, in bf16, NF4 and NF4 unpacked: positions/s and memory; waits for
             the device and copies to and from it at a position, counted by the profiler
 update      one GRPO update of the same layers with adapters (bf16 base), and of all weights of a smaller
             model with passes in bf16
+scratch     `python grpo.py` from nothing: image tokenizer, pretraining, warm-up, GRPO, both evaluations
 """
 import argparse
+import gc
 import json
 import math
 import subprocess
@@ -27,6 +29,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Callable
 
+import numpy as np
 import torch
 from bench import (MIDDLE, MINIATURE, SMALL, WIDE, machine, make_parser, random_model, random_rollout,
                    to_4_bits)
@@ -38,10 +41,11 @@ from test_vila_u import arrays, published_vocabulary
 
 import grpo
 from common import read_lines
+from judges import ClipScore, ImageReward, LlavaCritic
 from model import DepthConfig, Sampling, UnifiedModel, load, prepare_training, unpacked
 from tokenizer import pack
 
-PARTS = ("parity", "seeds", "scratch", "decode", "update")
+PARTS = ("parity", "seeds", "judges", "decode", "update", "scratch")      # the longest last
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "aten::_local_scalar_dense")
 COPIES = ("Memcpy DtoH", "Memcpy HtoD")
 
@@ -129,6 +133,20 @@ def seeds(device: torch.device, small: bool) -> dict:
     return {f"equal answers, {name}": share for name, share in results.items()}
 
 
+def judges(device: torch.device, small: bool) -> dict:
+    """The tiny judges on device and CPU -> the largest difference of a score; replies are equal."""
+    texts, pictures = ["a fox", "a red circle"], [np.full((30, 20, 3), v, np.uint8) for v in (40, 200)]
+    worst = {}
+    for name, kind in (("image_reward_tiny", ImageReward), ("clip_tiny", ClipScore)):
+        ours, cpu = (kind(FIXTURES / name, where)(texts, pictures) for where in (device, "cpu"))
+        worst[f"scores, {name}"] = max(abs(a - b) for a, b in zip(ours, cpu))
+    asked = ["<image>\nhello", "hello"], [pictures[:1], []], 16
+    critic = FIXTURES / "llava_critic_tiny"
+    ours, cpu = (LlavaCritic(critic, where).replies(*asked) for where in (device, "cpu"))
+    assert max(worst.values()) < 1e-3 and ours == cpu, (worst, ours, cpu)
+    return worst
+
+
 def scratch(device: torch.device, small: bool) -> dict:
     """grpo.py in an empty folder -> seconds, first and last reward."""
     with tempfile.TemporaryDirectory() as folder:
@@ -144,7 +162,8 @@ def scratch(device: torch.device, small: bool) -> dict:
 
 def start(command: list, folder: str) -> None:
     """Run a script of ours in `folder`. Its errors are shown where it fails."""
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=folder, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=folder, capture_output=True, text=True,
+                          timeout=300)
     if done.returncode:
         sys.exit(f"{command[0]} failed:\n{done.stderr[-3000:]}")
 
@@ -178,8 +197,8 @@ def waits(model: UnifiedModel, device: torch.device, kind: str) -> dict:
     N, count = model.vision_config.positions, Counter()
     with torch.profiler.profile(activities=activities) as profile:
         answers(model, kind, 4, N)
-    for event in profile.events():
-        count.update(name for name in WAITS + COPIES if event.name.startswith(name))
+    for event in profile.profiler.kineto_results.events():       # raw: a list of objects takes a minute
+        count.update(name for name in WAITS + COPIES if event.name().startswith(name))
     return {f"{name} a position, {kind}": count[name] / N for name in WAITS + COPIES}
 
 
@@ -228,31 +247,33 @@ def update(device: torch.device, small: bool) -> dict:
 
 
 def main() -> None:
-    """The parts of --only in turn, then the table."""
+    """The parts of --only in turn, each with its lines of the table."""
     args = parse_arguments()
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         sys.exit("no GPU is here: --device cpu --small tries the script")
     device, table = torch.device(args.device), {}
+    if device.type == "cuda":
+        torch.cuda.set_device(device.index or 0)
     torch.backends.cudnn.allow_tf32 = False                # convolutions in float32, as recorded
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    parts = {"parity": parity, "seeds": seeds, "scratch": scratch, "decode": decode, "update": update}
+    parts = {"parity": parity, "seeds": seeds, "judges": judges, "decode": decode, "update": update,
+             "scratch": scratch}
     failed = []
+    print(f"{name}, {machine()}\n\n| part | what | value |\n| --- | --- | ---: |")
     for part in args.only:
-        began, table[part] = time.perf_counter(), {}
+        began, values = time.perf_counter(), {}
+        gc.collect()                                       # or memory counts the models of earlier parts
         try:
-            table[part] = parts[part](device, args.small)
-        except (Exception, SystemExit):                    # the other parts run, and the table is printed
+            values = parts[part](device, args.small)
+        except (Exception, SystemExit):                    # the other parts run
             traceback.print_exc()
             failed.append(part)
-        print(f"{part}: {time.perf_counter() - began:.0f} s", flush=True)
-    print(f"\n{name}, {machine()}\n")
-    print("| part | what | value |\n| --- | --- | ---: |")
-    for part, values in table.items():
-        for what, value in values.items():
+        table[part] = {**values, "seconds of this part": time.perf_counter() - began}
+        for what, value in table[part].items():
             if not math.isnan(value):
-                print(f"| {part} | {what} | {value:.3g} |")
-    if args.json:
-        args.json.write_text(json.dumps({"device": name, **machine(), "table": table}, indent=1))
+                print(f"| {part} | {what} | {value:.3g} |", flush=True)
+        if args.json:
+            args.json.write_text(json.dumps({"device": name, **machine(), "table": table}, indent=1))
     if failed:
         sys.exit(f"failed: {', '.join(failed)}")
 

@@ -225,7 +225,7 @@ def test_mmie_records_and_their_pitfalls(tmp_path):
                field="extra"),
         record("-MSR-1", *((None, i) for i in images[:4])), record("MSR-2", *((None, i) for i in images)),
         record("SA-3", ("gone", "images/9.png")), record("X-4", ("no category", None)),
-        record("SA-5", (None, None)),
+        record("SA-5", (None, None)), record("SA-11", ("<image>", None)),
         record("SA-6", ("out", "../data.json")), record("SA-7", ("out", "/etc/hostname")),
         record("PBL-0-000001", ("twice", None)),
         {"id": "SA-8", "question": "a plain text"}, {"id": "SA-9"}, record("SA-10", (7, None)),
@@ -238,8 +238,8 @@ def test_mmie_records_and_their_pitfalls(tmp_path):
         ("SA-PBL-11", "SA", "first wins", 0)]
     assert questions[0].record["field"] == "extra"
     ids = {entry["id"] for entry in left_out.list}
-    assert ids >= {"MSR-2", "SA-3", "X-4", "SA-5", "SA-6", "SA-7", "PBL-0-000001", "SA-9", "SA-10"}
-    assert sum(left_out.counts.values()) == 11 and left_out.reasons()["left out, more than 4 pictures"] == 1
+    assert ids >= {"MSR-2", "SA-3", "X-4", "SA-5", "SA-6", "SA-7", "PBL-0-000001", "SA-9", "SA-10", "SA-11"}
+    assert sum(left_out.counts.values()) == 12 and left_out.reasons()["left out, more than 4 pictures"] == 1
 
 
 def test_an_answer_is_cut_after_three_pictures_as_mmies_loader_does():
@@ -314,7 +314,7 @@ def test_interleavedbench_records_and_their_pitfalls(tmp_path):
         {"id": "record-level", "image": [], "task_name": "t", "instruction": "Explain tides."},
         {"id": "turn-level", "image": None, "task_name": "t",
          "conversations": [{"from": "human", "instruction": "Say it."}]},
-        talk("more-marks", "<image> a <image> b <image> c", ["multi_concept_images/a.png"]),
+        talk("more-marks", "<image>a<image>b<image>c", ["multi_concept_images/a.png"]),
         talk("other-count", "a <image> b", wiki[:2], "c <image> d <image>"),
         talk("one", "a <image>", wiki[0]), talk("gone", "a <image>", ["wiki_images_test/9.png"]),
         talk("no-text", "", []), talk(5, "a number as id", []),
@@ -324,7 +324,7 @@ def test_interleavedbench_records_and_their_pitfalls(tmp_path):
     assert [(q.id, q.prompt, [p.name for p in q.prompt_pictures]) for q in questions] == [
         ("-whole", "Steps <BEGIN> fold <image> über <image>", ["0.png", "1.png"]),
         ("record-level", "Explain tides.", []),
-        ("turn-level", "Say it.", []), ("more-marks", "<image> a  b   c", ["a.png"]),
+        ("turn-level", "Say it.", []), ("more-marks", "<image>a b c", ["a.png"]),
         ("other-count", "a <image> b", ["0.png"]), ("one", "a <image>", ["0.png"]),
         ("5", "a number as id", [])]
     noted = {entry["id"]: entry for entry in left_out.list if entry["verdict"] == "noted"}
@@ -338,6 +338,8 @@ def test_a_users_questions_and_captions_are_read(tmp_path):
     lines = [{"id": 1, "image": "a.png", "question": "what?", "answer": "A"},
              {"question": "2+2?", "answers": ["4", "four"]},
              {"images": ["a.png", "a.png"], "question": "<image> or <image>?", "answer": "b"},
+             {"id": None, "image": None, "images": ["a.png"], "question": "a table?", "answer": None,
+              "answers": ["has gaps"]},
              {"question": "", "answer": "x"},
              {"question": "no answer"}, {"image": "b.png", "question": "x", "answer": "y"}, {"question": 1},
              {"image": ["a.png", "a.png"], "question": "<image>?", "answer": "y"}]
@@ -345,7 +347,8 @@ def test_a_users_questions_and_captions_are_read(tmp_path):
     file.write_text("".join(json.dumps(line) + "\n" for line in lines) + "{broken\n")
     questions, left_out = read("understanding", tmp_path)
     assert [(q.id, q.prompt, q.record["accepted"]) for q in questions] == [
-        ("1", "<image> what?", ["A"]), ("2", "2+2?", ["4", "four"]), ("3", "<image> or <image>?", ["b"])]
+        ("1", "<image> what?", ["A"]), ("2", "2+2?", ["4", "four"]), ("3", "<image> or <image>?", ["b"]),
+        ("4", "<image> a table?", ["has gaps"])]
     assert sum(left_out.counts.values()) == 6
     (tmp_path / "captions.txt").write_text("a fox\n\n snow <image> \n", encoding="utf-8")
     (tmp_path / "c.jsonl").write_text('{"prompt": "é"}\n{"caption": "x"}\n')

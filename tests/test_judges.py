@@ -349,6 +349,14 @@ def test_a_wrong_checkpoint_for_a_judge_is_one_sentence(Judge, folder, words):
         Judge(FIXTURES / folder)
 
 
+def test_a_clip_vocabulary_without_its_marks_is_one_sentence(tmp_path):
+    file = copy_of(CLIP, tmp_path) / "vocab.json"
+    ids = json.loads(file.read_text())
+    file.write_text(json.dumps({token: i for token, i in ids.items() if "startof" not in token}))
+    with pytest.raises(UserError, match=r"vocab.json: the vocabulary lacks '<\|startoftext\|>'"):
+        ClipScore(file.parent)
+
+
 @pytest.mark.parametrize("folder, Judge, file, words", [
     (IMAGE_REWARD, ImageReward, "vocab.txt", "vocab.txt"),
     (IMAGE_REWARD, ImageReward, "ImageReward.pt", "ImageReward.pt"),

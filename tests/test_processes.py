@@ -283,6 +283,10 @@ def test_a_process_touches_no_gpu_but_its_own(monkeypatch):
         assert start_processes(name) == (5, 8, torch.device("cuda:5"))
     assert set(touched) == {"cuda:5"}
     assert start_processes("cpu")[2] == torch.device("cpu")
+    monkeypatch.undo()                                       # a model that the same process opens later
+    monkeypatch.setattr(common, "process_count", lambda: 8)
+    monkeypatch.setattr(torch, "empty", lambda n, device: torch.tensor([float(touched.append(device) or 0)]))
+    assert common.pick_device("cuda:0") == torch.device("cuda") and touched[-1] == "cuda"
 
 
 @pytest.mark.parametrize("settings, world, message", [
