@@ -665,10 +665,14 @@ def read_values(folder: Path) -> dict[str, np.ndarray]:
 
 
 def row_result(row: str, runs: dict[int, dict]) -> dict:
-    """A row's measures as [mean, low, high] over its runs, {} if none finished, and the paper's numbers."""
+    """A row's measures as [mean, low, high] over its runs and of each run, and the paper's numbers.
+
+    Both are {} if no run finished.
+    """
+    each = {name: [float(values[name].mean()) for values in runs.values()] for name in MEASURES if runs}
     rates = {name: np.clip(interval_and_p(np.stack([values[name] for values in runs.values()]))[0], 0, 1)
              .tolist() for name in MEASURES if runs}
-    return {"settings": ROWS[row], "runs": list(runs), "rates": rates,
+    return {"settings": ROWS[row], "runs": list(runs), "rates": rates, "each": each,
             "paper": PAPER_ROWS.get(row, (None, None))}
 
 
