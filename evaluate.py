@@ -747,7 +747,7 @@ def reproduction_parts(result: dict) -> list[Part]:
 
 def with_its_sign(claim: dict) -> str:
     """In how many runs a claim's difference has the sign of the mean, of how many."""
-    return f"{sum(each * claim['difference'][0] > 0 for each in claim['each'])} of {claim['runs']}"
+    return f"{sum(each * claim['difference'][0] > 0 for each in claim['each'])}/{claim['runs']}"
 
 
 def markdown(part: Part) -> str:
