@@ -621,16 +621,16 @@ def reproduce(config: Config, out: Path) -> None:
     """
     seeds = list(dict.fromkeys(map(int, config.seeds.split(","))))
     rows = [row for row in ROWS if not config.only or row in config.only]
+    kinds = {row: ROWS[row].get("base", "base") for row in rows}
+    bases = {(kind, seed): base_job(kind, seed, out / kind / str(seed), config)
+             for kind in dict.fromkeys(kinds.values()) for seed in seeds}
     runs = [(row, seed) for row in rows for seed in seeds]
-    base_of = {run: (ROWS[run[0]].get("base", "base"), run[1]) for run in runs}
-    bases = {base: base_job(*base, out / base[0] / str(base[1]), config)
-             for base in dict.fromkeys(base_of.values())}
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     jobs = {}
     with tqdm(total=len(bases) + len(runs), desc="runs", smoothing=0) as bar:
         run_jobs(list(bases.values()), config.jobs, bar)
         for row, seed in runs:
-            folder, base = out / row / str(seed), bases[base_of[row, seed]]
+            folder, base = out / row / str(seed), bases[kinds[row], seed]
             jobs[row, seed] = run_job(row, seed, folder, base.folder, config) if not base.reason else (
                 Job(folder, [], f"its base model {base.folder}: {base.reason}"))
         run_jobs(list(jobs.values()), config.jobs, bar)
@@ -669,9 +669,9 @@ def row_result(row: str, runs: dict[int, dict]) -> dict:
 
     Both are {} if no run finished.
     """
-    each = {name: [float(values[name].mean()) for values in runs.values()] for name in MEASURES if runs}
-    rates = {name: np.clip(interval_and_p(np.stack([values[name] for values in runs.values()]))[0], 0, 1)
-             .tolist() for name in MEASURES if runs}
+    columns = {name: np.stack([of[name] for of in runs.values()]) for name in MEASURES if runs}
+    rates = {name: np.clip(interval_and_p(values)[0], 0, 1).tolist() for name, values in columns.items()}
+    each = {name: values.mean(1).tolist() for name, values in columns.items()}
     return {"settings": ROWS[row], "runs": list(runs), "rates": rates, "each": each,
             "paper": PAPER_ROWS.get(row, (None, None))}
 

@@ -41,9 +41,9 @@ import warmup
 from data import (PROMPT_READERS, CodeCache, LeftOut, Sample, hash_samples, keep_usable, read_prompts,
                   read_sources, toy_prompt)
 from evaluate import before_and_after
-from model import (IMAGE, Sampling, UnifiedModel, adapter_settings, as_batch, by_modality, check_budget,
-                   check_memory, checkpoint_folder, checkpoint_hash, gathered, load, load_training,
-                   prepare_training, restore, save, trainable_state, unpacked, with_trainable)
+from model import (IMAGE, Sampling, UnifiedModel, adapter_settings, as_batch, base_of, by_modality,
+                   check_budget, check_memory, checkpoint_folder, checkpoint_hash, gathered, load,
+                   load_training, prepare_training, restore, save, trainable_state, unpacked, with_trainable)
 from rewards import (Scores, check_judges, check_prompts, check_rules, group_record, hybrid_rewards, judge,
                      judge_content, judge_names, make_judges)
 
@@ -488,7 +488,8 @@ def check_source(config: Config) -> None:
     """Refuse --no-resume where it would delete the weights that the run starts from. Raises UserError."""
     source = checkpoint_folder(config.model)
     adapter = adapter_settings(source, config.base)
-    sources = [source, checkpoint_folder(adapter["base"])] if adapter else [source]
+    with base_of(source):
+        sources = [source, checkpoint_folder(adapter["base"])] if adapter else [source]
     if settled(Path(config.out) / "policy").resolve() in [folder.resolve() for folder in sources]:
         raise UserError(f"--no-resume --out {config.out}: this would delete the model that --model "
                         f"{config.model} starts from: give the run another --out")
@@ -542,7 +543,6 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> list[S
         start_over(folder)
     run = Run(config, state.get("lines", 0), content)                                      # rank 0 writes
     first, silent = state.get("update", 0), 0
-    unseen = first < config.updates or not (folder / "samples" / "999999_after.json").exists()
     announce(config, state, pool, left_out)
     if first == 0 and config.eval_prompts:
         show(policy, run, config, pool, judges, "000000_before", "Before GRPO: the warm-up model")
@@ -575,7 +575,8 @@ def train(config: Config, rank: int, world: int, device: torch.device) -> list[S
             state = {"update": done, "lines": run.lines, "processes": world, "settings": asdict(config),
                      "content": content}
             save(policy, folder / "policy", state, optimizer_tensors(optimizer))
-    if unseen and config.eval_prompts:
+    seen = (folder / "samples" / "999999_after.json").exists()
+    if config.eval_prompts and (first < config.updates or not seen):
         show(policy, run, config, pool, judges, "999999_after", "After GRPO: the same prompts")
     return pool
 

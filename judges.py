@@ -487,8 +487,7 @@ class ImageReward:
         self.model = load_blip(folder, device, dtype)
         vocab = folder / "vocab.txt"
         if not vocab.exists() and not Path(source).exists():
-            name = "vocab.txt"
-            vocab = snapshot("bert-base-uncased", "vocabulary of the visual judge", name) / name
+            vocab = snapshot("bert-base-uncased", "vocabulary of the visual judge", vocab.name) / vocab.name
         self.text = WordPiece(vocab, ("[DEC]", "[ENC]"))
         self.size, self.device, self.dtype = self.model.tower.image_size, device, dtype
 
@@ -617,7 +616,7 @@ class ClipScore:
         self.model = load_clip(folder, device, dtype)
         self.text = ClipText.from_folder(folder)
         with reading(folder / "vocab.json", "the vocabulary"):
-            self.text.rows([""])
+            self.text.rows([""])                 # needs the start and the end token
         self.size, self.device, self.dtype = self.model.tower.image_size, device, dtype
 
     @torch.no_grad()

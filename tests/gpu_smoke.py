@@ -45,7 +45,6 @@ from judges import ClipScore, ImageReward, LlavaCritic
 from model import DepthConfig, Sampling, UnifiedModel, load, prepare_training, unpacked
 from tokenizer import pack
 
-PARTS = ("parity", "seeds", "judges", "decode", "update", "scratch")      # the longest last
 WAITS = ("cudaStreamSynchronize", "cudaDeviceSynchronize", "aten::_local_scalar_dense")
 COPIES = ("Memcpy DtoH", "Memcpy HtoD")
 
@@ -54,7 +53,7 @@ def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = make_parser(__doc__)
     group = parser.add_argument_group("what to run")
-    group.add_argument("--only", nargs="+", choices=PARTS, default=PARTS, help="the parts to run")
+    group.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS), help="the parts to run")
     group.add_argument("--device", default="cuda", help="cuda, or cpu to try the script")
     group.add_argument("--small", action="store_true", help="few steps and small sizes")
     group.add_argument("--json", type=Path, help="a file that the table is written to as well")
@@ -246,6 +245,10 @@ def update(device: torch.device, small: bool) -> dict:
     return results
 
 
+# The longest last: a run that is cut then has the others.
+PARTS = {part.__name__: part for part in (parity, seeds, judges, decode, update, scratch)}
+
+
 def main() -> None:
     """The parts of --only in turn, each with its lines of the table."""
     args = parse_arguments()
@@ -256,15 +259,13 @@ def main() -> None:
         torch.cuda.set_device(device.index or 0)
     torch.backends.cudnn.allow_tf32 = False                # convolutions in float32, as recorded
     name = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    parts = {"parity": parity, "seeds": seeds, "judges": judges, "decode": decode, "update": update,
-             "scratch": scratch}
     failed = []
     print(f"{name}, {machine()}\n\n| part | what | value |\n| --- | --- | ---: |")
     for part in args.only:
         began, values = time.perf_counter(), {}
         gc.collect()                                       # or memory counts the models of earlier parts
         try:
-            values = parts[part](device, args.small)
+            values = PARTS[part](device, args.small)
         except (Exception, SystemExit):                    # the other parts run
             traceback.print_exc()
             failed.append(part)

@@ -78,7 +78,8 @@ from results import exchanged
 with exchanged(SHARE, random.Random(0)):
     grpo.run_main(grpo.main)
 """
-SHARES = (0.15, 0.37, 0.7)           # of steps that keep their own; Eq. (4) has .37 of Eq. (6)'s credit
+# Setting -> share of steps that keep their own advantage; Eq. (4) has .37 of Eq. (6)'s credit.
+SHARES = {f"share {share}": share for share in (0.15, 0.37, 0.7)}
 
 
 # ------------------------------------------------------------------------------------------------------------
@@ -279,7 +280,7 @@ def signal_of(kind: str, number: int, group: int, edits: int, rows: list[str]) -
     codes, judges = data.CodeCache(model), (RulesText(), RulesVisual())
     configs = {row: grpo.Config(**GRPO | {name: value for name, value in ROWS.get(row, {}).items()
                                           if name != "base"}) for row in rows}
-    rngs = {f"share {share}": random.Random(f"{share}/{number}") for share in SHARES}
+    rngs = {row: random.Random(f"{share}/{number}") for row, share in SHARES.items()}
     found, steps = {}, {row: {"text": [], "codes": []} for row in rows}
     for k in range(ROUNDS):
         rng = random.Random(f"signal/{kind}/{number}/{group}/{k}")
@@ -292,12 +293,12 @@ def signal_of(kind: str, number: int, group: int, edits: int, rows: list[str]) -
             if config.visual_reward == "rules-weak":
                 each = [s for s in samples for _ in range(group)]
                 scores = judge(each, batch.answers, RulesText(), RulesWeak())
-            with exchanged(float(row.split()[1]), rngs[row]) if row in rngs else nullcontext():
+            with exchanged(SHARES[row], rngs[row]) if row in SHARES else nullcontext():
                 values[row] = [value for first in range(0, 64, group) for value in grpo.advantages(
                     batch.answers[first:first + group], scores[first:first + group], config)]
             for part, pairs in steps_of(batch.answers, batch.scores, values[row]).items():
                 steps[row][part] += pairs
-        of_rows = {row: values[row] for row in rows if row not in rngs}
+        of_rows = {row: values[row] for row in rows if row not in SHARES}
         for row, pair in gradients(model, batch, of_rows, configs[rows[0]]).items():
             found.setdefault(row, []).append(pair)
     result = {row: {"credit": {part: statistics.correlation(*zip(*pairs)) for part, pairs in of.items()}}
@@ -320,7 +321,7 @@ def signal(folder: Path) -> dict:
     """
     torch.set_num_threads(1)
     shared, result = {}, {}
-    for row in (*SIGNAL_ROWS, *(f"share {share}" for share in SHARES)):
+    for row in (*SIGNAL_ROWS, *SHARES):
         of = GRPO | {"base": "base"} | ROWS.get(row, {})
         shared.setdefault((of["base"], of["group_size"], of["edits"]), []).append(row)
     for number in (0, 1, 2):
@@ -360,9 +361,9 @@ def drift(folder: Path) -> dict:
 def shuffle(folder: Path) -> dict:
     """Eq. (6) as in the row "process", but only a share of the steps keep their own advantage."""
     place = fresh_clone(folder / "copy")
-    for share in SHARES:
+    for share in SHARES.values():
         (place / f"share_{share}.py").write_text(EXCHANGED.replace("SHARE", str(share)))
-    return train_and_rate(place, {f"share {share}": [f"share_{share}.py"] for share in SHARES})
+    return train_and_rate(place, {name: [f"share_{share}.py"] for name, share in SHARES.items()})
 
 
 def full_size(folder: Path) -> dict:
@@ -587,7 +588,7 @@ def credit_plot() -> str:
             if part == "codes" and row in PLOTTED:
                 name, dx, dy = PLOTTED[row]
                 marks.append(text(place(x, y)[0] + dx, place(x, y)[1] + dy, name))
-        for name in (f"share {share}" for share in SHARES):
+        for name in SHARES:
             x = statistics.fmean(of["credit"][part] for of in signal[name])
             y = statistics.fmean(of["sampled"][rate][0] for of in shuffled[name])
             marks.append(cross(*place(x, y), colour))

@@ -180,7 +180,8 @@ def test_adapters_know_their_base_wherever_it_lies(warm, tmp_path):
     other = copy(warm, tmp_path / "other")
     change(other, "llm", lambda t: {k: 2 * v if "down_proj" in k else v for k, v in t.items()})
     base.rename(tmp_path / "moved")
-    for opened in (load, lambda folder: check_memory(str(folder), 10, 0, CPU)):
+    for opened in (load, lambda folder: check_memory(str(folder), 10, 0, CPU),
+                   lambda folder: grpo.check_source(grpo.Config(model=str(folder)))):
         with pytest.raises(UserError, match="lora: the base of these adapters .* --base FOLDER"):
             opened(tmp_path / "lora")
     assert load(tmp_path / "lora", base=str(tmp_path / "moved")).adapter
